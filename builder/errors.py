@@ -1,0 +1,128 @@
+"""Every error a user can cause, one class and one exit code a kind.
+
+`builder/__main__.py` is the only place that exits; everything else raises one of these.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class BuildError(Exception):
+    """What happened, what was expected, what was found, and the next command.
+
+    Args:
+        what: one sentence: what happened, naming the file, tensor, key or graph.
+        expected: what would have been right.
+        found: what is there instead.
+        next: the command (or the edit) that gets the user on.
+    """
+
+    exit_code = 1
+
+    def __init__(
+        self, what: str, *, expected: Any = None, found: Any = None, next: str | None = None
+    ) -> None:
+        super().__init__(what)
+        self.what, self.expected, self.found, self.next = what, expected, found, next
+
+    def __str__(self) -> str:
+        lines = [self.what]
+        lines += [f"  expected: {self.expected}"] if self.expected is not None else []
+        lines += [f"  found:    {self.found}"] if self.found is not None else []
+        lines += [f"  next:     {self.next}"] if self.next is not None else []
+        return "\n".join(lines)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same for `--json`: strings only, `None` where nothing was said."""
+        text = {key: getattr(self, key) for key in ("expected", "found", "next")}
+        return {
+            "error": type(self).__name__,
+            "exit_code": self.exit_code,
+            "what": self.what,
+            **{key: None if value is None else str(value) for key, value in text.items()},
+        }
+
+
+class CheckpointError(BuildError):
+    """Not a checkpoint, a file missing, truncated, or contradicting the config."""
+
+    exit_code = 10
+
+
+class UnsupportedError(BuildError):
+    """A checkpoint that is whole but of a kind that cannot be exported."""
+
+    exit_code = 11
+
+
+class UnsafeError(BuildError):
+    """Pickle weights, remote code demanded, or a path that leaves its folder."""
+
+    exit_code = 12
+
+
+class RecipeError(BuildError):
+    """An unknown key, a wrong type, or a combination that no target can run."""
+
+    exit_code = 13
+
+
+class DownloadError(BuildError):
+    """The hub could not be reached, or does not have what was asked for."""
+
+    exit_code = 14
+
+
+class PatchError(BuildError):
+    """Upstream source that no patch was verified on, or a patch that never ran."""
+
+    exit_code = 15
+
+
+class WeightError(BuildError):
+    """A graph initializer without a checkpoint tensor, or a tensor that no graph uses."""
+
+    exit_code = 16
+
+
+class PassError(BuildError):
+    """A graph pass that the recipe expects to match and that did not."""
+
+    exit_code = 17
+
+
+class ImageError(BuildError):
+    """A file that is no picture, or a picture the model cannot take."""
+
+    exit_code = 18
+
+
+class OutputError(BuildError):
+    """An output folder that holds something else, is in use, or cannot be written."""
+
+    exit_code = 19
+
+
+class VerificationError(BuildError):
+    """A gate that does not hold."""
+
+    exit_code = 20
+
+
+class BundleError(BuildError):
+    """A folder that is no bundle, or whose files differ from its manifest."""
+
+    exit_code = 21
+
+
+class MissingPackageError(BuildError):
+    """A package that this command needs and that is not installed."""
+
+    exit_code = 22
+
+
+class PromptError(BuildError):
+    """A prompt that the model or the runtime cannot take."""
+
+    exit_code = 23
