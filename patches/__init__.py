@@ -1,0 +1,67 @@
+"""Every patch of upstream, by name, and the set that each kind of attention needs.
+
+Guaranteed: importing this package imports no patch; torch and transformers are loaded by the first call.
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import TYPE_CHECKING
+
+from builder.errors import MissingPackageError, PatchError
+
+if TYPE_CHECKING:
+    from patches.registry import Patch
+
+SETS: dict[str, tuple[str, ...]] = {
+    "eager": ("text_rotary", "vision_forward", "vision_attention", "text_attention_eager"),
+    "fused": ("text_rotary", "vision_forward", "vision_attention", "text_attention_fused"),
+}
+
+
+def every() -> tuple[Patch, ...]:
+    """All patches, in the order in which they are listed to the user.
+
+    Raises:
+        MissingPackageError: torch or transformers is not installed.
+    """
+    try:
+        from patches import (
+            text_attention_eager,
+            text_attention_fused,
+            text_rotary,
+            vision_attention,
+            vision_forward,
+        )
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] == __name__:
+            raise
+        raise MissingPackageError(
+            f"the patches need {error.name}, which is not installed", next='pip install "qwen3vl-onnx[build]"'
+        ) from error
+    modules = (text_rotary, text_attention_eager, text_attention_fused, vision_forward, vision_attention)
+    return tuple(module.PATCH for module in modules)
+
+
+def patch(name: str) -> Patch:
+    """The patch of that name.
+
+    Raises:
+        PatchError: there is none; with the nearest spelling.
+    """
+    by_name = {one.name: one for one in every()}
+    if name in by_name:
+        return by_name[name]
+    near = difflib.get_close_matches(name, by_name, 1)
+    raise PatchError(
+        f"no patch is called {name!r}",
+        expected=", ".join(by_name),
+        next=f"did you mean {near[0]!r}?" if near else None,
+    )
+
+
+def patches_for(attention: str) -> tuple[Patch, ...]:
+    """The patches that an export with this attention ("eager" or "fused") needs, in order of installation."""
+    if attention not in SETS:
+        raise PatchError(f"no set of patches for attention = {attention!r}", expected=" or ".join(SETS))
+    return tuple(patch(name) for name in SETS[attention])

@@ -1,0 +1,8 @@
+"""The runtimes that artifacts are built for: one module each, one table here."""
+
+from __future__ import annotations
+
+from builder.targets import genai, onnxruntime
+from builder.targets.runtime import Runtime
+
+TARGETS: dict[str, Runtime] = {runtime.name: runtime for runtime in (genai.RUNTIME, onnxruntime.RUNTIME)}

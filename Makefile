@@ -1,0 +1,57 @@
+# `make` alone lists the verbs. Everything runs in .venv, which `setup` makes.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+CHECKPOINT := builder/miniature/checkpoint
+BUNDLES := outputs/miniature-fp32/8-bundle
+PICTURE := builder/miniature/heldout/pic002.png
+# Results of `test-full`, on their way into docs/test-full.md.
+RESULTS := outputs/test-full.xml
+
+.PHONY: help setup build explain verify check test test-full bench clean
+.DEFAULT_GOAL := help
+
+help:
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## make .venv with the exact versions of constraints.txt
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[build,dev]"
+	@touch $@
+
+build: setup ## build the miniature, verify it, ask it about a picture
+	$(PY) -m builder build
+	$(PY) -m builder run $(BUNDLES)/genai --image $(PICTURE) --prompt "Read the number."
+
+explain: setup ## which stages of the miniature's build would run, and why
+	$(PY) -m builder explain
+
+verify: setup ## compare the miniature's bundles with PyTorch again
+	$(PY) -m builder verify $(BUNDLES)/genai --reference $(CHECKPOINT)
+	$(PY) -m builder verify $(BUNDLES)/onnxruntime --reference $(CHECKPOINT)
+
+check: setup ## style, types, and the tests that need no torch
+	$(PY) -m ruff check
+	$(PY) -m ruff format --check
+	$(PY) -m mypy
+	$(PY) -m pytest -q -m "not torch and not slow"
+
+test: setup ## every test that takes seconds
+	$(PY) -m pytest -q
+
+test-full: setup ## every test; the results go to docs/test-full.md
+	@mkdir -p docs outputs
+	status=0; $(PY) -m pytest -q -m "" --junitxml=$(RESULTS) || status=$$?; \
+	$(PY) -m tests.tables results $(RESULTS) > docs/test-full.md && exit $$status
+
+bench: setup ## time and memory of each stage, the miniature built from nothing
+	rm -rf outputs/bench
+	$(PY) -m builder build --output outputs/bench
+	$(PY) -m tests.tables stages outputs/bench
+
+clean: ## remove outputs and caches; .venv stays
+	rm -rf outputs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find builder patches tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,86 @@
+"""Stage 8: the final folder a target, with its manifest and its evidence.
+
+In: configured folders, the verification's reports, the records of the stages before. Out: `<target>/` with every file
+linked, `manifest.json`, and `evidence/`. Guaranteed: all but `evidence/` is the same bytes for the same inputs, pinned
+packages and platform.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import onnx_ir as ir
+
+from builder.contract import components
+from builder.files import link, sha256
+from builder.optimize import operator
+from builder.targets import TARGETS
+
+if TYPE_CHECKING:
+    from builder.recipe import Target
+    from builder.stage import Build
+
+MANIFEST, EVIDENCE = "manifest.json", "evidence"
+BUILT_WITH = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxruntime-genai", "numpy")
+
+
+def run(build: Build, out: Path) -> Mapping[str, object]:
+    """Returns the path and the manifest's SHA-256 of each target's bundle."""
+    facts: dict[str, object] = {}
+    for target in build.recipe.targets:
+        folder = out / target.runtime
+        for file in sorted((build.folder("configure") / target.runtime).iterdir()):
+            link(file, folder / file.name)
+        text = json.dumps(manifest(build, target, folder), indent=1, ensure_ascii=False) + "\n"
+        (folder / MANIFEST).write_text(text, encoding="utf-8", newline="\n")
+        _evidence(build, target, folder / EVIDENCE)
+        facts[target.runtime] = {
+            "path": str(build.folder("bundle") / target.runtime),
+            "manifest sha256": sha256(folder / MANIFEST),
+        }
+    return facts
+
+
+def manifest(build: Build, target: Target, folder: Path) -> dict[str, Any]:
+    """What is in the bundle and what it was made from; no time, no path, no measurement."""
+    checkpoint, runtime = build.checkpoint, TARGETS[target.runtime]
+    patches = json.loads((build.folder("patch") / "patches.json").read_text(encoding="utf-8"))
+    fetched = json.loads((build.folder("fetch") / "checkpoint.json").read_text(encoding="utf-8"))
+    files = sorted(file for file in folder.iterdir() if file.is_file() and file.name != MANIFEST)
+    return {
+        "format": 1,
+        "target": target.runtime,
+        "attention": target.attention,
+        "recipe": {"name": build.recipe.name, "precision": build.recipe.precision, "max_length": build.recipe.max_length},
+        "checkpoint": {
+            "name": checkpoint.name,
+            "revision": checkpoint.revision,
+            "config_sha256": checkpoint.config_digest,
+            "files": fetched["files"],
+        },
+        "graphs": {c.file: _graph(folder / c.file, c.as_dict()) for c in components(checkpoint, target.runtime)},
+        "opset": runtime.opset,
+        "patches": patches,
+        "versions": {"qwen3vl-onnx": version("qwen3vl-onnx"), **{name: version(name) for name in BUILT_WITH}},
+        "files": {file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in files},
+    }
+
+
+def _graph(path: Path, ports: dict[str, Any]) -> dict[str, Any]:
+    model = ir.load(path)
+    return {**ports, "operators": sorted({operator(node) for node in model.graph.all_nodes()})}
+
+
+def _evidence(build: Build, target: Target, folder: Path) -> None:
+    """Reports of the verification, the patches' diffs, and the record of every stage."""
+    for file in sorted((build.folder("verify") / target.runtime).iterdir()):
+        link(file, folder / file.name)
+    for diff in sorted(build.folder("patch").glob("*.diff")):
+        link(diff, folder / "patches" / diff.name)
+    for stage in ("fetch", "patch", "export", "optimize", "quantize", "configure", "verify"):
+        record = build.folder(stage) / "stage.json"
+        link(record, folder / "stages" / f"{stage}.json")

@@ -1,0 +1,169 @@
+"""The stage `fetch`: the checkpoint's files, on this disk, whole, and what each is.
+
+In: a resolved `Source`. Out: `checkpoint.json` with the folder, the revision, and the size and SHA-256 of
+every file that a build needs. Guaranteed: a local folder is used in place and never written to; a download
+is of one commit, and its bytes are those that the hub names; the checkpoint opens (see
+`builder.checkpoint`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shlex
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from builder.checkpoint import Checkpoint, open_checkpoint
+from builder.console import progress
+from builder.errors import CheckpointError, DownloadError
+from builder.hub import MEGABYTE, Remote, download, settle
+from builder.json_file import read_json
+from builder.source import Source, parse_source
+
+if TYPE_CHECKING:
+    from builder.stage import Build
+
+__all__ = ["Source", "fetched", "identity", "parse_source", "resolve", "run"]
+
+FETCHED = "checkpoint.json"
+BLOCK = 8 * MEGABYTE
+
+
+def resolve(source: Source) -> Source:
+    """The source with a hub revision settled as a commit, after the checks that need no weights.
+
+    Raises:
+        DownloadError: the hub cannot be reached, or does not have it.
+        BuildError: a config, or file names, that `builder.checkpoint` refuses.
+    """
+    return source if source.repo is None else settle(source)
+
+
+def identity(source: Source, *, rehash: bool = False) -> dict[str, str]:
+    """What a stage key is made of: equal for equal checkpoints, as far as can be told without reading the weights.
+
+    Args:
+        source: resolved.
+        rehash: tell weight files apart by all their bytes, rather than by size, time and header.
+
+    Returns:
+        of the hub, its id and commit; of a folder, each file that a build needs → what tells it from another.
+
+    Raises:
+        BuildError: the folder is no checkpoint, see `builder.checkpoint`.
+    """
+    if source.folder is None:
+        return {"repository": str(source.repo), "revision": str(source.revision)}
+    folder = source.folder
+    return {file: _mark(folder / file, rehash) for file in open_checkpoint(folder).files}
+
+
+def run(build: Build, out: Path) -> dict[str, Any]:
+    """Fetch `build.source`, hash it, and write `checkpoint.json` into `out`.
+
+    Returns:
+        for the record: the folder, the number of files, their bytes, the command that pins this state; of a download,
+        that command as a `report`.
+
+    Raises:
+        DownloadError: the hub failed, or sent other bytes than it names.
+        BuildError: the checkpoint is refused, see `builder.checkpoint`.
+    """
+    source = build.source
+    if source.folder is None:
+        folder, remotes = download(source)
+        digests = _digests(folder, remotes)
+        _check_bytes(folder, remotes, digests)
+        checkpoint = open_checkpoint(folder, name=source.name, revision=source.revision)
+    else:
+        checkpoint = open_checkpoint(source.folder.absolute(), name=source.name)
+        digests = _digests(checkpoint.folder, checkpoint.files)
+    facts = {
+        "folder": str(checkpoint.folder),
+        "name": checkpoint.name,
+        "revision": checkpoint.revision,
+        "command": source.command,
+    }
+    files = {file: {"size": size, "sha256": digest} for file, (size, digest) in digests.items()}
+    text = json.dumps({**facts, "files": files}, indent=2, sort_keys=True)
+    (out / FETCHED).write_text(text + "\n", encoding="utf-8")
+    report = {} if source.repo is None else {"report": f"pinned: {source.command}"}
+    return {**facts, "files": len(files), "bytes": sum(size for size, _ in digests.values()), **report}
+
+
+def fetched(out: Path) -> Checkpoint:
+    """The checkpoint that an earlier `run` fetched, opened again.
+
+    Raises:
+        CheckpointError: `run` did not end, or its folder is gone.
+    """
+    record = read_json(out / FETCHED)
+    folder = Path(record["folder"])
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"the checkpoint that was fetched is gone from {folder}",
+            expected=f"the folder that {out / FETCHED} names",
+            found="no such folder",
+            next=f"{record['command']} --force fetch",
+        )
+    return open_checkpoint(folder, name=record["name"], revision=record["revision"])
+
+
+def _mark(path: Path, rehash: bool) -> str:
+    if rehash or path.suffix != ".safetensors":
+        return f"sha256 {_sha256(path)}"
+    stat = path.stat()
+    with path.open("rb") as file:
+        header = file.read(8)
+        header += file.read(int.from_bytes(header, "little"))
+    return f"{stat.st_size} bytes, time {stat.st_mtime_ns}, header {hashlib.sha256(header).hexdigest()}"
+
+
+def _digests(folder: Path, files: Iterable[str]) -> dict[str, tuple[int, str]]:
+    """File → size in bytes and SHA-256 (hex)."""
+    return {file: ((folder / file).stat().st_size, _sha256(folder / file)) for file in files}
+
+
+def _sha256(path: Path) -> str:
+    stat = path.stat()
+    return _sha256_of(path, stat.st_size, stat.st_mtime_ns)
+
+
+@lru_cache(maxsize=4096)
+def _sha256_of(path: Path, size: int, _time: int) -> str:
+    """Once a process for each state of a file: `--rehash` asks before the stage does."""
+    digest = hashlib.sha256()
+    with progress(f"sha256 of {path.name}, MB", total=size // MEGABYTE) as advance, path.open("rb") as file:
+        while block := file.read(BLOCK):
+            digest.update(block)
+            advance(len(block) // MEGABYTE)
+    return digest.hexdigest()
+
+
+def _check_bytes(folder: Path, remotes: Mapping[str, Remote], digests: Mapping[str, tuple[int, str]]) -> None:
+    """That what arrived (or lay in the cache) is what the hub names."""
+    for file, remote in remotes.items():
+        size, sha256 = digests[file]
+        expected = {"bytes": remote.size, "sha256": remote.sha256, "git blob": remote.git}
+        found = {
+            "bytes": size,
+            "sha256": sha256,
+            "git blob": _git_blob(folder / file) if remote.git else None,
+        }
+        for kind, value in expected.items():
+            if value is not None and found[kind] != value:
+                raise DownloadError(
+                    f"{file} is not what the hub says it is",
+                    expected=f"{kind} {value}",
+                    found=f"{kind} {found[kind]}",
+                    next=f"remove {shlex.quote(str((folder / file).resolve()))} and build again",
+                )
+
+
+def _git_blob(path: Path) -> str:
+    content = path.read_bytes()
+    # Git's name for a file, not a safeguard: SHA-1 is what the hub has for files outside LFS.
+    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()

@@ -1,0 +1,96 @@
+"""A graph without weights: a small `.onnx` and beside it the bindings of its initializers.
+
+In and out: onnx-ir models whose bound initializers are external tensors that point nowhere, and `Binding`s that say
+which checkpoint tensor fills each and how. Guaranteed: saving and loading reads and writes no weight byte; a bound
+initializer cannot be mistaken for a filled one (its location is not a file); the text of both files is the same for
+the same inputs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import onnx_ir as ir
+
+from builder.errors import WeightError
+
+UNBOUND = "<unbound>"
+
+
+@dataclass(frozen=True)
+class Binding:
+    """initializer ← checkpoint tensor, reshaped to `shape` ([] keeps it), transposed, cast to `dtype`.
+
+    `shape` is that of the tensor before the transposition; `dtype` is numpy's name ("float32").
+    """
+
+    initializer: str
+    tensor: str
+    dtype: str
+    shape: tuple[int, ...]
+    transpose: bool = False
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """The initializer's shape in the graph."""
+        return self.shape[::-1] if self.transpose else self.shape
+
+    def transposed(self) -> Binding:
+        """The same tensor, its two axes swapped."""
+        return replace(self, transpose=not self.transpose)
+
+
+@dataclass(frozen=True)
+class BoundGraph:
+    """A model and the bindings of its initializers, by initializer name."""
+
+    model: ir.Model
+    bindings: Mapping[str, Binding]
+
+
+def unbound(binding: Binding) -> ir.ExternalTensor:
+    """A stand-in for the initializer's value: type and shape, no bytes."""
+    return ir.ExternalTensor(
+        UNBOUND,
+        None,
+        None,
+        ir.DataType[{"float32": "FLOAT", "float16": "FLOAT16", "bfloat16": "BFLOAT16"}[binding.dtype]],
+        shape=ir.Shape(binding.stored_shape),
+        name=binding.initializer,
+    )
+
+
+def bind(model: ir.Model, bindings: Iterable[Binding]) -> BoundGraph:
+    """Puts a stand-in in the place of each bound initializer and checks that the graph agrees with its shape."""
+    table = {binding.initializer: binding for binding in bindings}
+    for name, binding in sorted(table.items()):
+        value = model.graph.initializers.get(name)
+        if value is None:
+            raise WeightError(f"the graph has no initializer {name}", found=f"a binding to {binding.tensor}")
+        value.const_value = unbound(binding)
+        value.shape, value.type = ir.Shape(binding.stored_shape), ir.TensorType(value.const_value.dtype)
+    return BoundGraph(model, table)
+
+
+def save(graph: BoundGraph, path: Path) -> None:
+    """Writes `path` and `path`.bindings.json."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    proto = ir.to_proto(graph.model)
+    path.write_bytes(proto.SerializeToString(deterministic=True))
+    rows = [asdict(graph.bindings[name]) for name in sorted(graph.bindings)]
+    bindings_file(path).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+
+
+def load(path: Path) -> BoundGraph:
+    """The pair that `save` wrote."""
+    rows = json.loads(bindings_file(path).read_text(encoding="utf-8"))
+    bindings = [Binding(**{**row, "shape": tuple(row["shape"])}) for row in rows]
+    return bind(ir.load(path), bindings)
+
+
+def bindings_file(path: Path) -> Path:
+    """Where the bindings of the graph at `path` lie."""
+    return path.with_name(path.name + ".bindings.json")

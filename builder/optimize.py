@@ -1,0 +1,74 @@
+"""Stage 4: run each target's graph passes.
+
+In: traced graphs with bindings. Out: the same names, ready for weights. Guaranteed: every pass that a target lists has
+matched, and no operator outside the target's domains is left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import onnx_ir as ir
+
+from builder import graph
+from builder.contract import components
+from builder.errors import PassError
+from builder.graph import BoundGraph
+from builder.passes import PASSES
+from builder.targets import TARGETS
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from builder.recipe import Target
+    from builder.stage import Build
+
+
+def run(build: Build, out: Path) -> Mapping[str, object]:
+    """Returns how often each pass matched, a graph."""
+    facts: dict[str, object] = {}
+    for target in build.recipe.targets:
+        for component in components(build.checkpoint, target.runtime):
+            path = f"{target.runtime}/{component.file}"
+            traced = graph.load(build.folder("export") / path)
+            optimized, matches = optimize(traced, target, component.name)
+            graph.save(optimized, out / path)
+            facts[path] = matches
+    return facts
+
+
+def optimize(traced: BoundGraph, target: Target, name: str) -> tuple[BoundGraph, dict[str, int]]:
+    """Runs the passes of one graph.
+
+    Raises:
+        PassError: a pass matched nowhere, or an operator is left that the target may not contain.
+    """
+    runtime = TARGETS[target.runtime]
+    matches: dict[str, int] = {}
+    for step in runtime.passes(name, target.attention == "fused"):
+        outcome = PASSES[step](traced)
+        if not outcome.matches:
+            raise PassError(
+                f"pass {step} matched nowhere in {target.runtime}/{name}.onnx",
+                expected="at least one match",
+                found="; ".join(list(dict.fromkeys(outcome.misses))[:3]) or "no candidate",
+                next="run `python -m builder patches`: an upstream change alters what is traced",
+            )
+        traced, matches[step] = outcome.graph, outcome.matches
+    foreign = sorted({operator(node) for node in traced.model.graph.all_nodes() if node.domain not in runtime.domains})
+    if foreign:
+        raise PassError(
+            f"{target.runtime}/{name}.onnx contains operators that the target may not",
+            expected=f"domains {sorted(runtime.domains)}",
+            found=", ".join(foreign),
+        )
+    used = {node.domain for node in traced.model.graph.all_nodes()} | {""}
+    for domain in set(traced.model.graph.opset_imports) - used:
+        del traced.model.graph.opset_imports[domain]
+    return traced, matches
+
+
+def operator(node: ir.Node) -> str:
+    """`domain::Type`, or the type alone for standard operators."""
+    return f"{node.domain}::{node.op_type}" if node.domain else node.op_type

@@ -1,0 +1,188 @@
+"""In: a checkpoint's chat template. Out: the same for one user turn, as three strings to put together.
+
+
+Guaranteed: prefix + image * n + text + suffix is what transformers' `apply_chat_template` renders for n pictures and a
+text with a generation prompt behind them; proven on `PROBES`, else the template is refused. No torch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+from jinja2 import TemplateError
+from jinja2.ext import Extension, loopcontrols
+from jinja2.nodes import Node
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from builder.checkpoint import Checkpoint
+from builder.checkpoint_files import TOKENIZER, TOKENIZER_CONFIG
+from builder.errors import CheckpointError, PromptError
+from builder.json_file import read_json
+
+# Texts that a template might trim, escape, evaluate, or take for something else.
+PROBES = (
+    "Read the number.",
+    "  spaces around  ",
+    "\n\nlines\n\n\nand a last one\n",
+    "Größe, 数字, नमस्ते, e\u0301, \U0001f642\u200d\u2194\ufe0f",
+    "{{ messages }} {% if x %} {# note #} {0} ${x}",
+    "<b>&amp;</b> \"double\" 'single' \\n",
+    "<think>so</think> <tool_response>so</tool_response>",
+    "user\nassistant\nsystem\nPicture 1: image",
+    "",
+)
+MOST_IMAGES = 3
+SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+def split_template(checkpoint: Checkpoint) -> dict[str, str]:
+    """`{"prefix", "image", "suffix"}` of the checkpoint's chat template.
+
+    Raises:
+        CheckpointError: no template, or the tokenizer does not have the image token.
+        PromptError: see `split`.
+    """
+    image_token = token_text(checkpoint, checkpoint.image_token_id)
+    return split(checkpoint.chat_template, image_token, special_tokens(checkpoint))
+
+
+def token_text(checkpoint: Checkpoint, token_id: int) -> str:
+    """How the tokenizer writes one of its added tokens.
+
+    Raises:
+        CheckpointError: tokenizer.json has no such token.
+    """
+    for token in read_json(checkpoint.folder / TOKENIZER).get("added_tokens", ()):
+        if token["id"] == token_id:
+            return str(token["content"])
+    raise CheckpointError(
+        f"{TOKENIZER} has no added token {token_id}, which {checkpoint.folder / 'config.json'} names",
+        next=f"copy {TOKENIZER} from the checkpoint that this one was made from",
+    )
+
+
+def special_tokens(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The special tokens that a template may use as variables."""
+    config = read_json(checkpoint.folder / TOKENIZER_CONFIG)
+    tokens = {name: _content(config[name]) for name in SPECIAL if config.get(name) is not None}
+    further = config.get("additional_special_tokens")
+    return tokens | ({"additional_special_tokens": list(map(_content, further))} if further else {})
+
+
+def _content(token: Any) -> str:
+    return str(token["content"] if isinstance(token, Mapping) else token)
+
+
+def split(template: str, image_token: str, variables: Mapping[str, Any]) -> dict[str, str]:
+    """`{"prefix", "image", "suffix"}` of a template.
+
+    Args:
+        template: Jinja source.
+        image_token: the token that `image` must hold exactly once.
+        variables: what the template may use besides messages, tools, documents and add_generation_prompt.
+
+    Raises:
+        PromptError: the template does not render, or not as prefix + image * n + text + suffix.
+    """
+    compiled = compile_template(template)
+    first = PROBES[0]
+    plain, pictured = (render(compiled, first, images, variables) for images in (0, 1))
+    prefix, found, suffix = plain.partition(first)
+    if not found or first in suffix:
+        raise _not_split("does not write the text exactly once", f"…{first}…", plain)
+    image = pictured.removeprefix(prefix).removesuffix(first + suffix)
+    if image.count(image_token) != 1 or image_token in prefix + suffix:
+        raise _not_split(f"does not write {image_token} exactly once a picture", image_token, pictured)
+    for text in PROBES:
+        for images in range(MOST_IMAGES + 1):
+            expected = prefix + image * images + text + suffix
+            rendered = render(compiled, text, images, variables)
+            if rendered != expected:
+                raise _not_split(
+                    f"treats {images} pictures and the text {text!r} in a way of its own", expected, rendered
+                )
+    return {"prefix": prefix, "image": image, "suffix": suffix}
+
+
+def _not_split(why: str, expected: str, found: str) -> PromptError:
+    return PromptError(
+        f"the chat template {why}; a bundle can only hold one of the form prefix + pictures + text + suffix",
+        expected=repr(expected),
+        found=repr(found),
+        next="give the checkpoint a chat_template.jinja that writes pictures and text as they come",
+    )
+
+
+def compile_template(template: str) -> Any:
+    """The template in the sandbox that transformers renders chat templates in.
+
+    Raises:
+        PromptError: it is no Jinja template.
+    """
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = _strftime_now
+    try:
+        return environment.from_string(template)
+    except TemplateError as error:
+        raise PromptError("the chat template is no Jinja template", found=error) from error
+
+
+def render(compiled: Any, text: str, images: int, variables: Mapping[str, Any]) -> str:
+    """One user turn: `images` pictures, then the text, then the generation prompt.
+
+    Raises:
+        PromptError: the template fails.
+    """
+    content = [*({"type": "image"} for _ in range(images)), {"type": "text", "text": text}]
+    turn = {
+        "messages": [{"role": "user", "content": content}],
+        "tools": None,
+        "documents": None,
+        "add_generation_prompt": True,
+    }
+    try:
+        return str(compiled.render(**variables, **turn))
+    except Exception as error:  # a template can fail as any program can
+        raise PromptError(
+            f"the chat template cannot be rendered for {images} pictures and a text",
+            found=f"{type(error).__name__}: {error}",
+        ) from error
+
+
+class _Generation(Extension):
+    """`{% generation %}` marks what the assistant says, for training; here it says nothing."""
+
+    tags = frozenset({"generation"})
+
+    def parse(self, parser: Parser) -> list[Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Jinja's own would escape HTML."""
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise TemplateError(message)
+
+
+def _strftime_now(form: str) -> NoReturn:
+    # A bundle would keep the day on which it was built, and differ from the one that is built the next day.
+    raise TemplateError(f"it writes today's date ({form}), which a bundle cannot")

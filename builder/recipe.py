@@ -1,0 +1,181 @@
+"""A recipe says what to build; nothing else decides.
+
+In: a TOML file, or the name of a shipped one. Out: a frozen `Recipe` in which every default is filled in.
+Guaranteed: an unknown key, a wrong type, or a combination that no target can run is a `RecipeError` that
+names the file and the key; nothing in a recipe is ignored.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass as checked
+
+from builder.errors import RecipeError
+
+Runtime = Literal["genai", "onnxruntime"]
+Attention = Literal["eager", "fused"]
+Precision = Literal["fp32"]
+
+SHIPPED = Path(__file__).parent / "recipes"
+DEFAULT = "fp32"
+OWN_ATTENTION: Mapping[Runtime, Attention] = {"genai": "fused", "onnxruntime": "eager"}
+# At the checkpoint's own context (262,144) onnxruntime-genai would allocate a key-value buffer of that size.
+MAX_LENGTH = 4096
+
+
+@dataclass(frozen=True)
+class Target:
+    """One consuming runtime and the attention that its graphs use."""
+
+    runtime: Runtime
+    attention: Attention
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What to build.
+
+    Args:
+        name: the recipe file's stem; part of the default output folder's name.
+        precision: of the weights in the artifacts.
+        targets: in the order they were written; the first one's bundle is what `build` prints last.
+        max_length: tokens of prompt and answer together that a bundle's generation settings allow.
+    """
+
+    name: str
+    precision: Precision
+    targets: tuple[Target, ...]
+    max_length: int
+
+
+_STRICT = ConfigDict(extra="forbid")
+
+
+@checked(frozen=True, config=_STRICT)
+class _AttentionTable:
+    genai: Attention | None = None
+    onnxruntime: Attention | None = None
+
+
+@checked(frozen=True, config=_STRICT)
+class _Document:
+    precision: Precision
+    targets: Annotated[tuple[Runtime, ...], Field(min_length=1)]
+    attention: _AttentionTable = field(default_factory=_AttentionTable)
+    max_length: Annotated[int, Field(strict=True, ge=1)] = MAX_LENGTH
+
+
+_SECTIONS: Mapping[str, type] = {"": _Document, "attention": _AttentionTable}
+_UNKNOWN = "unexpected_keyword_argument"
+_A_TABLE = 'one of "eager", "fused" for every target, or a table such as { genai = "eager" }'
+
+
+def shipped() -> list[str]:
+    """Names of the recipes that come with the package, sorted."""
+    return sorted(path.stem for path in SHIPPED.glob("*.toml"))
+
+
+def load_recipe(name_or_path: str | Path = DEFAULT) -> Recipe:
+    """Read a shipped recipe by name, or any `.toml` file by path.
+
+    Raises:
+        RecipeError: no such recipe, no TOML, an unknown key (with the nearest spelling), a wrong type or
+            value, or a target and attention that do not go together.
+    """
+    path = _located(str(name_or_path))
+    document = _parsed(path)
+    attention = document.get("attention")
+    if isinstance(attention, str):
+        document = {**document, "attention": dict.fromkeys(get_args(Runtime), attention)}
+    try:
+        checked_document = TypeAdapter(_Document).validate_python(document)
+    except ValidationError as error:
+        raise _explained(path, error) from None
+    targets = _targets(path, checked_document, one_for_all=isinstance(attention, str))
+    return Recipe(path.stem, checked_document.precision, targets, checked_document.max_length)
+
+
+def nearest(word: str, among: Iterable[str]) -> str | None:
+    """The spelling among `among` that `word` was probably meant to be, or None."""
+    return next(iter(difflib.get_close_matches(word, list(among), n=1, cutoff=0.5)), None)
+
+
+def _located(name: str) -> Path:
+    if name.endswith(".toml"):
+        return Path(name)
+    if name in shipped():
+        return SHIPPED / f"{name}.toml"
+    near = nearest(name, shipped())
+    raise RecipeError(
+        f"no recipe is called {name!r}",
+        expected=f"one of: {', '.join(shipped())}; or the path of a .toml file",
+        found=name,
+        next=f"--recipe {near or DEFAULT}",
+    )
+
+
+def _parsed(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        reason, expected = error.strerror or str(error), "a readable TOML file"
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        reason, expected = str(error), "TOML 1.0 in UTF-8"
+    raise RecipeError(f"recipe {path} cannot be read", expected=expected, found=reason)
+
+
+def _explained(path: Path, error: ValidationError) -> RecipeError:
+    """The first problem in the recipe's own words; an unknown key goes before everything else."""
+    problems = sorted(error.errors(include_url=False), key=lambda one: one["type"] != _UNKNOWN)
+    problem = problems[0]
+    place = [str(part) for part in problem["loc"]]
+    key = ".".join(place)
+    if problem["type"] == _UNKNOWN:
+        known = [one.name for one in fields(_SECTIONS[".".join(place[:-1])])]
+        near = nearest(place[-1], known)
+        return RecipeError(
+            f"recipe {path}: unknown key `{key}`",
+            expected=f"one of: {', '.join(sorted(known))}",
+            found=place[-1],
+            next=f"did you mean `{near}`?" if near else f"remove `{key}`",
+        )
+    if problem["type"] == "missing":
+        return RecipeError(f"recipe {path}: the key `{key}` is missing", next=f"add `{key} = …`")
+    expected = _A_TABLE if problem["type"] == "dataclass_type" else problem["msg"]
+    return RecipeError(
+        f"recipe {path}: `{key}` is not right", expected=expected, found=repr(problem["input"])
+    )
+
+
+def _targets(path: Path, document: _Document, *, one_for_all: bool) -> tuple[Target, ...]:
+    runtimes = document.targets
+    if len(set(runtimes)) != len(runtimes):
+        raise RecipeError(f"recipe {path}: `targets` names a runtime twice", found=", ".join(runtimes))
+    asked: dict[Runtime, Attention | None] = {
+        "genai": document.attention.genai,
+        "onnxruntime": document.attention.onnxruntime,
+    }
+    unused = [runtime for runtime in asked if asked[runtime] and runtime not in runtimes]
+    if unused and not one_for_all:
+        raise RecipeError(
+            f"recipe {path}: `attention.{unused[0]}` is for a runtime that `targets` does not name",
+            expected=f"only: {', '.join(runtimes)}",
+            found=unused[0],
+            next=f'add "{unused[0]}" to `targets`, or remove `attention.{unused[0]}`',
+        )
+    targets = tuple(Target(runtime, asked[runtime] or OWN_ATTENTION[runtime]) for runtime in runtimes)
+    if Target("onnxruntime", "fused") in targets:
+        raise RecipeError(
+            f"recipe {path}: fused attention is no choice for the target `onnxruntime`",
+            expected="eager: that target has standard ONNX operators only, fused attention is none",
+            found="fused",
+            next='write a table instead: attention = { genai = "fused" }',
+        )
+    return targets

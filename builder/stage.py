@@ -1,0 +1,106 @@
+"""What a stage is, which stages there are, and what they may read.
+
+In: a checkpoint's source, a recipe, an output folder. Out: a `Build`, which is what every `run(build, out)`
+gets. Guaranteed: nothing here does any work; `builder.loop` decides what runs.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from builder.recipe import Recipe
+
+if TYPE_CHECKING:
+    from builder.checkpoint import Checkpoint
+    from builder.fetch import Source
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of the pipeline: a function from frozen inputs to a folder.
+
+    Args:
+        name: also the module (`builder.<name>`, unless `module` says otherwise) whose `run(build, out)` does
+            the work, writing under `out` only, and returns facts (JSON) for the record. A fact called
+            `report` is text that `build` prints.
+        inputs: earlier stages, `"source"` (the checkpoint's files) or `"config"` (its architecture).
+        fields: of the recipe that it reads.
+        packages: distributions whose version can change its result.
+        files: patterns of files that it reads rather than imports, see `builder.key.code_digests`.
+    """
+
+    name: str
+    inputs: tuple[str, ...]
+    fields: tuple[str, ...]
+    packages: tuple[str, ...]
+    files: tuple[str, ...] = ()
+    module: str = ""
+
+    @property
+    def module_name(self) -> str:
+        """Dotted name of the module that does the work."""
+        return self.module or f"builder.{self.name}"
+
+    def run(self, build: Build, out: Path) -> Mapping[str, object]:
+        """Do the work; imports the module, and what it needs, only now."""
+        facts: Mapping[str, object] = importlib.import_module(self.module_name).run(build, out)
+        return facts
+
+
+_ONNX = ("onnx", "onnx-ir")
+_RUNNING = ("torch", "transformers", "onnxruntime", "onnxruntime-genai", "tokenizers", "pillow", "numpy")
+_UPSTREAM = "transformers/models/qwen3_vl/*.py"
+_DIGESTS = "patches/*.toml"
+
+# fmt: off
+STAGES: tuple[Stage, ...] = (
+    Stage("fetch", ("source",), (), ()),
+    Stage("patch", (), ("targets",), ("transformers", "torch"), (_DIGESTS, _UPSTREAM)),
+    Stage("export", ("config", "patch"), ("targets",),
+          ("torch", "transformers", *_ONNX, "onnxscript"), (_DIGESTS,)),
+    Stage("optimize", ("export",), ("targets",), _ONNX),
+    Stage("quantize", ("optimize", "fetch"), ("targets", "precision"), (*_ONNX, "numpy", "ml-dtypes")),
+    Stage("configure", ("quantize", "fetch"), ("targets", "max_length"),
+          ("jinja2", "tokenizers"), ("builder/pipeline.py",)),
+    Stage("verify", ("configure", "fetch"), ("targets", "precision"),
+          _RUNNING, ("builder/pictures/*", "builder/miniature/heldout/*")),
+    Stage("bundle", ("configure", "verify", "fetch", "patch"),
+          ("name", "targets", "precision", "max_length"), ()),
+)
+# fmt: on
+
+
+@dataclass(frozen=True)
+class Build:
+    """All that a stage may read.
+
+    Args:
+        source: where the checkpoint comes from, its revision settled.
+        recipe: what to build.
+        output: folder that takes one folder a stage.
+        rehash: compare a local checkpoint by all its bytes, not by size and time.
+        stages: the pipeline, in order.
+    """
+
+    source: Source
+    recipe: Recipe
+    output: Path
+    rehash: bool = False
+    stages: tuple[Stage, ...] = STAGES
+
+    def folder(self, stage: str) -> Path:
+        """Where a stage's artifacts lie when it is whole, e.g. `…/3-export`."""
+        number = next(n for n, one in enumerate(self.stages, start=1) if one.name == stage)
+        return self.output / f"{number}-{stage}"
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        """The fetched checkpoint; there from the end of the stage `fetch` on."""
+        from builder.fetch import fetched
+
+        return fetched(self.folder("fetch"))

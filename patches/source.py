@@ -1,0 +1,148 @@
+"""The source text of an upstream function: found by name, digested, compared line by line.
+
+In: names of the form `module:Class.method` or `module:function`. Out: texts, digests and readable diffs.
+Guaranteed: nothing of upstream is kept but digests (of whole texts, and 6 hex digits a line), so a later
+release can be compared with the one that was verified without a copy of either in this repository.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib
+import inspect
+import textwrap
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import reduce
+from types import ModuleType
+from typing import Any
+
+from builder.errors import MissingPackageError, PatchError
+
+ABSENT = "absent"
+UPSTREAM = "__upstream__"  # `patches.registry.applied` sets it on what it installs: what that stands for
+DIGITS = 12
+LINE_DIGITS = 6
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a function is looked up: `getattr(owner, attribute)`."""
+
+    owner: Any
+    attribute: str
+
+    @property
+    def upstream(self) -> Callable[..., Any]:
+        """The function itself, also while a patch stands in its place."""
+        value = getattr(self.owner, self.attribute)
+        while hasattr(value, UPSTREAM):
+            value = getattr(value, UPSTREAM)
+        return value  # type: ignore[no-any-return]
+
+    @property
+    def own(self) -> Any:
+        """The attribute as the owner itself holds it (a staticmethod, say); None where it is inherited."""
+        return vars(self.owner).get(self.attribute)
+
+
+def locate(name: str) -> Place | None:
+    """Where `module:qualname` is looked up; None where this release has no such module, class or function.
+
+    Raises:
+        MissingPackageError: not even the top-level package is there.
+    """
+    module_name, _, qualname = name.partition(":")
+    module = _module(module_name)
+    *outer, attribute = qualname.split(".")
+    try:
+        owner = reduce(getattr, outer, module)
+        getattr(owner, attribute)
+    except AttributeError:
+        return None
+    return Place(owner, attribute)
+
+
+def text(name: str) -> str:
+    """The source of `module:qualname` as `function_text` gives it; "absent" where there is none."""
+    place = locate(name)
+    if place is None:
+        return ABSENT
+    try:
+        return function_text(place.upstream)
+    except (OSError, TypeError) as error:
+        raise PatchError(
+            f"no source text of {name} can be read, so no patch of it can be verified",
+            expected="a package installed with its .py files",
+            found=str(error),
+        ) from error
+
+
+def function_text(function: Callable[..., Any]) -> str:
+    """The source below all its decorators (which are part of it), dedented, lines ended by "\\n"."""
+    return "\n".join(textwrap.dedent(inspect.getsource(function)).splitlines()) + "\n"
+
+
+def digest(names: Iterable[str]) -> str:
+    """12 hex digits of the SHA-256 over each name and its source text, in order."""
+    whole = hashlib.sha256()
+    for name in names:
+        whole.update(f"{name}\0{text(name)}\0".encode())
+    return whole.hexdigest()[:DIGITS]
+
+
+def line_digests(source: str) -> str:
+    """6 hex digits of each line's SHA-256, without separators."""
+    return "".join(hashlib.sha256(line.encode()).hexdigest()[:LINE_DIGITS] for line in source.splitlines())
+
+
+def drift(names: Iterable[str], verified: Mapping[str, str], before: str, after: str) -> str:
+    """How the installed sources differ from the verified ones, of which only the line digests are known.
+
+    Args:
+        names: the functions to compare.
+        verified: function → line digests of the verified release; absent where it was not covered then.
+        before, after: what the header calls the two sides.
+
+    Returns:
+        A unified diff a function that differs. Lines that are new or unchanged are there in full; of a line
+        that is gone only its digest is.
+    """
+    parts = []
+    for name in names:
+        old, new = verified.get(name, line_digests(ABSENT)), text(name)
+        if old != line_digests(new):
+            parts.append("\n".join([f"--- {name} ({before})", f"+++ {name} ({after})", *_hunks(old, new)]))
+    return "\n".join(parts) or "(no line differs: what the digest covers has changed since)"
+
+
+def _module(name: str) -> ModuleType | None:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name == name.partition(".")[0]:
+            raise MissingPackageError(
+                f"{error.name} is not installed", next='pip install "qwen3vl-onnx[build]"'
+            ) from error
+        if error.name is not None and f"{name}.".startswith(f"{error.name}."):
+            return None
+        raise
+
+
+def _hunks(old: str, new: str) -> list[str]:
+    removed = [old[i : i + LINE_DIGITS] for i in range(0, len(old), LINE_DIGITS)]
+    lines = new.splitlines()
+    known = line_digests(new)
+    kept = [known[i : i + LINE_DIGITS] for i in range(0, len(known), LINE_DIGITS)]
+    out = []
+    for group in difflib.SequenceMatcher(None, removed, kept, autojunk=False).get_grouped_opcodes():
+        (_, i1, _, j1, _), (_, _, i2, _, j2) = group[0], group[-1]
+        out.append(f"@@ -{i1 + 1},{i2 - i1} +{j1 + 1},{j2 - j1} @@")
+        for kind, i1, i2, j1, j2 in group:
+            if kind == "equal":
+                out += [f" {line}" for line in lines[j1:j2]]
+                continue
+            out += [f"-«line {i + 1} removed ({removed[i]})»" for i in range(i1, i2)]
+            out += [f"+{line}" for line in lines[j1:j2]]
+    return out

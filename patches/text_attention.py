@@ -1,0 +1,88 @@
+"""What the eager and the fused text attention share: projections, norms, rotation, and their equivalence check.
+
+Both replace `Qwen3VLTextAttention.forward` and read the layer's cache from the keyword `kv`, a list with one
+(key, value) pair a layer, each [batch, kv_heads, past, head_dim]; they put the grown pair in its place.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from patches.registry import Patch, applied
+from patches.tiny import assert_close, tiny_model
+
+MODELING = "transformers.models.qwen3_vl.modeling_qwen3_vl"
+TARGET = f"{MODELING}:Qwen3VLTextAttention.forward"
+# The decoder's loop over layers is composed in builder/modules.py: what it mirrors is watched here.
+COVERS = (
+    f"{MODELING}:apply_rotary_pos_emb",
+    f"{MODELING}:eager_attention_forward",
+    f"{MODELING}:Qwen3VLTextDecoderLayer.forward",
+    f"{MODELING}:Qwen3VLTextModel.forward",
+    f"{MODELING}:Qwen3VLTextModel._deepstack_process",
+)
+
+
+def rotated(self: Any, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """query [batch, seq, heads, head_dim] and key, value [batch, seq, kv_heads, head_dim], q and k normalised and rotated."""
+    split = (*hidden.shape[:-1], -1, self.head_dim)
+    query = self.q_norm(self.q_proj(hidden).view(split))
+    key = self.k_norm(self.k_proj(hidden).view(split))
+    value = self.v_proj(hidden).view(split)
+    cos, sin = (x.unsqueeze(2) for x in position_embeddings)  # (batch, seq, 1, head_dim)
+    return rotate(query, cos, sin), rotate(key, cos, sin), value
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x * cos + rotate_half(x) * sin over the last axis (RoFormer, half-split layout)."""
+    half = x.shape[-1] // 2
+    return x * cos + torch.cat((-x[..., half:], x[..., :half]), dim=-1) * sin
+
+
+def causal_bias(attention_mask: Tensor, seq: int, dtype: torch.dtype) -> Tensor:
+    """[batch, 1, seq, total]: 0 where query i may see key j (j <= past + i and mask[j] = 1), the dtype's minimum elsewhere."""
+    total = attention_mask.shape[1]
+    keys = torch.arange(total, device=attention_mask.device)
+    queries = torch.arange(seq, device=attention_mask.device) + (total - seq)
+    allowed = (keys[None] <= queries[:, None])[None] & attention_mask[:, None].to(torch.bool)
+    return torch.where(allowed, 0.0, torch.finfo(dtype).min).to(dtype)[:, None]
+
+
+def fused_mask(attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """`seqlens_k` [batch] int32 = number of valid keys - 1, and the total length as an int32 scalar."""
+    lengths = attention_mask.sum(1, dtype=torch.int32)
+    return lengths - 1, torch.ones_like(attention_mask[0], dtype=torch.int32).sum(dtype=torch.int32)
+
+
+def check_text_attention(patch: Patch, fused: bool) -> None:
+    """Prefill, decode and a chunk on a past against upstream's eager attention, every layer's weights."""
+    model = tiny_model().model.language_model
+    for batch, past, seq in ((1, 0, 9), (2, 0, 5), (1, 9, 1), (2, 6, 4)):
+        generator = torch.Generator().manual_seed(past + seq)
+        hidden = torch.randn(batch, past + seq, 48, generator=generator)
+        positions = torch.arange(past + seq).expand(3, batch, -1) * torch.tensor([1, 2, 3])[:, None, None]
+        cos, sin = model.rotary_emb(hidden, positions)
+        mask = torch.ones(batch, past + seq, dtype=torch.int64)
+        for layer in model.layers:
+            want, _ = layer.self_attn(
+                hidden, position_embeddings=(cos, sin), attention_mask=causal_bias(mask, past + seq, hidden.dtype)
+            )
+            kv = [(hidden.new_zeros(batch, 2, 0, 16),) * 2] * len(model.layers)
+            parts = []
+            with applied([patch]):
+                for begin, end in ((0, past), (past, past + seq)) if past else ((0, seq),):
+                    seen, step = mask[:, :end], slice(begin, end)
+                    parts.append(
+                        layer.self_attn(
+                            hidden[:, step],
+                            position_embeddings=(cos[:, step], sin[:, step]),
+                            attention_mask=fused_mask(seen)
+                            if fused
+                            else causal_bias(seen, end - begin, hidden.dtype),
+                            kv=kv,
+                        )[0]
+                    )
+            assert_close(f"{patch.name} past {past} seq {seq}", torch.cat(parts, 1), want)

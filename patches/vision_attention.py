@@ -1,0 +1,65 @@
+"""Vision attention over segments (one frame of one image each), for any number of images of any sizes.
+
+`cu_seqlens` carries the [2, patches] ranges that patches/vision_forward.py computes, instead of offsets.
+The recipe's `attention` decides how builder/passes/lower_segment_attention.py lowers the operator:
+in blocks of query rows with standard operators, or as one MultiHeadAttention a segment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from patches.operators import segment_attention
+from patches.registry import Patch, applied
+from patches.text_attention import MODELING, rotate
+from patches.tiny import assert_close, tiny_model
+
+
+def _make(original: Callable[..., Any]) -> Callable[..., Any]:
+    def forward(
+        self: Any, hidden_states: Tensor, cu_seqlens: Tensor, position_embeddings: tuple[Tensor, Tensor], **_: Any
+    ) -> Tensor:
+        patches = hidden_states.shape[0]
+        qkv = self.qkv(hidden_states).view(patches, 3, self.num_heads, -1)  # (patches, 3, heads, head_dim)
+        cos, sin = (x.unsqueeze(1) for x in position_embeddings)
+        query, key = rotate(qkv[:, 0], cos, sin), rotate(qkv[:, 1], cos, sin)
+        out = segment_attention(
+            *(x.flatten(1) for x in (query, key, qkv[:, 2])), *cu_seqlens, self.num_heads, self.scaling
+        )
+        return self.proj(out)
+
+    return forward
+
+
+def check() -> None:
+    """Upstream's eager attention, which loops over segments in Python, against this one."""
+    attention = tiny_model().model.visual.blocks[0].attn
+    for lengths in ((16,), (4, 12), (8, 8, 4)):
+        ends = torch.tensor(lengths).cumsum(0)
+        total = int(ends[-1])
+        generator = torch.Generator().manual_seed(total)
+        hidden = torch.randn(total, 32, generator=generator)
+        angles = torch.randn(total, 8, generator=generator).repeat(1, 2)
+        offsets = torch.cat((torch.zeros(1, dtype=torch.int32), ends.to(torch.int32)))
+        segment = (torch.arange(total)[:, None] >= ends[None]).sum(1)
+        ranges = torch.stack((offsets[:-1].long()[segment], ends[segment]))
+        rotary = (angles.cos(), angles.sin())
+        want = attention(hidden, cu_seqlens=offsets, position_embeddings=rotary)
+        with applied([PATCH]):
+            got = attention(hidden, cu_seqlens=ranges, position_embeddings=rotary)
+        assert_close(f"vision attention over {lengths}", got, want)
+
+
+PATCH = Patch(
+    name="vision_attention",
+    target=f"{MODELING}:Qwen3VLVisionAttention.forward",
+    why="upstream splits by lengths.tolist(), a Python loop whose length depends on the pictures",
+    remove_when="upstream's segment attention exports with any number of segments",
+    covers=(f"{MODELING}:apply_rotary_pos_emb_vision", f"{MODELING}:eager_attention_forward"),
+    make=_make,
+    check=check,
+)

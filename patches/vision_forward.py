@@ -1,0 +1,136 @@
+"""`Qwen3VLVisionModel.forward` with the geometry of the grids in tensor arithmetic.
+
+In: pixel_values [patches, channels·temporal·patch²] and grid_thw [images, 3] int64.
+Out: `VisionFeatures`: the main merger's tokens [tokens, out_hidden] and one such tensor a DeepStack level.
+Guaranteed: no loop over images, nothing that depends on the values of `grid_thw` but tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from patches import vision_attention
+from patches.registry import Patch, applied
+from patches.text_attention import MODELING
+from patches.tiny import assert_close, tiny_model
+
+
+class VisionFeatures(NamedTuple):
+    """pooler_output [tokens, out_hidden]; deepstack_features: D of the same shape."""
+
+    pooler_output: Tensor
+    deepstack_features: list[Tensor]
+
+
+class Geometry(NamedTuple):
+    """Of each patch: row, column and its picture's height and width in patches [patches] int64; segments [2, patches]."""
+
+    row: Tensor
+    column: Tensor
+    height: Tensor
+    width: Tensor
+    segments: Tensor
+
+
+def geometry(grid_thw: Tensor, patches: int, merge: int) -> Geometry:
+    """Where each patch lies. Patches come block by block of merge x merge, blocks in raster order, frame by frame."""
+    ends = grid_thw.prod(1).cumsum(0)  # (images,)
+    index = torch.arange(patches, device=grid_thw.device)
+    # min: the exporter's shape propagation may see a patch behind the last image, a gather must stay in range
+    image = (index[:, None] >= ends[None]).sum(1).clamp(max=grid_thw.shape[0] - 1)
+    _, height, width = grid_thw.index_select(0, image).unbind(1)
+    frame = height * width
+    begin = (ends - grid_thw.prod(1)).index_select(0, image)
+    within = (index - begin) % frame
+    segment_begin = index - within
+    blocks = width // merge
+    block, inside = within // (merge * merge), within % (merge * merge)
+    row = block // blocks * merge + inside // merge
+    column = block % blocks * merge + inside % merge
+    return Geometry(row, column, height, width, torch.stack((segment_begin, segment_begin + frame)))
+
+
+def interpolated(table: Tensor, place: Geometry, side: int) -> Tensor:
+    """The learned side x side position grid, bilinear with aligned corners, at each patch: [patches, hidden]."""
+    taps = []
+    for index, size in ((place.row, place.height), (place.column, place.width)):
+        source = index.float() * (side - 1) / torch.clamp(size - 1, min=1)
+        floor = source.floor()
+        low = floor.long()
+        taps.append(((low, 1 - (source - floor)), ((low + 1).clamp(max=side - 1), source - floor)))
+    total = None
+    for row, row_weight in taps[0]:
+        for column, column_weight in taps[1]:
+            term = F.embedding(row * side + column, table) * (row_weight * column_weight)[:, None]
+            total = term if total is None else total + term
+    assert total is not None
+    return total
+
+
+def _make(original: Callable[..., Any]) -> Callable[..., Any]:
+    def forward(self: Any, hidden_states: Tensor, grid_thw: Tensor, **_: Any) -> VisionFeatures:
+        place = geometry(grid_thw, hidden_states.shape[0], self.spatial_merge_size)
+        projection = self.patch_embed.proj  # kernel = stride, so the convolution is a linear layer
+        hidden = F.linear(hidden_states, projection.weight.flatten(1), projection.bias)
+        hidden = hidden + interpolated(self.pos_embed.weight, place, self.num_grid_per_side)
+        angles = torch.cat([x[:, None].float() * self.rotary_pos_emb.inv_freq for x in (place.row, place.column)], dim=1)
+        angles = torch.cat((angles, angles), dim=1)  # (patches, head_dim)
+        rotary = (angles.cos(), angles.sin())
+        deepstack = []
+        for depth, block in enumerate(self.blocks):
+            hidden = block(hidden, cu_seqlens=place.segments, position_embeddings=rotary)
+            if depth in self.deepstack_visual_indexes:
+                level = list(self.deepstack_visual_indexes).index(depth)
+                deepstack.append(self.deepstack_merger_list[level](hidden))
+        return VisionFeatures(self.merger(hidden), deepstack)
+
+    return forward
+
+
+def check() -> None:
+    """Upstream's vision model against this one: one and several images, several frames, one row of blocks."""
+    visual = tiny_model().model.visual
+    for grids in ([[1, 4, 6]], [[1, 2, 2], [1, 6, 4]], [[3, 4, 4], [1, 8, 2]], [[1, 2, 20], [2, 2, 2], [1, 14, 14]]):
+        grid = torch.tensor(grids)
+        patches = int(grid.prod(1).sum())
+        pixels = torch.randn(patches, 3 * 2 * 4 * 4, generator=torch.Generator().manual_seed(patches))
+        want = visual(pixels, grid)
+        if isinstance(want, tuple):
+            want_pooled, want_deepstack = want[0], want[1]
+        else:
+            want_pooled, want_deepstack = want.pooler_output, want.deepstack_features
+        with applied([PATCH, vision_attention.PATCH]):
+            got = visual(pixels, grid)
+        assert_close(f"main features of {grids}", got.pooler_output, want_pooled, 2e-5)
+        assert len(got.deepstack_features) == len(want_deepstack), "number of DeepStack levels"
+        for level, (a, b) in enumerate(zip(got.deepstack_features, want_deepstack, strict=True)):
+            assert_close(f"DeepStack level {level} of {grids}", a, b, 2e-5)
+
+
+HELPERS = "transformers.vision_utils"
+PATCH = Patch(
+    name="vision_forward",
+    target=f"{MODELING}:Qwen3VLVisionModel.forward",
+    why="upstream derives positions and segments with repeat_interleave, tolist and a loop over images",
+    remove_when="upstream takes the grid's geometry from tensor arithmetic alone",
+    covers=(
+        f"{MODELING}:Qwen3VLVisionPatchEmbed.forward",
+        f"{MODELING}:Qwen3VLVisionRotaryEmbedding.forward",
+        f"{MODELING}:Qwen3VLVisionRotaryEmbedding.recomposition_frequencies",
+        f"{MODELING}:Qwen3VLVisionRotaryEmbedding.compute_axial_rope_parameters",
+        f"{MODELING}:Qwen3VLVisionBlock.forward",
+        f"{MODELING}:Qwen3VLVisionModel.rot_pos_emb",
+        f"{MODELING}:Qwen3VLVisionModel.fast_pos_embed_interpolate",
+        f"{HELPERS}:get_vision_position_ids",
+        f"{HELPERS}:get_vision_interpolation_indices_and_weights",
+        f"{HELPERS}:get_vision_cu_seqlens",
+        f"{HELPERS}:_interpolation_axis_taps_weights",
+    ),
+    make=_make,
+    check=check,
+)
