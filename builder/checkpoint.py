@@ -119,7 +119,7 @@ class Checkpoint:
 
 
 def open_checkpoint(folder: Path, *, name: str | None = None, revision: str | None = None) -> Checkpoint:
-    """The checkpoint in `folder`, checked without reading a weight (but an `lm_head` that is said to be tied).
+    """The checkpoint in `folder`, checked without reading a weight (but an `lm_head` that should be tied).
 
     Args:
         folder: holds `config.json` and the rest.

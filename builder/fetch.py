@@ -43,7 +43,7 @@ def resolve(source: Source) -> Source:
 
 
 def identity(source: Source, *, rehash: bool = False) -> dict[str, str]:
-    """What a stage key is made of: equal for equal checkpoints, as far as can be told without reading the weights.
+    """What a stage key is made of: equal for equal checkpoints, as far as file names and headers tell.
 
     Args:
         source: resolved.
@@ -65,8 +65,8 @@ def run(build: Build, out: Path) -> dict[str, Any]:
     """Fetch `build.source`, hash it, and write `checkpoint.json` into `out`.
 
     Returns:
-        for the record: the folder, the number of files, their bytes, the command that pins this state; of a download,
-        that command as a `report`.
+        for the record: the folder, the number of files, their bytes, the command that pins this state; of a
+        download, that command as a `report`.
 
     Raises:
         DownloadError: the hub failed, or sent other bytes than it names.

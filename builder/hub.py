@@ -90,11 +90,7 @@ def download(source: Source) -> tuple[Path, dict[str, Remote]]:
         files = needed_files(remotes, weight_files(folder, remotes))
         for file in files:
             if file not in remotes:
-                raise CheckpointError(
-                    f"{file} is missing from {source}",
-                    expected=f"a file {file}, as {INDEX} says",
-                    found="no such file",
-                )
+                raise CheckpointError(f"{file} is missing from {source}", expected=f"{file}, as {INDEX} says")
         megabytes = sum(remotes[file].size or 0 for file in files) // MEGABYTE
         with progress(f"{source.repo}, MB", total=megabytes) as advance:
             bar = _bar(advance)
@@ -116,7 +112,7 @@ def _check_config(path: Path) -> None:
 
 
 def _listing(source: Source) -> dict[str, Remote]:
-    """What the repository holds; when the hub cannot be reached, what an earlier download left in the cache."""
+    """What the repository holds; if the hub cannot be reached, what an earlier download left."""
     from huggingface_hub import HfApi, try_to_load_from_cache
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 

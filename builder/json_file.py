@@ -38,14 +38,19 @@ def read_json(path: Path) -> dict[str, Any]:
     return parse_object(content, str(path))
 
 
-def parse_object(content: bytes, name: str) -> dict[str, Any]:
-    """The JSON object that `content` spells; `name` is what an error calls it.
+def parse_object(content: bytes, name: str, *, unique: bool = False) -> dict[str, Any]:
+    """The JSON object that `content` spells.
+
+    Args:
+        content: UTF-8.
+        name: what an error calls it.
+        unique: refuse a key that is given twice (which makes a large object twice as slow to read).
 
     Raises:
-        CheckpointError: not UTF-8, not JSON, a key given twice, or not an object.
+        CheckpointError: not UTF-8, not JSON, not an object, or a key given twice.
     """
     try:
-        value = json.loads(content.decode("utf-8"), object_pairs_hook=_object)
+        value = json.loads(content.decode("utf-8"), object_pairs_hook=_object if unique else None)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{name} is not JSON", found=error) from error
     if not isinstance(value, dict):

@@ -88,8 +88,14 @@ def code_digests(module: str, files: Iterable[str] = ()) -> dict[str, str]:
 
     Returns:
         file, relative to the folder that holds its package → SHA-256 (hex).
+
+    Raises:
+        ModuleNotFoundError: there is no such module.
     """
-    found = _closure(module, OWN | {module.partition(".")[0]})
+    top, _, rest = module.partition(".")
+    if _module_file(top, rest) is None:
+        raise ModuleNotFoundError(f"no module {module!r}", name=module)
+    found = _closure(module, OWN | {top})
     for pattern in files:
         found |= _matching(pattern)
     return {name: hashlib.sha256(found[name].read_bytes()).hexdigest() for name in sorted(found)}

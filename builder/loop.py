@@ -87,7 +87,8 @@ def execute(
         MissingPackageError: a package that a stage needs is not installed (before any stage runs).
         BuildError: whatever a stage raises; the folders of the stages before it stay.
     """
-    about = {"checkpoint": str(build.source), "recipe": build.recipe.name}
+    source = str(build.source)
+    about = {"asked": build.asked or source, "checkpoint": source, "recipe": build.recipe.name}
     done: dict[str, tuple[Step, Record]] = {}
     with claimed(build.output, about):
         for stage in build.stages:
@@ -185,7 +186,7 @@ def _require_packages(steps: list[Step]) -> None:
             raise MissingPackageError(
                 f"the stage {step.stage.name} needs {', '.join(missing)}",
                 found=MISSING,
-                next='pip install "qwen3vl-onnx[build]"',
+                next='pip install "qwen3vl-onnx[build]"; in a checkout: make setup',
             )
 
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from builder import graph
 from builder.contract import components
@@ -56,6 +57,7 @@ def optimize(traced: BoundGraph, target: Target, name: str) -> tuple[BoundGraph,
                 next="run `python -m builder patches`: an upstream change alters what is traced",
             )
         traced, matches[step] = outcome.graph, outcome.matches
+    RemoveUnusedNodesPass()(traced.model)
     foreign = sorted({operator(node) for node in traced.model.graph.all_nodes() if node.domain not in runtime.domains})
     if foreign:
         raise PassError(

@@ -50,14 +50,17 @@ class TextError(ValueError):
 
 @dataclass(frozen=True)
 class ImageSettings:
-    """What vision_processor.json says; `min_pixels` and `max_pixels` bound height * width after resizing."""
+    """What vision_processor.json says; `min_pixels` and `max_pixels` bound height * width after resizing.
+
+    A pixel becomes (pixel / divisor - mean) / std.
+    """
 
     min_pixels: int
     max_pixels: int
     patch_size: int
     temporal_patch_size: int
     merge_size: int
-    rescale_factor: float
+    divisor: float
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
@@ -92,8 +95,9 @@ def read_image_settings(path: Path) -> ImageSettings:
         operations = [transform["operation"] for transform in _read(path)["processor"]["transforms"]]
         found = [(operation["type"], operation.get("attrs", {})) for operation in operations]
         values = {key: value for _, step in found for key, value in step.items()}
+        values["divisor"] = found[4][1]["std"][0]
         settings = _filled(ImageSettings, {key: values[key] for key in ImageSettings.__annotations__}, path)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise SettingsError(f"{path} is no full list of image transforms: {error!r}") from error
     sizes = {"patch_size": settings.patch_size, "merge_size": settings.merge_size}
     resize = {
@@ -105,7 +109,8 @@ def read_image_settings(path: Path) -> ImageSettings:
         ("DecodeImage", {"color_space": "RGB"}),
         ("ConvertRGB", {}),
         ("Resize", resize | {"min_pixels": settings.min_pixels, "max_pixels": settings.max_pixels} | sizes),
-        ("Rescale", {"rescale_factor": settings.rescale_factor}),
+        ("Rescale", {"rescale_factor": 1.0}),
+        ("Normalize", {"mean": [0.0] * 3, "std": [settings.divisor] * 3}),
         ("Normalize", {"mean": [*settings.mean], "std": [*settings.std], "qwen3_vl": 1}),
         ("PatchImage", {"temporal_patch_size": settings.temporal_patch_size} | sizes),
     ]
@@ -115,7 +120,7 @@ def read_image_settings(path: Path) -> ImageSettings:
     if (
         len(settings.mean) != 3
         or len(settings.std) != 3
-        or 0 in settings.std
+        or 0 in (*settings.std, settings.divisor)
         or min(astuple(settings)[:5]) < 1
     ):
         raise SettingsError(f"{path}: mean and std are no three numbers, or a size is below 1: {settings}")
@@ -199,9 +204,9 @@ def preprocess(images: Sequence[Image.Image], settings: ImageSettings) -> tuple[
 
     A grid is (time, height, width) in patches. A square of merge_size * merge_size patches is in one piece.
     """
-    # A byte has 256 values: rescale and normalize are a table. Rounded as upstream does: product in float64,
-    # then float32 throughout.
-    levels = (np.arange(256) * settings.rescale_factor).astype(np.float32)
+    # A byte has 256 values: rescale and normalize are a table. In float32 throughout, as upstream's values are: it
+    # multiplies by 1/255 in float64 and rounds, which is this quotient for every byte.
+    levels = np.arange(256, dtype=np.float32) / np.float32(settings.divisor)
     mean, std = np.array(settings.mean, np.float32), np.array(settings.std, np.float32)
     table = (levels[:, None] - mean) / std  # [256, 3]
     patch, frames, merge = settings.patch_size, settings.temporal_patch_size, settings.merge_size

@@ -1,8 +1,8 @@
-"""In: a checkpoint's chat template. Out: the same for one user turn, as three strings to put together.
+"""In: a checkpoint's chat template. Out: one user turn of it, as three strings that any language can join.
 
-
-Guaranteed: prefix + image * n + text + suffix is what transformers' `apply_chat_template` renders for n pictures and a
-text with a generation prompt behind them; proven on `PROBES`, else the template is refused. No torch.
+Guaranteed: prefix + image * n + text + suffix is what transformers' `apply_chat_template` renders for n
+pictures and a text, with the generation prompt behind them; proven on `PROBES`, else the template is refused.
+No torch.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ def render(compiled: Any, text: str, images: int, variables: Mapping[str, Any]) 
 class _Generation(Extension):
     """`{% generation %}` marks what the assistant says, for training; here it says nothing."""
 
-    tags = frozenset({"generation"})
+    tags = {"generation"}  # noqa: RUF012 - jinja2 declares it so
 
     def parse(self, parser: Parser) -> list[Node]:
         next(parser.stream)

@@ -167,7 +167,7 @@ def read_header(folder: Path, file: str) -> dict[str, Tensor]:
             length = int.from_bytes(stream.read(8), "little")
             if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
                 _truncated(path, f"a header of {length} bytes", f"{size} bytes in all")
-            header = parse_object(stream.read(length), f"the header of {path}")
+            header = parse_object(stream.read(length), f"the header of {path}", unique=True)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read", found=error) from error
     header.pop("__metadata__", None)
@@ -199,7 +199,7 @@ def _entry(path: Path, file: str, name: str, entry: Any, start: int) -> Tensor:
 
 def _refuse_dtype(file: str, name: str, dtype: str) -> NoReturn:
     what = f"{file}: {name} is stored as {dtype}"
-    if dtype.startswith(("F8", "F4", "F6", "I", "U", "BOOL")):
+    if dtype.startswith(("F8_", "F6_", "F4", "I", "U", "BOOL")):
         raise UnsupportedError(
             f"{what}: a quantized checkpoint",
             expected="BF16, F16 or F32",

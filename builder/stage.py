@@ -70,7 +70,7 @@ STAGES: tuple[Stage, ...] = (
     Stage("verify", ("configure", "fetch"), ("targets", "precision"),
           _RUNNING, ("builder/pictures/*", "builder/miniature/heldout/*")),
     Stage("bundle", ("configure", "verify", "fetch", "patch"),
-          ("name", "targets", "precision", "max_length"), ()),
+          ("name", "targets", "precision", "max_length"), ("qwen3vl-onnx",)),
 )
 # fmt: on
 
@@ -84,6 +84,7 @@ class Build:
         recipe: what to build.
         output: folder that takes one folder a stage.
         rehash: compare a local checkpoint by all its bytes, not by size and time.
+        asked: what the user wrote for it, when that is not `source`; an unpinned hub id, say.
         stages: the pipeline, in order.
     """
 
@@ -91,6 +92,7 @@ class Build:
     recipe: Recipe
     output: Path
     rehash: bool = False
+    asked: str = ""
     stages: tuple[Stage, ...] = STAGES
 
     def folder(self, stage: str) -> Path:

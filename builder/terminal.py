@@ -44,9 +44,7 @@ def watching(build: Build) -> Iterator[Callable[[Event], None]]:
         running = bars.add_task("", visible=False, total=None)
 
         def on_event(event: Event) -> None:
-            bars.reset(
-                running, description=line(build, event.step), visible=event.record is None, total=None
-            )
+            bars.reset(running, description=line(build, event.step), visible=event.record is None, total=None)
             if event.record is not None:
                 tell(line(build, event.step, event.record))
 

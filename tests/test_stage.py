@@ -364,6 +364,7 @@ def test_an_empty_folder_and_one_of_a_start_that_was_killed_are_taken(build: Bui
     execute(build)
     assert json.loads((build.output / "build.json").read_text()) == {
         "tool": "qwen3vl-onnx",
+        "asked": "a checkpoint",
         "checkpoint": "a checkpoint",
         "recipe": "fp32",
     }

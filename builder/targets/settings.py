@@ -24,6 +24,7 @@ def vision_processor(checkpoint: Checkpoint) -> str:
     sizes = {"patch_size": vision.patch_size, "merge_size": vision.merge_size}
     unit = vision.patch_size * vision.merge_size
     bounds = {"min_pixels": settings["size"]["shortest_edge"], "max_pixels": settings["size"]["longest_edge"]}
+    factor, channels = float(settings.get("rescale_factor", 1 / 255)), vision.in_channels
     mean, std = ([float(x) for x in settings[key]] for key in ("image_mean", "image_std"))
     steps: list[tuple[str, str, Mapping[str, Any]]] = [
         ("decode_image", "DecodeImage", {"color_space": "RGB"}),
@@ -34,7 +35,10 @@ def vision_processor(checkpoint: Checkpoint) -> str:
             "Resize",
             {"interpolation": "CUBIC", "smart_resize": 1, "width": unit, "height": unit, **bounds, **sizes},
         ),
-        ("rescale", "Rescale", {"rescale_factor": float(settings.get("rescale_factor", 1 / 255))}),
+        # The runtime's Rescale multiplies in float32, which is one unit in the last place off upstream for 111 of 256
+        # levels; its Normalize divides, which gives upstream's value for each.
+        ("to_float", "Rescale", {"rescale_factor": 1.0}),
+        ("rescale", "Normalize", {"mean": [0.0] * channels, "std": [round(1 / factor, 6)] * channels}),
         # qwen3_vl swaps the channels, which the runtime's decoder hands over in the other order
         ("normalize", "Normalize", {"mean": mean, "std": std, "qwen3_vl": 1}),
         ("patch_image", "PatchImage", {**sizes, "temporal_patch_size": vision.temporal_patch_size}),

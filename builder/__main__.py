@@ -1,0 +1,281 @@
+"""The command line: `python -m builder`, or `qwen3vl-onnx`.
+
+In: arguments. Out: results on stdout (a path, a table, an answer, or one JSON object), everything else on
+stderr, and an exit code a kind of error (`builder.errors`). Guaranteed: this is the only place that exits; a
+user's error never shows a traceback; nothing heavy is imported before it is needed.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from builder.arguments import Bundle, Checkpoint, Force, Json, Output, RecipeOption, Rehash, Until
+from builder.errors import BuildError, MissingPackageError, VerificationError
+from builder.recipe import DEFAULT
+
+if TYPE_CHECKING:
+    from builder.loop import Step
+    from builder.output import Record
+    from builder.stage import Build
+
+INTERRUPTED, BUG = 130, 70
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from builder import key
+
+        print("qwen3vl-onnx", key.version("qwen3vl-onnx"))
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_version, help="Print the version.")
+    ] = False,
+) -> None:
+    """From a Qwen3-VL checkpoint to ONNX bundles that provably equal the model."""
+
+
+@app.command()
+def build(
+    checkpoint: Checkpoint = None,
+    recipe: RecipeOption = DEFAULT,
+    output: Output = None,
+    until: Until = None,
+    force: Force = None,
+    rehash: Rehash = False,
+    as_json: Json = False,
+) -> None:
+    """Build, verify and bundle a checkpoint; the last line printed is the first target's bundle."""
+    with _reported(as_json):
+        from builder.loop import execute
+        from builder.terminal import watching
+
+        plan = _prepared(checkpoint, recipe, output, until, force or [], rehash)
+        with watching(plan) as on_event:
+            done = execute(plan, until, force or [], on_event)
+        if all(step.state == "cached" for step, _ in done):
+            print("nothing to run: nothing has changed", file=sys.stderr)
+        last = plan.folder(done[-1][0].stage.name)
+        whole = done[-1][0].stage == plan.stages[-1]
+        bundles = {one.runtime: str(last / one.runtime) for one in plan.recipe.targets} if whole else {}
+        if as_json:
+            _emit({**_head(plan), "bundles": bundles, "stages": [_stage_facts(plan, *one) for one in done]})
+            return
+        for _, record in done:
+            if report := record.facts.get("report"):
+                print(report)
+        print(next(iter(bundles.values()), last))
+
+
+@app.command()
+def explain(
+    checkpoint: Checkpoint = None,
+    recipe: RecipeOption = DEFAULT,
+    output: Output = None,
+    until: Until = None,
+    force: Force = None,
+    rehash: Rehash = False,
+    as_json: Json = False,
+) -> None:
+    """Say which stages `build` would run with the same arguments, and why; build nothing."""
+    with _reported(as_json):
+        from builder.loop import plan
+        from builder.terminal import line
+
+        asked = _prepared(checkpoint, recipe, output, until, force or [], rehash)
+        steps = plan(asked, until, force or [])
+        if as_json:
+            stages = [{"stage": one.stage.name, "state": one.state, "why": one.why} for one in steps]
+            _emit({**_head(asked), "stages": stages})
+            return
+        for step in steps:
+            print(line(asked, step))
+
+
+@app.command()
+def verify(
+    bundle: Bundle,
+    reference: Annotated[str, typer.Option(help="The checkpoint: a folder, or a hub id.")],
+    as_json: Json = False,
+) -> None:
+    """Compare a bundle with PyTorch; exits with 0 only when every gate holds."""
+    with _reported(as_json):
+        from builder.prepare import reference_folder
+        from builder.verify import failed, verify_bundle
+
+        report = verify_bundle(bundle, reference_folder(reference))
+        if as_json:
+            _emit({**report.as_dict(), "ok": report.ok})
+            raise typer.Exit(0 if report.ok else VerificationError.exit_code)
+        print(report.table())
+        if not report.ok:
+            raise failed(report, bundle / "evidence")
+
+
+@app.command()
+def run(
+    bundle: Bundle,
+    prompt: Annotated[str, typer.Option(help="What to ask.")],
+    image: Annotated[list[Path] | None, typer.Option(help="A picture to ask about; repeatable.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Where the answer is cut.")] = 256,
+    as_json: Json = False,
+) -> None:
+    """Ask a bundle, greedily; the answer streams to stdout."""
+    with _reported(as_json):
+        from builder.run import answer
+
+        said: list[str] = []
+
+        def on_text(text: str) -> None:
+            said.append(text)
+            if not as_json:
+                print(text, end="", flush=True)
+
+        answer(bundle, prompt, image or [], max_new_tokens=max_new_tokens, on_text=on_text)
+        if as_json:
+            _emit({"ok": True, "bundle": str(bundle), "prompt": prompt, "text": "".join(said)})
+        else:
+            print()
+
+
+@app.command()
+def patches(
+    diff: Annotated[bool, typer.Option("--diff", help="Print what each patch changes in upstream.")] = False,
+    record: Annotated[
+        bool, typer.Option("--record", help="Re-verify every patch and record the installed release.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """List the patches of upstream, and their state against the installed transformers."""
+    with _reported(as_json):
+        from dataclasses import asdict
+
+        from builder import patch
+
+        recorded = [asdict(one) for one in patch.record()] if record else []
+        rows = [asdict(one) for one in patch.status()]
+        if diff:
+            rows = [{**row, "diff": patch.diff_text(row["name"])} for row in rows]
+        if as_json:
+            _emit({"ok": True, "patches": rows, "recorded": recorded})
+            return
+        for one in recorded:
+            print(
+                f"{one['name']}: checked on {one['release']}, {'recorded' if one['new'] else 'known before'}"
+            )
+        for row in rows:
+            print(row["diff"] if diff else _patch_text(row))
+
+
+def main() -> None:
+    """The console script."""
+    app()
+
+
+def _prepared(
+    checkpoint: str | None,
+    recipe: str,
+    output: Path | None,
+    until: str | None,
+    force: list[str],
+    rehash: bool,
+) -> Build:
+    from builder.prepare import prepared
+    from builder.stage import STAGES
+
+    names = [stage.name for stage in STAGES]
+    late = [one for one in force if until is not None and names.index(one) > names.index(until)]
+    if late:
+        raise typer.BadParameter(f"{late[0]} comes after --until {until}", param_hint="--force")
+    return prepared(checkpoint, recipe, output, rehash=rehash, settle_again="fetch" in force)
+
+
+def _head(build: Build) -> dict[str, Any]:
+    return {"ok": True, "checkpoint": str(build.source), "output": str(build.output)}
+
+
+def _stage_facts(build: Build, step: Step, record: Record) -> dict[str, Any]:
+    return {
+        "stage": step.stage.name,
+        "state": step.state,
+        "why": step.why,
+        "folder": str(build.folder(step.stage.name)),
+        "key": record.key,
+        "wall_s": record.wall_s,
+        "peak_rss": record.peak_rss,
+    }
+
+
+def _patch_text(row: Mapping[str, Any]) -> str:
+    return "\n".join(
+        [
+            f"{row['name']}: {row['state']} ({row['release']}, source {row['digest'] or 'not found'})",
+            f"  target       {row['target']}",
+            f"  why          {row['why']}",
+            f"  remove when  {row['remove_when']}",
+            f"  verified on  {', '.join(row['verified']) or 'none'}",
+        ]
+    )
+
+
+@contextmanager
+def _reported(as_json: bool) -> Iterator[None]:
+    """Turn what goes wrong into words and an exit code."""
+    try:
+        yield
+    except (typer.Exit, typer.Abort, typer.BadParameter, BrokenPipeError):
+        raise
+    except KeyboardInterrupt:
+        print("interrupted; what is whole stays, and the same command goes on from there", file=sys.stderr)
+        if as_json:
+            _emit(
+                {"ok": False, "error": "KeyboardInterrupt", "exit_code": INTERRUPTED, "what": "interrupted"}
+            )
+        raise typer.Exit(INTERRUPTED) from None
+    except BuildError as error:
+        raise _said(error, as_json) from None
+    except Exception as error:
+        absent = error.name or "" if isinstance(error, ModuleNotFoundError) else ""
+        if absent and absent.partition(".")[0] not in ("builder", "patches"):
+            missing = MissingPackageError(
+                f"this command needs {absent}, which is not installed",
+                next='pip install "qwen3vl-onnx[build]"',
+            )
+            raise _said(missing, as_json) from None
+        traceback.print_exc()
+        print("this is a bug: please report it with the lines above", file=sys.stderr)
+        if as_json:
+            _emit({"ok": False, "error": type(error).__name__, "exit_code": BUG, "what": str(error)})
+        raise typer.Exit(BUG) from None
+
+
+def _said(error: BuildError, as_json: bool) -> typer.Exit:
+    print(f"error: {error}", file=sys.stderr)
+    if as_json:
+        _emit({"ok": False, **error.as_dict()})
+    return typer.Exit(error.exit_code)
+
+
+def _emit(payload: Mapping[str, Any]) -> None:
+    print(json.dumps(payload, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""What a bundle is verified on: prompts and the pictures that come with the package.
+
+In: nothing but package data (and a held-out set beside the checkpoint). Out: `Case`s.
+Guaranteed: every case names files that exist; the same cases for every checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from builder.checkpoint import Checkpoint
+
+PICTURES = Path(__file__).parent / "pictures"
+TOKENS = 64  # greedy tokens a case
+
+
+@dataclass(frozen=True)
+class Case:
+    """One question. `answer` is the expected text where there is one (held-out sets)."""
+
+    name: str
+    prompt: str
+    images: tuple[Path, ...] = ()
+    answer: str | None = None
+
+
+def shipped_cases() -> tuple[Case, ...]:
+    """Text; one, two and three pictures; sizes, orders and file formats that go wrong elsewhere."""
+    table = {
+        "text": ("Repeat: seven 7 blue ünïcode 你好.", ()),
+        "one picture": ("What is in the picture?", ("plain.png",)),
+        "wide, tall": ("Compare the pictures.", ("wide.png", "tall.png")),
+        "tall, wide": ("Compare the pictures.", ("tall.png", "wide.png")),
+        "two of one size": ("Which is larger?", ("plain.png", "plain.png")),
+        "three pictures": ("Describe each.", ("tall.png", "plain.png", "wide.png")),
+        "sides ≡ 16 mod 64": ("Read the number.", ("sixteen.png",)),
+        "JPEG 4:2:0": ("What colour is it?", ("photo.jpg",)),
+        "greyscale": ("Read the number.", ("grey.png",)),
+        "RGBA": ("What shape is it?", ("alpha.png",)),
+        "palette": ("What shape is it?", ("palette.png",)),
+        "EXIF-rotated": ("Where is it?", ("rotated.jpg",)),
+    }
+    return tuple(Case(name, prompt, tuple(PICTURES / file for file in files)) for name, (prompt, files) in table.items())
+
+
+def held_out(checkpoint: Checkpoint) -> tuple[Case, ...]:
+    """The cases of `heldout/cases.jsonl` beside the checkpoint's folder; the miniature has one. Empty where there is none.
+
+    A line is {"task", "images", "question", "answer"}; images lie beside the file.
+    """
+    file = checkpoint.folder.resolve().parent / "heldout" / "cases.jsonl"
+    if not file.is_file():
+        return ()
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return tuple(
+        Case(row["task"], row["question"], tuple(file.parent / name for name in row["images"]), row["answer"])
+        for row in rows
+    )

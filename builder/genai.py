@@ -1,0 +1,125 @@
+"""A `genai` bundle in stock onnxruntime-genai, fed by our own exact preprocessing or by the runtime's.
+
+In: the bundle's folder. Out: greedy tokens, one at a time.
+Guaranteed: one generator a conversation and one prompt a generator: a padded batch, or a second picture turn on one
+generator, is silently wrong in this runtime (0.18), so neither can be asked for here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from builder.errors import BundleError, MissingPackageError
+from builder.json_file import read_json
+from builder.pipeline import (
+    Inputs,
+    load_image,
+    load_tokenizer,
+    position_ids,
+    prepare,
+    read_image_settings,
+    read_settings,
+    stream,
+    target_size,
+)
+
+
+class GenaiBundle:
+    """Reads the settings at once, loads the model when first asked for tokens."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.settings = read_settings(folder / "pipeline.json")
+        self.vision = read_image_settings(folder / "vision_processor.json")
+        self.tokenizer = load_tokenizer(folder / "tokenizer.json")
+        try:
+            import onnxruntime_genai
+        except ModuleNotFoundError as error:
+            raise MissingPackageError(
+                "running a genai bundle needs onnxruntime-genai", next="pip install onnxruntime-genai"
+            ) from error
+        self.og = onnxruntime_genai
+
+    @cached_property
+    def model(self) -> Any:
+        """The runtime's model.
+
+        Raises:
+            BundleError: the runtime does not accept the folder.
+        """
+        try:
+            return self.og.Model(str(self.folder))
+        except Exception as error:  # the runtime throws bare RuntimeErrors of its own
+            raise BundleError(
+                f"onnxruntime-genai does not load {self.folder}", found=str(error).splitlines()[0]
+            ) from error
+
+    @property
+    def context_length(self) -> int:
+        """Most tokens of prompt and answer together that the checkpoint was made for."""
+        return int(read_json(self.folder / "genai_config.json")["model"]["context_length"])
+
+    def prepare(self, prompt: str, images: Sequence[Path]) -> Inputs:
+        """Exact preprocessing, from files to inputs."""
+        return prepare(prompt, images, self.tokenizer, self.settings, self.vision)
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """Without special tokens."""
+        return "".join(stream(self.tokenizer, tokens))
+
+    def tokens(self, inputs: Inputs, max_new_tokens: int, min_new_tokens: int = 0) -> Iterator[int]:
+        """Greedy tokens as they come, the stop token included; the first `min_new_tokens` are no stop tokens."""
+        return self.tokens_of(self._named_tensors(inputs), inputs.input_ids.shape[1], max_new_tokens, min_new_tokens)
+
+    def tokens_of(self, tensors: Any, seq: int, max_new_tokens: int, min_new_tokens: int = 0) -> Iterator[int]:
+        """The same for the runtime's own NamedTensors of a prompt of `seq` tokens."""
+        params = self.og.GeneratorParams(self.model)
+        params.set_search_options(
+            do_sample=False,
+            repetition_penalty=1.0,
+            max_length=seq + max_new_tokens,
+            min_length=seq + min_new_tokens,
+        )
+        generator = self.og.Generator(self.model, params)
+        generator.set_inputs(tensors)
+        while not generator.is_done():
+            generator.generate_next_token()
+            yield int(generator.get_next_tokens()[0])
+
+    def _named_tensors(self, inputs: Inputs) -> Any:
+        """What the runtime's own processor gives, made from our inputs."""
+        tensors = self.og.NamedTensors()
+        tensors["input_ids"] = inputs.input_ids.astype(np.int32)
+        count = int((inputs.input_ids == self.settings.image_token_id).sum())
+        tensors["num_image_tokens"] = np.array([count], np.int64)
+        if inputs.pixel_values is not None and inputs.image_grid_thw is not None:
+            tensors["pixel_values"] = inputs.pixel_values
+            tensors["image_grid_thw"] = inputs.image_grid_thw
+        return tensors
+
+    def at_target_size(self, path: Path) -> bool:
+        """Whether the runtime's processor sees the bytes that ours sees: an RGB PNG that needs no resize."""
+        from PIL import Image
+
+        with Image.open(path) as raw:
+            plain = raw.format == "PNG" and raw.mode == "RGB"
+        image = load_image(path)
+        return plain and target_size(image.height, image.width, self.vision) == (image.height, image.width)
+
+    def runtime_inputs(self, prompt: str, images: Sequence[Path]) -> tuple[Any, Inputs]:
+        """What `create_multimodal_processor()` gives, as it is and as `Inputs` (positions follow from ids and grid)."""
+        s = self.settings
+        text = f"{s.prefix}{s.image * len(images)}{prompt}{s.suffix}"
+        loaded = self.og.Images.open(*(str(path) for path in images))
+        tensors = self.model.create_multimodal_processor()(text, images=loaded)
+        ids, pixels, grid = (tensors[name].as_numpy() for name in ("input_ids", "pixel_values", "image_grid_thw"))
+        # numpy has two types of 64-bit integers, of which the runtime hands out one and takes the other
+        ids, grid = np.array(ids.tolist(), np.int64), np.array(grid.reshape(-1, 3).tolist(), np.int64)
+        padded = pixels.reshape(len(images), -1, pixels.shape[-1])  # pictures of different sizes, zeros behind each
+        rows = np.concatenate([picture[: one.prod()] for picture, one in zip(padded, grid, strict=True)])
+        return tensors, Inputs(ids, rows, grid, *position_ids(ids, grid, s))

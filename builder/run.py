@@ -1,0 +1,213 @@
+"""Ask a bundle: from a text and picture files to a streamed answer, through our own exact preprocessing.
+
+In: a bundle, a prompt, picture files. Out: text as it comes, then an `Answer`.
+Guaranteed: greedy, whatever the bundle's generation settings say; one generator a question.
+A bundle for `onnxruntime` is driven by the pipeline.py that lies in it. That is code: run what you trust.
+"""
+
+from __future__ import annotations
+
+import sys
+import types
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from builder import pipeline
+from builder.errors import (
+    BuildError,
+    BundleError,
+    CheckpointError,
+    ImageError,
+    MissingPackageError,
+    PromptError,
+)
+from builder.genai import GenaiBundle
+from builder.json_file import read_json
+from builder.pipeline import Inputs
+
+
+@dataclass(frozen=True)
+class Answer:
+    """`token_ids` are the generated ones, the stop token included; `text` is without special tokens."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    prompt_tokens: int
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A bundle in its runtime.
+
+    Args:
+        module: its pipeline, with `stream` and the errors that `prepare` raises.
+        tokens: (inputs, max_new_tokens) → greedy tokens as they come.
+        most_tokens: of prompt and answer together.
+        padding: a token that no prompt may hold.
+    """
+
+    module: Any
+    tokenizer: Any
+    prepare: Callable[[str, Sequence[Path]], Inputs]
+    tokens: Callable[[Inputs, int], Iterator[int]]
+    most_tokens: int
+    padding: int | None = None
+
+
+def answer(
+    bundle: Path,
+    prompt: str,
+    images: Sequence[Path],
+    *,
+    max_new_tokens: int,
+    on_text: Callable[[str], None],
+) -> Answer:
+    """One question, one answer.
+
+    Args:
+        on_text: called with each piece of the answer; the pieces together are the answer's text.
+
+    Raises:
+        BundleError: no bundle, or one that its runtime cannot open.
+        ImageError: a file that is no picture, or a picture that the model cannot take.
+        PromptError: a text that the model cannot take, or with its answer longer than the model takes.
+        MissingPackageError: the bundle's runtime is not installed.
+    """
+    opened = open_bundle(bundle)
+    inputs = _prepare(opened, prompt, images)
+    _check_length(inputs.input_ids.shape[1], max_new_tokens, opened.most_tokens)
+    tokens: list[int] = []
+    pieces: list[str] = []
+    for piece in opened.module.stream(
+        opened.tokenizer, _noted(opened.tokens(inputs, max_new_tokens), tokens)
+    ):
+        pieces.append(piece)
+        on_text(piece)
+    return Answer("".join(pieces), tuple(tokens), inputs.input_ids.shape[1])
+
+
+def open_bundle(folder: Path) -> Opened:
+    """A bundle in the runtime that its manifest names.
+
+    Raises:
+        BundleError: no bundle, an unknown target, or files that the runtime cannot open.
+        MissingPackageError: the runtime is not installed.
+    """
+    target = read_target(folder)
+    if target not in OPEN:
+        raise BundleError(
+            f"{folder} is for a runtime that cannot be run here", expected=" or ".join(OPEN), found=target
+        )
+    with _opening(folder):
+        return OPEN[target](folder)
+
+
+def read_target(folder: Path) -> str:
+    """The runtime that a bundle is for, from its manifest.
+
+    Raises:
+        BundleError: no bundle.
+    """
+    try:
+        return str(read_json(folder / "manifest.json")["target"])
+    except (CheckpointError, KeyError) as error:
+        raise BundleError(
+            f"{folder} is no bundle",
+            expected="a folder with a manifest.json that names its target",
+            found=f"no {error}" if isinstance(error, KeyError) else error.what,
+            next="`python -m builder build` prints the path of a bundle on its last line",
+        ) from error
+
+
+def _open_genai(folder: Path) -> Opened:
+    bundle = GenaiBundle(folder)
+    _ = bundle.model  # now, so that a broken bundle is told from a broken question
+    return Opened(
+        module=pipeline,
+        tokenizer=bundle.tokenizer,
+        prepare=bundle.prepare,
+        tokens=bundle.tokens,
+        most_tokens=bundle.context_length,
+        # The runtime masks this token wherever it stands: the answer would be to another question.
+        padding=int(read_json(folder / "genai_config.json")["model"]["pad_token_id"]),
+    )
+
+
+def _open_onnxruntime(folder: Path) -> Opened:
+    module = _load_module(folder / "pipeline.py")
+    with _opening(folder):
+        bundled = module.Pipeline.load(folder)
+    return Opened(
+        module=module,
+        tokenizer=bundled.tokenizer,
+        prepare=bundled.prepare,
+        tokens=bundled.generate,
+        most_tokens=bundled.settings.max_length,
+    )
+
+
+OPEN: dict[str, Callable[[Path], Opened]] = {"genai": _open_genai, "onnxruntime": _open_onnxruntime}
+
+
+def _load_module(path: Path) -> Any:
+    """The module in `path`, without the compiled copy that an import would leave in the bundle."""
+    source = path.read_text(encoding="utf-8")
+    module = types.ModuleType("bundled_pipeline")
+    module.__file__ = str(path)
+    sys.modules[module.__name__] = module  # where its dataclasses look for their module
+    exec(compile(source, str(path), "exec"), module.__dict__)
+    return module
+
+
+@contextmanager
+def _opening(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except BuildError:
+        raise
+    except ModuleNotFoundError as error:
+        package = str(error.name).partition(".")[0]
+        raise MissingPackageError(
+            f"running {folder} needs {package}", next=f"pip install {package}"
+        ) from error
+    except Exception as error:  # each runtime has errors of its own for a broken graph
+        raise BundleError(
+            f"{folder} cannot be opened",
+            found=f"{type(error).__name__}: {error}",
+            next="build it again with `python -m builder build`",
+        ) from error
+
+
+def _prepare(opened: Opened, prompt: str, images: Sequence[Path]) -> Inputs:
+    try:
+        inputs = opened.prepare(prompt, images)
+    except opened.module.PictureError as error:
+        raise ImageError(str(error), next="give another file: PNG, JPEG, WebP …") from error
+    except opened.module.TextError as error:
+        raise PromptError(str(error), next="take it out of the prompt") from error
+    if opened.padding is not None and opened.padding in inputs.input_ids:
+        token = opened.tokenizer.id_to_token(opened.padding)
+        raise PromptError(
+            f"the text holds {token}, which onnxruntime-genai takes for padding",
+            next="take it out of the prompt",
+        )
+    return inputs
+
+
+def _check_length(seq: int, max_new_tokens: int, most: int) -> None:
+    if seq + max_new_tokens > most:
+        raise PromptError(
+            "prompt and answer can become longer than the model takes",
+            expected=f"at most {most} tokens together",
+            found=f"{seq} tokens of prompt, {max_new_tokens} of answer",
+            next=f"--max-new-tokens {most - seq}" if seq < most else "give fewer or smaller pictures",
+        )
+
+
+def _noted(tokens: Iterable[int], into: list[int]) -> Iterator[int]:
+    for token in tokens:
+        into.append(token)
+        yield token

@@ -1,0 +1,158 @@
+"""Tokens end to end, in the runtime that a bundle is for, against `generate()`.
+
+In: a bundle's folder, cases, the PyTorch reference. Out: gates on tokens.
+Guaranteed: greedy on both sides, stop tokens barred until `TOKENS` are there; a token that differs is a near tie only
+where the reference's own lead is below `TIE` times the measured logit error, and then the rest is compared as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from builder.cases import TOKENS, Case
+from builder.errors import BundleError
+from builder.gates import Gate, exact
+from builder.pipeline import Inputs, Pipeline
+from builder.reference import Answer, Prompt, Reference
+from builder.genai import GenaiBundle
+
+TIE = 4.0  # a lead below this multiple of the measured logit error is no lead
+TIES_EVERY = 1000  # tokens, of which one may be a near tie
+
+
+class Player(Protocol):
+    """A bundle in its own runtime."""
+
+    def prepare(self, prompt: str, images: Sequence[Path]) -> Inputs: ...
+
+    def tokens(self, inputs: Inputs, max_new_tokens: int, min_new_tokens: int = 0) -> Iterator[int]: ...
+
+    def text(self, tokens: Sequence[int]) -> str: ...
+
+
+class OnnxRuntimePlayer:
+    """The `onnxruntime` target through its pipeline."""
+
+    def __init__(self, folder: Path) -> None:
+        self.pipeline = Pipeline.load(folder)
+
+    def prepare(self, prompt: str, images: Sequence[Path]) -> Inputs:
+        return self.pipeline.prepare(prompt, images)
+
+    def tokens(self, inputs: Inputs, max_new_tokens: int, min_new_tokens: int = 0) -> Iterator[int]:
+        return self.pipeline.generate(inputs, max_new_tokens, min_new_tokens)
+
+    def text(self, tokens: Sequence[int]) -> str:
+        return self.pipeline.text(tokens)
+
+
+def open_player(folder: Path, target: str) -> Player:
+    """The bundle in `folder`, opened in the runtime of `target`."""
+    if target == "genai":
+        return GenaiBundle(folder)
+    if target == "onnxruntime":
+        return OnnxRuntimePlayer(folder)
+    raise BundleError(f"{folder} is for the target {target!r}", expected="genai or onnxruntime", found=target)
+
+
+@dataclass(frozen=True)
+class Ties:
+    """How many tokens were compared, and what were near ties."""
+
+    compared: int
+    found: tuple[str, ...]
+
+    def gate(self, allowed: bool) -> Gate:
+        """At most one in `TIES_EVERY` tokens; none where they are not allowed (a trained model has leads)."""
+        limit = float(-(-self.compared // TIES_EVERY)) if allowed else 0.0
+        return Gate("tokens", "near ties", float(len(self.found)), limit, "; ".join(self.found))
+
+
+def token_gates(
+    case: Case, prompt: Prompt, player: Player, reference: Reference, logit_error: float
+) -> tuple[list[Gate], Ties]:
+    """`TOKENS` greedy tokens from the picture files on; for `genai` also from the runtime's own processor.
+
+    Args:
+        logit_error: largest absolute difference of a logit in this case's decoder gates.
+    """
+    want = reference.generate(prompt, TOKENS, TOKENS)
+    inputs = player.prepare(case.prompt, case.images)
+    gate, ties = compare(f"{case.name}, {TOKENS} tokens", _from(player, inputs, want), want, logit_error)
+    gates, compared = [gate], TOKENS
+    if isinstance(player, GenaiBundle) and case.images:
+        own, more = runtime_gates(case, prompt, player, reference, logit_error)
+        gates, ties, compared = gates + own, ties + more, compared + TOKENS
+    return gates, Ties(compared, tuple(ties))
+
+
+def runtime_gates(
+    case: Case, prompt: Prompt, player: GenaiBundle, reference: Reference, logit_error: float
+) -> tuple[list[Gate], list[str]]:
+    """`create_multimodal_processor()` with our vision_processor.json.
+
+    Pixels are gated where upstream and the runtime see the same bytes: an RGB PNG that needs no resize. Elsewhere the
+    decoders and resizers differ (docs: Preprocessing), and tokens are compared with PyTorch fed the same pixels.
+    """
+    tensors, inputs = player.runtime_inputs(case.prompt, case.images)
+    gates = []
+    if all(player.at_target_size(path) for path in case.images):
+        assert inputs.pixel_values is not None and prompt.pixel_values is not None
+        gates.append(exact("runtime's pixel values", case.name, inputs.pixel_values, prompt.pixel_values))
+    fed = reference.with_pixels(case.prompt, len(case.images), inputs.pixel_values, inputs.image_grid_thw)
+    gates.append(exact("token ids", f"{case.name}, runtime's tokenizer", inputs.input_ids, fed.input_ids))
+    want = reference.generate(fed, TOKENS, TOKENS)
+    again = _from(player, inputs, want)
+
+    def play(given: int) -> list[int]:
+        return again(given) if given else list(player.tokens_of(tensors, inputs.input_ids.shape[1], TOKENS, TOKENS))
+
+    gate, ties = compare(f"{case.name}, {TOKENS} tokens", play, want, logit_error)
+    return [*gates, replace(gate, place="tokens of the runtime's pixels")], ties
+
+
+def _from(player: Player, inputs: Inputs, want: Answer) -> Callable[[int], list[int]]:
+    """Plays the rest of an answer of which the first `given` tokens are the reference's."""
+
+    def play(given: int) -> list[int]:
+        left = len(want.tokens) - given
+        return list(player.tokens(extended(inputs, want.tokens[:given]), left, left))
+
+    return play
+
+
+def compare(
+    name: str, play: Callable[[int], list[int]], want: Answer, logit_error: float
+) -> tuple[Gate, list[str]]:
+    """Token by token; behind a near tie the reference's tokens are given and the comparison goes on."""
+    ties: list[str] = []
+    given = 0
+    while given < len(want.tokens):
+        left = len(want.tokens) - given
+        got = play(given)
+        at = next((i for i, (a, b) in enumerate(zip(got, want.tokens[given:], strict=False)) if a != b), None)
+        if at is None:
+            missing = left - len(got)
+            detail = f"{missing} tokens missing at the end" if missing else ""
+            return Gate("tokens", name, float(missing), 0.0, detail), ties
+        position, margin = given + at, want.margins[given + at]
+        told = f"{name}: token {position} is {got[at]}, PyTorch {want.tokens[position]} with a lead of {margin:.2e}"
+        if not margin < TIE * logit_error:
+            return Gate("tokens", name, float(left - at), 0.0, told), ties
+        ties.append(told)
+        given = position + 1
+    return Gate("tokens", name, 0.0, 0.0), ties
+
+
+def extended(inputs: Inputs, tokens: Sequence[int]) -> Inputs:
+    """The same prompt with an answer begun: ids appended, positions counted on."""
+    seq = inputs.input_ids.shape[1]
+    ids = np.concatenate([inputs.input_ids, np.asarray(tokens, np.int64)[None]], axis=1)
+    further = np.arange(seq, ids.shape[1], dtype=np.int64) + inputs.rope_delta
+    positions = np.concatenate([inputs.position_ids, np.broadcast_to(further, (3, 1, len(tokens)))], axis=2)
+    return replace(inputs, input_ids=ids, position_ids=positions)

@@ -1,0 +1,139 @@
+"""What CHECKPOINT may be, and the stage `fetch` on a local folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from builder.errors import CheckpointError
+from builder.fetch import Source, fetched, identity, parse_source, resolve, run
+from builder.recipe import load_recipe
+from builder.stage import Build
+
+SHARD = "model-00001-of-00003.safetensors"
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    """Where the stage writes."""
+    return tmp_path / "1-fetch"
+
+
+def fetch_into(source: Source, out: Path) -> dict[str, Any]:
+    """Run the stage."""
+    out.mkdir(exist_ok=True)
+    return run(Build(source=source, recipe=load_recipe(), output=out.parent), out)
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+# What CHECKPOINT may be
+
+
+def test_source_is_a_folder_that_exists(sharded: Path) -> None:
+    source = parse_source(str(sharded))
+    assert (source.folder, source.repo, source.name) == (sharded, None, "copy")
+    assert str(sharded) in source.command
+
+
+@pytest.mark.parametrize(
+    ("text", "repo", "revision", "name"),
+    [
+        ("Qwen/Qwen3-VL-4B-Instruct", "Qwen/Qwen3-VL-4B-Instruct", None, "Qwen3-VL-4B-Instruct"),
+        ("a/b@main", "a/b", "main", "b"),
+        ("Org/Name@refs/pr/3", "Org/Name", "refs/pr/3", "Name"),
+    ],
+)
+def test_source_is_a_hub_id(text: str, repo: str, revision: str | None, name: str) -> None:
+    assert parse_source(text) == Source(name=name, repo=repo, revision=revision)
+    assert parse_source(text).command.endswith(text)
+
+
+@pytest.mark.parametrize(
+    "text", ["./nope", "", "nope", "/no/such/folder", "a/b/c", "../x", "a/b@", "a/b--c", "a/b.git"]
+)
+def test_neither_folder_nor_hub_id(text: str) -> None:
+    with pytest.raises(CheckpointError, match="neither a folder nor a hub id"):
+        parse_source(text)
+
+
+# A local folder
+
+
+def test_local_folder_is_used_in_place(sharded: Path, out: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in sharded.iterdir()}
+    facts = fetch_into(parse_source(str(sharded)), out)
+    checkpoint = fetched(out)
+    assert checkpoint.folder == sharded
+    assert {path: path.stat().st_mtime_ns for path in sharded.iterdir()} == before
+    record = json.loads((out / "checkpoint.json").read_text())
+    assert set(record["files"]) == set(checkpoint.files)
+    assert SHARD in record["files"]
+    for file, entry in record["files"].items():
+        assert entry == {"size": (sharded / file).stat().st_size, "sha256": sha256(sharded / file)}
+    assert facts["files"] == len(record["files"])
+    assert facts["bytes"] == sum((sharded / file).stat().st_size for file in checkpoint.files)
+
+
+def test_fetched_says_how_to_go_on_when_the_folder_is_gone(sharded: Path, out: Path) -> None:
+    fetch_into(parse_source(str(sharded)), out)
+    shutil.rmtree(sharded)
+    with pytest.raises(CheckpointError, match="gone") as caught:
+        fetched(out)
+    assert "--force fetch" in str(caught.value.next)
+
+
+def test_resolve_leaves_a_folder_alone(sharded: Path) -> None:
+    assert resolve(parse_source(str(sharded))) == parse_source(str(sharded))
+
+
+def flip_last_byte(path: Path) -> None:
+    """Other bytes under the same size, time and header."""
+    stat = path.stat()
+    with path.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        last = file.read(1)[0]
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last ^ 1]))
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+def test_identity_tells_states_of_a_folder_apart(sharded: Path) -> None:
+    source = parse_source(str(sharded))
+    first = identity(source)
+    assert identity(source) == first
+    assert not any(str(sharded) in mark for mark in first.values())
+    (sharded / "generation_config.json").write_text("{}")
+    changed = identity(source)
+    assert [name for name in first if changed[name] != first[name]] == ["generation_config.json"]
+    stat = (sharded / SHARD).stat()
+    os.utime(sharded / SHARD, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+    assert [name for name in first if identity(source)[name] != changed[name]] == [SHARD]
+
+
+def test_rehash_sees_bytes_rather_than_times(sharded: Path) -> None:
+    source = parse_source(str(sharded))
+    quick, full = identity(source), identity(source, rehash=True)
+    assert full[SHARD] == f"sha256 {sha256(sharded / SHARD)}"
+    os.utime(sharded / "config.json", ns=(1, 1))
+    assert identity(source, rehash=True) == full
+    flip_last_byte(sharded / SHARD)
+    assert identity(source) == quick
+    # Within one process a file of the same size and time is hashed once.
+    code = (
+        "import sys; from builder.fetch import *; "
+        "print(identity(parse_source(sys.argv[1]), rehash=True)[sys.argv[2]])"
+    )
+    command = [sys.executable, "-c", code, str(sharded), SHARD]
+    anew = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    assert anew == f"sha256 {sha256(sharded / SHARD)}" != full[SHARD]
