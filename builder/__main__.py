@@ -177,9 +177,7 @@ def patches(
             _emit({"ok": True, "patches": rows, "recorded": recorded})
             return
         for one in recorded:
-            print(
-                f"{one['name']}: checked on {one['release']}, {'recorded' if one['new'] else 'known before'}"
-            )
+            print(f"{one['name']}: checked on {one['release']}, {'recorded' if one['new'] else 'known before'}")
         for row in rows:
             print(row["diff"] if diff else _patch_text(row))
 
@@ -245,9 +243,7 @@ def _reported(as_json: bool) -> Iterator[None]:
     except KeyboardInterrupt:
         print("interrupted; what is whole stays, and the same command goes on from there", file=sys.stderr)
         if as_json:
-            _emit(
-                {"ok": False, "error": "KeyboardInterrupt", "exit_code": INTERRUPTED, "what": "interrupted"}
-            )
+            _emit({"ok": False, "error": "KeyboardInterrupt", "exit_code": INTERRUPTED, "what": "interrupted"})
         raise typer.Exit(INTERRUPTED) from None
     except BuildError as error:
         raise _said(error, as_json) from None

@@ -16,6 +16,8 @@ from builder.errors import CheckpointError, UnsupportedError
 
 MODEL_TYPE = "qwen3_vl"
 MODEL_CLASS = "Qwen3VLForConditionalGeneration"
+# Counts beyond these are nonsense, which is better said than written out, weight by weight.
+MOST_ELEMENTS, MOST_LAYERS = 2**31 - 1, 1000
 ROPE_TYPES = ("default", "linear", "yarn", "llama3")
 # What each rope type cannot do without (transformers' `modeling_rope_utils.py`).
 ROPE_NUMBERS = {
@@ -91,9 +93,7 @@ def token_id(config: Mapping[str, Any], key: str, default: int, vocab: int) -> i
 def _refuse_other_kinds(config: Mapping[str, Any]) -> None:
     model_type = config.get("model_type")
     sections = [config, *(part for part in config.values() if isinstance(part, dict))]
-    experts = next(
-        (key for part in sections for key in part if key.startswith(("num_experts", "moe_"))), None
-    )
+    experts = next((key for part in sections for key in part if key.startswith(("num_experts", "moe_"))), None)
     if model_type == f"{MODEL_TYPE}_moe" or experts:
         raise UnsupportedError(
             "a mixture-of-experts checkpoint (qwen3_vl_moe) cannot be exported",
@@ -101,11 +101,9 @@ def _refuse_other_kinds(config: Mapping[str, Any]) -> None:
             found=experts or model_type,
         )
     if model_type != MODEL_TYPE:
-        raise UnsupportedError(
-            f"model type {model_type!r} cannot be exported", expected=MODEL_TYPE, found=model_type
-        )
+        raise UnsupportedError(f"model type {model_type!r} cannot be exported", expected=MODEL_TYPE, found=model_type)
     architectures = config.get("architectures") or [MODEL_CLASS]
-    if MODEL_CLASS not in architectures:
+    if not isinstance(architectures, list) or MODEL_CLASS not in architectures:
         raise UnsupportedError(
             "config.json asks for another head", expected=f"architectures: {MODEL_CLASS}", found=architectures
         )
@@ -129,7 +127,7 @@ def _read_text(section: Mapping[str, Any], tied: Any) -> Text:
     grouped = section.get("num_key_value_heads", 32) is not None
     text = Text(
         hidden=_count(section, "hidden_size", 4096),
-        layers=_count(section, "num_hidden_layers", 32),
+        layers=_count(section, "num_hidden_layers", 32, most=MOST_LAYERS),
         heads=heads,
         kv_heads=_count(section, "num_key_value_heads", 32) if grouped else heads,
         head_dim=_count(section, "head_dim", 128),
@@ -190,7 +188,7 @@ def _rope_type(section: Mapping[str, Any]) -> str:
 def _read_vision(section: Mapping[str, Any]) -> Vision:
     deepstack = section.get("deepstack_visual_indexes", (8, 16, 24))
     vision = Vision(
-        depth=_count(section, "depth", 27),
+        depth=_count(section, "depth", 27, most=MOST_LAYERS),
         hidden=_count(section, "hidden_size", 1152),
         heads=_count(section, "num_heads", 16),
         intermediate=_count(section, "intermediate_size", 4304),
@@ -216,9 +214,7 @@ def _read_vision(section: Mapping[str, Any]) -> Vision:
         vision.hidden,
     )
     head_dim = vision.hidden // vision.heads
-    _demand(
-        head_dim % 4 == 0, "the axial rotary embedding needs heads of 4·n elements", "head size", head_dim
-    )
+    _demand(head_dim % 4 == 0, "the axial rotary embedding needs heads of 4·n elements", "head size", head_dim)
     side = isqrt(vision.positions)
     _demand(
         side * side == vision.positions,
@@ -254,11 +250,11 @@ def _section(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     return section  # type: ignore[return-value]
 
 
-def _count(section: Mapping[str, Any], key: str, default: int, *, least: int = 1) -> int:
+def _count(section: Mapping[str, Any], key: str, default: int, *, least: int = 1, most: int = MOST_ELEMENTS) -> int:
     value = section.get(key, default)
-    if type(value) is not int or value < least:
+    if type(value) is not int or not least <= value <= most:
         raise CheckpointError(
-            f"config.json: {key} is no count", expected=f"an integer from {least}", found=value
+            f"config.json: {key} is no count", expected=f"an integer from {least} to {most}", found=value
         )
     return value
 
@@ -266,17 +262,13 @@ def _count(section: Mapping[str, Any], key: str, default: int, *, least: int = 1
 def _number(section: Mapping[str, Any], key: str, default: float | None) -> float:
     value = section.get(key, default)
     if type(value) not in (int, float) or not 0 < value < float("inf"):
-        raise CheckpointError(
-            f"config.json: {key} is no number above 0", expected="a positive number", found=value
-        )
+        raise CheckpointError(f"config.json: {key} is no number above 0", expected="a positive number", found=value)
     return float(value)
 
 
 def _flag(key: str, value: Any) -> bool:
     if type(value) is not bool:
-        raise CheckpointError(
-            f"config.json: {key} is neither true nor false", expected="true or false", found=value
-        )
+        raise CheckpointError(f"config.json: {key} is neither true nor false", expected="true or false", found=value)
     return value
 
 

@@ -37,12 +37,8 @@ Checkpoint = Annotated[
     ),
 ]
 RecipeOption = Annotated[str, typer.Option("--recipe", help="A shipped recipe's name, or a .toml file.")]
-Output = Annotated[
-    Path | None, typer.Option(help="Default: outputs/<checkpoint>-<recipe>.", show_default=False)
-]
-Until = Annotated[
-    str | None, typer.Option(help="The last stage to build.", show_default=False, callback=_stage)
-]
+Output = Annotated[Path | None, typer.Option(help="Default: outputs/<checkpoint>-<recipe>.", show_default=False)]
+Until = Annotated[str | None, typer.Option(help="The last stage to build.", show_default=False, callback=_stage)]
 Force = Annotated[
     list[str] | None,
     typer.Option(

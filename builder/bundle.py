@@ -25,7 +25,16 @@ if TYPE_CHECKING:
     from builder.stage import Build
 
 MANIFEST, EVIDENCE = "manifest.json", "evidence"
-BUILT_WITH = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxruntime-genai", "numpy")
+BUILT_WITH = (
+    "torch",
+    "transformers",
+    "onnx",
+    "onnx-ir",
+    "onnxscript",
+    "onnxruntime",
+    "onnxruntime-genai",
+    "numpy",
+)
 
 
 def run(build: Build, out: Path) -> Mapping[str, object]:
@@ -55,7 +64,11 @@ def manifest(build: Build, target: Target, folder: Path) -> dict[str, Any]:
         "format": 1,
         "target": target.runtime,
         "attention": target.attention,
-        "recipe": {"name": build.recipe.name, "precision": build.recipe.precision, "max_length": build.recipe.max_length},
+        "recipe": {
+            "name": build.recipe.name,
+            "precision": build.recipe.precision,
+            "max_length": build.recipe.max_length,
+        },
         "checkpoint": {
             "name": checkpoint.name,
             "revision": checkpoint.revision,

@@ -26,6 +26,24 @@ class Case:
     answer: str | None = None
 
 
+@dataclass(frozen=True)
+class Suite:
+    """What a verification asks: `cases` compared token by token, `tasks` by the text of their answers.
+
+    Args:
+        tokens: greedy tokens a case.
+    """
+
+    cases: tuple[Case, ...]
+    tasks: tuple[Case, ...] = ()
+    tokens: int = TOKENS
+
+
+def whole_suite(checkpoint: Checkpoint) -> Suite:
+    """Every shipped case, and the checkpoint's held-out set."""
+    return Suite(shipped_cases(), held_out(checkpoint))
+
+
 def shipped_cases() -> tuple[Case, ...]:
     """Text; one, two and three pictures; sizes, orders and file formats that go wrong elsewhere."""
     table = {
@@ -42,7 +60,9 @@ def shipped_cases() -> tuple[Case, ...]:
         "palette": ("What shape is it?", ("palette.png",)),
         "EXIF-rotated": ("Where is it?", ("rotated.jpg",)),
     }
-    return tuple(Case(name, prompt, tuple(PICTURES / file for file in files)) for name, (prompt, files) in table.items())
+    return tuple(
+        Case(name, prompt, tuple(PICTURES / file for file in files)) for name, (prompt, files) in table.items()
+    )
 
 
 def held_out(checkpoint: Checkpoint) -> tuple[Case, ...]:

@@ -134,9 +134,7 @@ def open_checkpoint(folder: Path, *, name: str | None = None, revision: str | No
         WeightError: a weight missing or left over.
     """
     if not folder.is_dir():
-        raise CheckpointError(
-            f"{folder} is not a folder", expected="a folder with config.json and safetensors files"
-        )
+        raise CheckpointError(f"{folder} is not a folder", expected="a folder with config.json and safetensors files")
     names = frozenset(path.name for path in folder.iterdir())
     refuse_names(names, str(folder))
     config = read_json(folder / CONFIG)
@@ -180,10 +178,13 @@ def _check_tokenizer(folder: Path, text: Text) -> None:
     tokenizer = read_json(folder / TOKENIZER)
     model = tokenizer.get("model")
     vocab = model.get("vocab") if isinstance(model, dict) else None
-    added = tokenizer.get("added_tokens") or []
-    if not isinstance(vocab, dict):
-        raise CheckpointError(f"{folder / TOKENIZER} is not a tokenizer's", expected='"vocab" in "model"')
-    largest = max([*vocab.values(), *(token["id"] for token in added)], default=0)
+    try:
+        added = [int(token["id"]) for token in tokenizer.get("added_tokens") or []]
+        largest = max([*(vocab or {}).values(), *added])
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder / TOKENIZER} is not a tokenizer's", expected='"vocab" in "model", and "added_tokens"'
+        ) from error
     if largest >= text.vocab:
         raise CheckpointError(
             f"{TOKENIZER} has more tokens than the model has embeddings",

@@ -20,9 +20,7 @@ class BuildError(Exception):
 
     exit_code = 1
 
-    def __init__(
-        self, what: str, *, expected: Any = None, found: Any = None, next: str | None = None
-    ) -> None:
+    def __init__(self, what: str, *, expected: Any = None, found: Any = None, next: str | None = None) -> None:
         super().__init__(what)
         self.what, self.expected, self.found, self.next = what, expected, found, next
 

@@ -17,8 +17,8 @@ import onnx_ir as ir
 
 from builder import graph
 from builder.checkpoint import Checkpoint
-from builder.contract import Component, Port, components
 from builder.console import progress
+from builder.contract import Component, Port, components
 from builder.errors import WeightError
 from builder.graph import Binding
 from builder.targets import TARGETS
@@ -29,7 +29,10 @@ if TYPE_CHECKING:
 
 RECOMPUTED = ("rotary_emb.inv_freq", "rotary_pos_emb.inv_freq")  # non-persistent: no checkpoint has them
 TRACED_CONSTANT = "lifted_tensor"  # the exporter's name for a tensor that the traced code wrote out
-EXAMPLE_GRID = ((1, 4, 6), (2, 2, 2))  # in merge blocks of one: scaled by the merge size; leaves no trace in the graph
+EXAMPLE_GRID = (
+    (1, 4, 6),
+    (2, 2, 2),
+)  # in merge blocks of one: scaled by the merge size; leaves no trace in the graph
 
 
 def run(build: Build, out: Path) -> Mapping[str, object]:
@@ -61,7 +64,8 @@ def empty_model(checkpoint: Checkpoint) -> Any:
     config = Qwen3VLConfig.from_pretrained(checkpoint.folder)
     config._attn_implementation = "eager"
     with torch.device("meta"):
-        model = Qwen3VLForConditionalGeneration._from_config(config, dtype=torch.float32)
+        kind: Any = Qwen3VLForConditionalGeneration
+        model = kind._from_config(config, dtype=torch.float32)
     model = model.to_empty(device="cpu").eval()
     if checkpoint.text.tied:
         model.lm_head.weight = model.model.language_model.embed_tokens.weight
@@ -87,7 +91,7 @@ def export(checkpoint: Checkpoint, model: Any, target: Target, component: Compon
     """
     import torch
 
-    module = TARGETS[target.runtime].module(checkpoint, model, component.name, fused=target.attention == "fused")
+    module = TARGETS[target.runtime].module(checkpoint, model, component.name, target.attention == "fused")
     inputs = _example_inputs(checkpoint, component)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
@@ -111,7 +115,8 @@ def export(checkpoint: Checkpoint, model: Any, target: Target, component: Compon
 def _arguments(component: Component, values: list[Any]) -> tuple[Any, ...]:
     """The decoder takes its past as one list; every other port is an argument of its own."""
     first_past = next(
-        (i for i, port in enumerate(component.inputs) if port.name.startswith("past_key_values.")), len(values)
+        (i for i, port in enumerate(component.inputs) if port.name.startswith("past_key_values.")),
+        len(values),
     )
     past = values[first_past:]
     return (*values[:first_past], *([past] if past else []))
@@ -135,7 +140,14 @@ def _example_inputs(checkpoint: Checkpoint, component: Component) -> list[Any]:
 
     merge = checkpoint.vision.merge_size
     grid = torch.tensor([[t, h * merge, w * merge] for t, h, w in EXAMPLE_GRID], dtype=torch.int64)
-    sizes = {"batch": 2, "seq": 5, "past": 7, "total": 12, "images": len(grid), "patches": int(grid.prod(1).sum())}
+    sizes = {
+        "batch": 2,
+        "seq": 5,
+        "past": 7,
+        "total": 12,
+        "images": len(grid),
+        "patches": int(grid.prod(1).sum()),
+    }
     sizes["tokens"] = sizes["patches"] // merge**2
     values = []
     for port in component.inputs:
@@ -167,10 +179,12 @@ def _bindings(checkpoint: Checkpoint, model: Any, module: Any, ir_model: ir.Mode
             tensor = inside[name]
             if tensor not in checkpoint.tensors:
                 raise WeightError(
-                    f"initializer {name} has no tensor in the checkpoint", expected=tensor, found="no such tensor"
+                    f"initializer {name} has no tensor in the checkpoint",
+                    expected=tensor,
+                    found="no such tensor",
                 )
             assert value.shape is not None
-            bindings.append(Binding(name, tensor, "float32", tuple(int(dim) for dim in value.shape)))
+            bindings.append(Binding(name, tensor, "float32", tuple(value.shape.numpy())))
         elif "." in name and not name.endswith(RECOMPUTED) and TRACED_CONSTANT not in name:
             raise WeightError(f"initializer {name} is neither a checkpoint tensor nor one of {', '.join(RECOMPUTED)}")
     return bindings

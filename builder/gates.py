@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,10 +17,12 @@ import numpy.typing as npt
 from rich.console import Console
 from rich.table import Table
 
+from builder.errors import BuildError
+
 # The order in which a wrong value travels: what differs first is where it began.
 PLACES = (
-    "token ids",
     "pixel values",
+    "token ids",
     "position ids",
     "runtime's pixel values",
     "image features",
@@ -92,7 +94,12 @@ class Report:
     def table(self, width: int = 110) -> str:
         """One row a place: how many cases hold and the one with the least margin; then the failures, first one first."""
         table = Table(title=f"{self.target} against PyTorch · {self.checkpoint}", title_justify="left")
-        for heading, justify in (("place", "left"), ("cases", "right"), ("worst", "right"), ("limit", "right")):
+        for heading, justify in (
+            ("place", "left"),
+            ("cases", "right"),
+            ("worst", "right"),
+            ("limit", "right"),
+        ):
             table.add_column(heading, justify=justify)  # type: ignore[arg-type]
         table.add_column("at")
         table.add_column("")
@@ -142,6 +149,22 @@ def exact(place: str, case: str, got: npt.NDArray[Any] | Sequence[Any], want: np
         return Gate(place, case, 0.0, 0.0)
     at = tuple(int(i) for i in np.argwhere(differ)[0])
     return Gate(place, case, float(differ.sum()), 0.0, f"first at {list(at)}: {a[at]}, expected {b[at]}")
+
+
+def attempted(place: str, case: str, compute: Callable[..., list[Gate]], *arguments: Any) -> list[Gate]:
+    """The gates that `compute(*arguments)` gives, or one that fails and says why there are none."""
+    try:
+        return compute(*arguments)
+    except BuildError:
+        raise
+    except Exception as error:  # each runtime throws errors of its own for what its graphs cannot take
+        return [uncomputed(place, case, error)]
+
+
+def uncomputed(place: str, case: str, error: Exception) -> Gate:
+    """The gate of a comparison that `error` has ended."""
+    first, *_ = str(error).splitlines() or [""]
+    return Gate(place, case, math.inf, 0.0, f"{type(error).__name__}: {first}")
 
 
 def _figure(value: float) -> str:

@@ -23,7 +23,7 @@ Past = dict[str, Array]
 
 @dataclass(frozen=True)
 class Graphs:
-    """Sessions of `vision_encoder`, `embeddings` and `model`; `packed` is whether DeepStack rides in the hidden axis."""
+    """Sessions of the three graphs; `packed` is whether DeepStack rides in the hidden axis."""
 
     vision_encoder: Any
     embeddings: Any
@@ -51,7 +51,8 @@ class Graphs:
                     found=str(error).splitlines()[0],
                     next="build it again: python -m builder build --force export",
                 ) from error
-        return cls(*sessions, packed, hidden)
+        vision_encoder, embeddings, model = sessions
+        return cls(vision_encoder, embeddings, model, packed, hidden)
 
     def vision(self, pixels: Array, grid: Array) -> tuple[Array, list[Array]]:
         """Main features [tokens, H] and D levels [tokens, H]."""

@@ -55,9 +55,7 @@ def settle(source: Source) -> Source:
     from huggingface_hub import HfApi, try_to_load_from_cache
 
     with _hub_errors(source):
-        cached = (
-            try_to_load_from_cache(_repo(source), CONFIG, revision=source.revision) if source.pinned else None
-        )
+        cached = try_to_load_from_cache(_repo(source), CONFIG, revision=source.revision) if source.pinned else None
         if isinstance(cached, str):
             _check_config(Path(cached))
             return source
@@ -126,9 +124,7 @@ def _listing(source: Source) -> dict[str, Remote]:
         files = (path for path in folder.rglob("*") if path.is_file())
         return {path.relative_to(folder).as_posix(): Remote() for path in files}
     return {
-        one.rfilename: Remote(one.size, sha256=one.lfs.sha256)
-        if one.lfs
-        else Remote(one.size, git=one.blob_id)
+        one.rfilename: Remote(one.size, sha256=one.lfs.sha256) if one.lfs else Remote(one.size, git=one.blob_id)
         for one in info.siblings or []
     }
 

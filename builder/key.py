@@ -174,9 +174,7 @@ def _matching(pattern: str) -> dict[str, Path]:
     return {one.relative_to(folder.parent).as_posix(): one for one in folder.glob(rest) if one.is_file()}
 
 
-def _differences(
-    old: Mapping[str, object], new: Mapping[str, object]
-) -> Iterator[tuple[str, object, object]]:
+def _differences(old: Mapping[str, object], new: Mapping[str, object]) -> Iterator[tuple[str, object, object]]:
     for name in [*new, *(name for name in old if name not in new)]:
         if old.get(name) != new.get(name):
             yield name, old.get(name), new.get(name)

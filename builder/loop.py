@@ -145,9 +145,7 @@ def _anew(step: Step, started: str | None) -> bool:
     return step.record is None or step.record.started != started
 
 
-def _components(
-    build: Build, stage: Stage, earlier: Mapping[str, Step], architecture: Callable[[], str]
-) -> Components:
+def _components(build: Build, stage: Stage, earlier: Mapping[str, Step], architecture: Callable[[], str]) -> Components:
     inputs: dict[str, str] = {}
     for name in stage.inputs:
         if name == "source":

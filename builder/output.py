@@ -182,9 +182,7 @@ def mark(output: Path, about: Mapping[str, str]) -> None:
     """Write `build.json`, whole or not at all."""
     draft = output / (MARKER + ".part")
     try:
-        draft.write_text(
-            json.dumps({"tool": TOOL, **about}, indent=2, sort_keys=True) + "\n", encoding="utf-8"
-        )
+        draft.write_text(json.dumps({"tool": TOOL, **about}, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         os.replace(draft, output / MARKER)
     except OSError as error:
         raise unwritable(output, error) from error

@@ -153,7 +153,9 @@ def _filled(kind: type[T], values: Mapping[str, Any], path: Path) -> T:
         raise SettingsError(f"{path}: expected the keys {sorted(fields)}, found {sorted(values)}")
     fixed = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
     for key, value in fixed.items():
-        if type(value).__name__ != fields[key].partition("[")[0]:
+        outer, _, inner = fields[key].removesuffix(", ...]").partition("[")
+        items = value if outer == "tuple" and isinstance(value, tuple) else ()
+        if type(value).__name__ != outer or any(type(item).__name__ != inner for item in items):
             raise SettingsError(f"{path}: {key} must be of type {fields[key]}, not {value!r}")
     return kind(**fixed)
 
@@ -204,8 +206,8 @@ def preprocess(images: Sequence[Image.Image], settings: ImageSettings) -> tuple[
 
     A grid is (time, height, width) in patches. A square of merge_size * merge_size patches is in one piece.
     """
-    # A byte has 256 values: rescale and normalize are a table. In float32 throughout, as upstream's values are: it
-    # multiplies by 1/255 in float64 and rounds, which is this quotient for every byte.
+    # A byte has 256 values: rescale and normalize are a table. Float32 throughout: upstream multiplies by 1/255
+    # in float64 and rounds, which gives this quotient for every byte.
     levels = np.arange(256, dtype=np.float32) / np.float32(settings.divisor)
     mean, std = np.array(settings.mean, np.float32), np.array(settings.std, np.float32)
     table = (levels[:, None] - mean) / std  # [256, 3]
@@ -255,13 +257,14 @@ def encode(text: str, grids: Ints, tokenizer: Tokenizer, settings: Settings) -> 
     for token in (settings.image_token, settings.video_token):
         if token in text:
             raise TextError(f"the text holds {token}, which stands for features of a picture or a film")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise TextError(f"the text is not Unicode: {error}") from error
     counts = grids.prod(axis=1) // settings.spatial_merge_size**2
     images = [settings.image.replace(settings.image_token, settings.image_token * int(n)) for n in counts]
     turn = settings.prefix + "".join(images) + text + settings.suffix
-    try:
-        return np.array([tokenizer.encode(turn, add_special_tokens=False).ids], np.int64)
-    except UnicodeEncodeError as error:
-        raise TextError(f"the text is not Unicode: {error}") from error
+    return np.array([tokenizer.encode(turn, add_special_tokens=False).ids], np.int64)
 
 
 def position_ids(input_ids: Ints, grids: Ints, settings: Settings) -> tuple[Ints, int]:

@@ -18,9 +18,7 @@ MINIATURE = Path(__file__).parent / "miniature" / "checkpoint"
 OUTPUTS = Path("outputs")
 
 
-def prepared(
-    checkpoint: str | None, recipe: str, output: Path | None, *, rehash: bool, settle_again: bool
-) -> Build:
+def prepared(checkpoint: str | None, recipe: str, output: Path | None, *, rehash: bool, settle_again: bool) -> Build:
     """The build that the arguments of `build` and `explain` ask for.
 
     Args:
@@ -33,11 +31,7 @@ def prepared(
         BuildError: an argument that no build can start from.
     """
     wanted = load_recipe(recipe)
-    asked = (
-        replace(parse_source(str(MINIATURE)), name="miniature")
-        if checkpoint is None
-        else parse_source(checkpoint)
-    )
+    asked = replace(parse_source(str(MINIATURE)), name="miniature") if checkpoint is None else parse_source(checkpoint)
     folder = output or OUTPUTS / f"{asked.name}-{wanted.name}"
     refuse_foreign(folder)
     source = _checked(asked if settle_again else _recorded(asked, folder))

@@ -29,18 +29,13 @@ def read_preprocessor(raw: Mapping[str, Any], file: str, vision: Vision) -> dict
     settings = dict(raw)
     kind = settings.get("image_processor_type", PROCESSORS[0])
     if kind not in PROCESSORS:
-        raise UnsupportedError(
-            f"{file}: {kind} cannot be exported", expected=", ".join(PROCESSORS), found=kind
-        )
+        raise UnsupportedError(f"{file}: {kind} cannot be exported", expected=", ".join(PROCESSORS), found=kind)
     for step, setting in STEPS.items():
         if settings.get(step, setting) != setting:
-            raise UnsupportedError(
-                f"{file}: {step} cannot be changed", expected=setting, found=settings[step]
-            )
-    if abs(settings.get("rescale_factor", 1 / 255) - 1 / 255) > 1e-9:
-        raise UnsupportedError(
-            f"{file}: rescale_factor cannot be changed", expected="1/255", found=settings["rescale_factor"]
-        )
+            raise UnsupportedError(f"{file}: {step} cannot be changed", expected=setting, found=settings[step])
+    factor = settings.get("rescale_factor", 1 / 255)
+    if type(factor) is not float or abs(factor - 1 / 255) > 1e-9:
+        raise UnsupportedError(f"{file}: rescale_factor cannot be changed", expected="1/255", found=factor)
     sizes = {
         "patch_size": vision.patch_size,
         "temporal_patch_size": vision.temporal_patch_size,

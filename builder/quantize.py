@@ -48,9 +48,7 @@ def run(build: Build, out: Path) -> Mapping[str, object]:
     return facts
 
 
-def fill(
-    bound: BoundGraph, checkpoint: Checkpoint, path: Path, written: dict[str, tuple[Path, DataFile]]
-) -> DataFile:
+def fill(bound: BoundGraph, checkpoint: Checkpoint, path: Path, written: dict[str, tuple[Path, DataFile]]) -> DataFile:
     """Writes the graph at `path` and its data beside it, or links the data of an equal graph in `written`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     data_path = path.with_name(path.name + ".data")

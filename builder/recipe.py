@@ -149,9 +149,7 @@ def _explained(path: Path, error: ValidationError) -> RecipeError:
     if problem["type"] == "missing":
         return RecipeError(f"recipe {path}: the key `{key}` is missing", next=f"add `{key} = …`")
     expected = _A_TABLE if problem["type"] == "dataclass_type" else problem["msg"]
-    return RecipeError(
-        f"recipe {path}: `{key}` is not right", expected=expected, found=repr(problem["input"])
-    )
+    return RecipeError(f"recipe {path}: `{key}` is not right", expected=expected, found=repr(problem["input"]))
 
 
 def _targets(path: Path, document: _Document, *, one_for_all: bool) -> tuple[Target, ...]:

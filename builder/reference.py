@@ -64,7 +64,7 @@ class Reference:
     @cached_property
     def model(self) -> Any:
         """Qwen3VLForConditionalGeneration in fp32, upstream's default attention."""
-        kind = self.transformers.Qwen3VLForConditionalGeneration
+        kind: Any = self.transformers.Qwen3VLForConditionalGeneration
         return kind.from_pretrained(self.checkpoint.folder, dtype=self.torch.float32, use_safetensors=True).eval()
 
     @cached_property
@@ -141,7 +141,9 @@ class Reference:
         torch = self.torch
         with torch.no_grad():
             hidden = self.model.model.language_model(
-                inputs_embeds=torch.from_numpy(embeds), position_ids=torch.from_numpy(positions), use_cache=False
+                inputs_embeds=torch.from_numpy(embeds),
+                position_ids=torch.from_numpy(positions),
+                use_cache=False,
             ).last_hidden_state
             result: Array = self.model.lm_head(hidden).numpy()
         return result
@@ -174,7 +176,10 @@ class Reference:
 
     def _inputs(self, ids: Array, prompt: Prompt) -> dict[str, Any]:
         torch = self.torch
-        inputs = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.ones(ids.shape, dtype=torch.int64)}
+        inputs = {
+            "input_ids": torch.from_numpy(ids),
+            "attention_mask": torch.ones(ids.shape, dtype=torch.int64),
+        }
         inputs["mm_token_type_ids"] = torch.from_numpy((ids == self.image_token_id).astype(np.int32))
         if prompt.pixel_values is not None and prompt.image_grid_thw is not None:
             inputs["pixel_values"] = torch.from_numpy(prompt.pixel_values)

@@ -81,9 +81,7 @@ def answer(
     _check_length(inputs.input_ids.shape[1], max_new_tokens, opened.most_tokens)
     tokens: list[int] = []
     pieces: list[str] = []
-    for piece in opened.module.stream(
-        opened.tokenizer, _noted(opened.tokens(inputs, max_new_tokens), tokens)
-    ):
+    for piece in opened.module.stream(opened.tokenizer, _noted(opened.tokens(inputs, max_new_tokens), tokens)):
         pieces.append(piece)
         on_text(piece)
     return Answer("".join(pieces), tuple(tokens), inputs.input_ids.shape[1])
@@ -170,9 +168,7 @@ def _opening(folder: Path) -> Iterator[None]:
         raise
     except ModuleNotFoundError as error:
         package = str(error.name).partition(".")[0]
-        raise MissingPackageError(
-            f"running {folder} needs {package}", next=f"pip install {package}"
-        ) from error
+        raise MissingPackageError(f"running {folder} needs {package}", next=f"pip install {package}") from error
     except Exception as error:  # each runtime has errors of its own for a broken graph
         raise BundleError(
             f"{folder} cannot be opened",

@@ -224,9 +224,7 @@ def _check_layout(path: Path, tensors: list[Tensor], start: int, size: int) -> N
             )
         at += tensor.nbytes
     if at != size:
-        raise CheckpointError(
-            f"{path} has bytes that no tensor owns", expected=f"{at} bytes", found=f"{size} bytes"
-        )
+        raise CheckpointError(f"{path} has bytes that no tensor owns", expected=f"{at} bytes", found=f"{size} bytes")
 
 
 def _truncated(path: Path, expected: str, found: str) -> NoReturn:

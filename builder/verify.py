@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from builder.cases import Case, held_out, shipped_cases
-from builder.checkpoint import Checkpoint, open_checkpoint
+from builder.cases import Case, Suite, whole_suite
+from builder.checkpoint import open_checkpoint
 from builder.console import progress
 from builder.errors import BundleError, VerificationError
 from builder.files import write_text
-from builder.gates import Gate, Report, close, exact
+from builder.gates import Gate, Report, attempted, close, exact
 from builder.graphs import Graphs, merged
 from builder.json_file import read_json
 from builder.reference import Prompt, Reference
@@ -84,31 +84,38 @@ def failed(report: Report, folder: Path) -> VerificationError:
     )
 
 
-def verify(folder: Path, target: str, reference: Reference) -> Report:
-    """All gates of one folder."""
+def verify(folder: Path, target: str, reference: Reference, suite: Suite | None = None) -> Report:
+    """All gates of one folder.
+
+    Args:
+        suite: what to ask; the whole suite if None.
+
+    Raises:
+        BundleError: a graph or a setting that its runtime cannot open.
+    """
     checkpoint = reference.checkpoint
+    suite = suite or whole_suite(checkpoint)
     graphs = Graphs.load(folder, target == "genai", checkpoint.text.hidden)
     player = open_player(folder, target)
-    cases, tasks = shipped_cases(), held_out(checkpoint)
     gates: list[Gate] = []
     ties: list[Ties] = []
     facts: dict[str, object] = {"versions": {name: version(name) for name in RUNNING}}
-    with progress(f"verify {target}", len(cases) + len(tasks) + 1) as advance:
-        gates += geometry_gates(graphs, reference)
-        gates += batch_gates(graphs, reference)
+    with progress(f"verify {target}", len(suite.cases) + len(suite.tasks) + 1) as advance:
+        gates += attempted("image features", "grids", geometry_gates, graphs, reference)
+        gates += attempted("decoder prefill", "batch of two", batch_gates, graphs, reference)
         advance()
-        for case in cases:
+        for case in suite.cases:
             prompt = reference.prepare(case.prompt, case.images)
-            gates += input_gates(case, prompt, player)
+            gates += attempted("token ids", case.name, input_gates, case, prompt, player)
             computed, logit_error = graph_gates(case.name, graphs, reference, prompt)
-            played, near = token_gates(case, prompt, player, reference, logit_error)
+            played, near = token_gates(case, prompt, player, reference, logit_error, suite.tokens)
             gates += computed + played
             ties.append(near)
             advance()
         found = tuple(one for near in ties for one in near.found)
-        gates.append(Ties(sum(near.compared for near in ties), found).gate(allowed=not tasks))
-        if tasks:
-            gates.append(task_gate(tasks, player, reference, facts, advance))
+        gates.append(Ties(sum(near.compared for near in ties), found).gate(allowed=not suite.tasks))
+        if suite.tasks:
+            gates += attempted("task", "held-out answers", task_gates, suite.tasks, player, reference, facts, advance)
     return Report(target, checkpoint.name, tuple(gates), facts)
 
 
@@ -125,7 +132,8 @@ def input_gates(case: Case, prompt: Prompt, player: Player) -> list[Gate]:
 def graph_gates(name: str, graphs: Graphs, reference: Reference, prompt: Prompt) -> tuple[list[Gate], float]:
     """Each graph on the reference's own inputs, so that an error of one is not one of the next.
 
-    Returns the gates, and the largest absolute difference of a logit.
+    Returns the gates, and the largest absolute difference of a logit, which no more than `FP32` allows: what is wrong
+    beyond that may not excuse a token.
     """
     gates: list[Gate] = []
     hidden = reference.checkpoint.text.hidden
@@ -133,15 +141,29 @@ def graph_gates(name: str, graphs: Graphs, reference: Reference, prompt: Prompt)
     levels = [main] * len(reference.checkpoint.vision.deepstack)
     if prompt.pixel_values is not None and prompt.image_grid_thw is not None:
         main, levels = reference.vision(prompt.pixel_values, prompt.image_grid_thw)
-        gates += feature_gates(name, graphs, prompt.pixel_values, prompt.image_grid_thw, main, levels)
+        inputs = (prompt.pixel_values, prompt.image_grid_thw)
+        gates += attempted("image features", name, feature_gates, name, graphs, *inputs, main, levels)
     mask = prompt.input_ids == reference.image_token_id
     want = merged(reference.embed(prompt.input_ids), mask, main, levels)
-    got = graphs.embed(prompt.input_ids, main, levels, reference.image_token_id)
-    for level, (a, b) in enumerate(zip((got[0], *got[1]), (want[0], *want[1]), strict=True)):
-        gates.append(close("embeddings", f"{name}, {f'level {level - 1}' if level else 'main'}", a, b, FP32))
+    arguments = (prompt.input_ids, main, levels, reference.image_token_id)
+    gates += attempted("embeddings", name, embedding_gates, name, graphs, arguments, want)
     logits = reference.logits(prompt, ())[None]
-    decoded = decoder_gates(name, graphs, prompt, want, logits)
-    return gates + decoded, max(gate.measured for gate in decoded) * float(logits.std())
+    decoded = attempted("decoder prefill", name, decoder_gates, name, graphs, prompt, want, logits)
+    return gates + decoded, min(max(gate.measured for gate in decoded), FP32) * float(logits.std())
+
+
+def embedding_gates(
+    name: str,
+    graphs: Graphs,
+    arguments: tuple[np.ndarray, np.ndarray, list[np.ndarray], int],
+    want: tuple[np.ndarray, list[np.ndarray]],
+) -> list[Gate]:
+    """The merged embeddings and each DeepStack input, from `Graphs.embed(*arguments)`."""
+    got = graphs.embed(*arguments)
+    return [
+        close("embeddings", f"{name}, {f'level {level - 1}' if level else 'main'}", a, b, FP32)
+        for level, (a, b) in enumerate(zip((got[0], *got[1]), (want[0], *want[1]), strict=True))
+    ]
 
 
 def feature_gates(
@@ -209,9 +231,9 @@ def batch_gates(graphs: Graphs, reference: Reference) -> list[Gate]:
     return gates
 
 
-def task_gate(
+def task_gates(
     cases: Sequence[Case], player: Player, reference: Reference, facts: dict[str, object], advance: Callable[[], None]
-) -> Gate:
+) -> list[Gate]:
     """The text of every held-out answer, right or wrong, must be PyTorch's."""
     different, score = [], {"PyTorch": 0, "ONNX": 0}
     for case in cases:
@@ -224,4 +246,4 @@ def task_gate(
         advance()
     facts["task"] = {key: f"{value}/{len(cases)}" for key, value in score.items()}
     name = f"{len(cases)} held-out answers, right: PyTorch {score['PyTorch']}, ONNX {score['ONNX']}"
-    return Gate("task", name, float(len(different)), 0.0, "; ".join(different[:3]))
+    return [Gate("task", name, float(len(different)), 0.0, "; ".join(different[:3]))]

@@ -17,9 +17,9 @@ import numpy as np
 from builder.cases import TOKENS, Case
 from builder.errors import BundleError
 from builder.gates import Gate, exact
+from builder.genai import GenaiBundle
 from builder.pipeline import Inputs, Pipeline
 from builder.reference import Answer, Prompt, Reference
-from builder.genai import GenaiBundle
 
 TIE = 4.0  # a lead below this multiple of the measured logit error is no lead
 TIES_EVERY = 1000  # tokens, of which one may be a near tie
@@ -102,7 +102,8 @@ def runtime_gates(
     tensors, inputs = player.runtime_inputs(case.prompt, case.images)
     gates = []
     if all(player.at_target_size(path) for path in case.images):
-        assert inputs.pixel_values is not None and prompt.pixel_values is not None
+        assert inputs.pixel_values is not None
+        assert prompt.pixel_values is not None
         gates.append(exact("runtime's pixel values", case.name, inputs.pixel_values, prompt.pixel_values))
     fed = reference.with_pixels(case.prompt, len(case.images), inputs.pixel_values, inputs.image_grid_thw)
     gates.append(exact("token ids", f"{case.name}, runtime's tokenizer", inputs.input_ids, fed.input_ids))
@@ -126,9 +127,7 @@ def _from(player: Player, inputs: Inputs, want: Answer) -> Callable[[int], list[
     return play
 
 
-def compare(
-    name: str, play: Callable[[int], list[int]], want: Answer, logit_error: float
-) -> tuple[Gate, list[str]]:
+def compare(name: str, play: Callable[[int], list[int]], want: Answer, logit_error: float) -> tuple[Gate, list[str]]:
     """Token by token; behind a near tie the reference's tokens are given and the comparison goes on."""
     ties: list[str] = []
     given = 0

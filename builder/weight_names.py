@@ -55,9 +55,7 @@ def check_tensors(
             f"{_listed(missing)} missing from the checkpoint",
             expected=f"{missing[0]}, shape {list(expected[missing[0]])}",
             found=nearest(missing[0], left_over) or "nothing of that name",
-            next='if the embeddings are tied, say "tie_word_embeddings": true'
-            if missing == [LM_HEAD]
-            else None,
+            next='if the embeddings are tied, say "tie_word_embeddings": true' if missing == [LM_HEAD] else None,
         )
     if left_over:
         raise WeightError(
@@ -95,7 +93,7 @@ def _check_dtype(tensor: Tensor, declared: Any) -> None:
     """A weight that loses bits when it is loaded as the config says makes two models of one checkpoint."""
     if declared is None:
         return
-    if declared not in EXACT_IN:
+    if not isinstance(declared, str) or declared not in EXACT_IN:
         raise CheckpointError("config.json: unknown dtype", expected=", ".join(EXACT_IN), found=declared)
     if tensor.dtype not in EXACT_IN[declared]:
         raise CheckpointError(
@@ -110,9 +108,7 @@ def _check_tied(folder: Path, head: Tensor, embeddings: Tensor) -> None:
     same = (head.dtype, head.shape) == (embeddings.dtype, embeddings.shape)
     left, right = map_bytes(folder, head), map_bytes(folder, embeddings)
     blocks = range(0, embeddings.nbytes, COMPARED_BYTES)
-    if not same or not all(
-        (left[at : at + COMPARED_BYTES] == right[at : at + COMPARED_BYTES]).all() for at in blocks
-    ):
+    if not same or not all((left[at : at + COMPARED_BYTES] == right[at : at + COMPARED_BYTES]).all() for at in blocks):
         raise CheckpointError(
             f"{head.file}: {LM_HEAD} differs from {EMBEDDINGS}, to which config.json ties it",
             expected="the same values, or no such tensor",

@@ -11,6 +11,7 @@ import hashlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ def write_data(bindings: Sequence[Binding], checkpoint: Checkpoint, path: Path, 
     with part.open("wb") as file:
         for placement in placements:
             padding = bytes(placement.offset - written)
-            for piece in (padding, *_pieces(table[placement.initializer], checkpoint, block)):
+            for piece in chain([padding], _pieces(table[placement.initializer], checkpoint, block)):
                 digest.update(piece)
                 written += file.write(piece)
         file.flush()
@@ -70,7 +71,7 @@ def write_data(bindings: Sequence[Binding], checkpoint: Checkpoint, path: Path, 
     return DataFile(placements, written, digest.hexdigest())
 
 
-def _pieces(binding: Binding, checkpoint: Checkpoint, block: int) -> Iterator[memoryview]:
+def _pieces(binding: Binding, checkpoint: Checkpoint, block: int) -> Iterator[bytes]:
     """The initializer's bytes, row-major, at most about `block` bytes at a time."""
     tensor: npt.NDArray[Any] = checkpoint.read(binding.tensor).reshape(binding.shape)
     array = tensor.T if binding.transpose else tensor
@@ -78,5 +79,5 @@ def _pieces(binding: Binding, checkpoint: Checkpoint, block: int) -> Iterator[me
     row = max(1, array[:1].size * np.dtype(binding.dtype).itemsize)
     rows = max(1, block // row)
     for start in range(0, array.shape[0], rows):
-        piece = np.ascontiguousarray(array[start : start + rows].astype(binding.dtype))
-        yield memoryview(piece).cast("B")
+        piece = array[start : start + rows].astype(binding.dtype)
+        yield piece.tobytes()

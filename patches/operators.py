@@ -9,6 +9,8 @@ Guaranteed: run in PyTorch they compute what upstream computes; while an ONNX ex
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,7 +19,13 @@ SEGMENT_ATTENTION = "qwen3vl::SegmentAttention"
 
 
 def segment_attention(
-    query: Tensor, key: Tensor, value: Tensor, segment_begin: Tensor, segment_end: Tensor, heads: int, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segment_begin: Tensor,
+    segment_end: Tensor,
+    heads: int,
+    scale: float,
 ) -> Tensor:
     """Unmasked attention of each patch to the patches of its own segment (one frame of one image).
 
@@ -32,7 +40,7 @@ def segment_attention(
     """
     inputs = (query, key, value, segment_begin, segment_end)
     if torch.onnx.is_in_onnx_export():
-        attributes = {"num_heads": heads, "scale": scale}
+        attributes: dict[str, Any] = {"num_heads": heads, "scale": scale}
         node: Tensor = torch.onnx.ops.symbolic(
             SEGMENT_ATTENTION, inputs, attributes, dtype=query.dtype, shape=query.shape, version=1
         )

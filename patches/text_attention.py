@@ -27,7 +27,7 @@ COVERS = (
 
 
 def rotated(self: Any, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """query [batch, seq, heads, head_dim] and key, value [batch, seq, kv_heads, head_dim], q and k normalised and rotated."""
+    """query [batch, seq, heads, head_dim], key and value [batch, seq, kv_heads, head_dim]; q and k normalised, rotated."""
     split = (*hidden.shape[:-1], -1, self.head_dim)
     query = self.q_norm(self.q_proj(hidden).view(split))
     key = self.k_norm(self.k_proj(hidden).view(split))
@@ -43,7 +43,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def causal_bias(attention_mask: Tensor, seq: int, dtype: torch.dtype) -> Tensor:
-    """[batch, 1, seq, total]: 0 where query i may see key j (j <= past + i and mask[j] = 1), the dtype's minimum elsewhere."""
+    """[batch, 1, seq, total]: 0 where query i may see key j (j <= past + i, mask[j] = 1), the dtype's minimum elsewhere."""
     total = attention_mask.shape[1]
     keys = torch.arange(total, device=attention_mask.device)
     queries = torch.arange(seq, device=attention_mask.device) + (total - seq)
@@ -57,6 +57,7 @@ def fused_mask(attention_mask: Tensor) -> tuple[Tensor, Tensor]:
     return lengths - 1, torch.ones_like(attention_mask[0], dtype=torch.int32).sum(dtype=torch.int32)
 
 
+@torch.no_grad()
 def check_text_attention(patch: Patch, fused: bool) -> None:
     """Prefill, decode and a chunk on a past against upstream's eager attention, every layer's weights."""
     model = tiny_model().model.language_model
@@ -68,7 +69,9 @@ def check_text_attention(patch: Patch, fused: bool) -> None:
         mask = torch.ones(batch, past + seq, dtype=torch.int64)
         for layer in model.layers:
             want, _ = layer.self_attn(
-                hidden, position_embeddings=(cos, sin), attention_mask=causal_bias(mask, past + seq, hidden.dtype)
+                hidden,
+                position_embeddings=(cos, sin),
+                attention_mask=causal_bias(mask, past + seq, hidden.dtype),
             )
             kv = [(hidden.new_zeros(batch, 2, 0, 16),) * 2] * len(model.layers)
             parts = []
@@ -79,9 +82,7 @@ def check_text_attention(patch: Patch, fused: bool) -> None:
                         layer.self_attn(
                             hidden[:, step],
                             position_embeddings=(cos[:, step], sin[:, step]),
-                            attention_mask=fused_mask(seen)
-                            if fused
-                            else causal_bias(seen, end - begin, hidden.dtype),
+                            attention_mask=fused_mask(seen) if fused else causal_bias(seen, end - begin, hidden.dtype),
                             kv=kv,
                         )[0]
                     )

@@ -28,7 +28,8 @@ def _make(original: Callable[..., Any]) -> Callable[..., Any]:
         key, value = torch.cat((past_key, key), dim=2), torch.cat((past_value, value), dim=2)
         kv[self.layer_idx] = (key, value)
         # Grouping the queries keeps the cache unrepeated: (batch, kv_heads, group, seq, head_dim)
-        grouped = query.unflatten(1, (key.shape[1], self.num_key_value_groups))
+        batch, heads, seq, head_dim = query.shape
+        grouped = query.view(batch, key.shape[1], heads // key.shape[1], seq, head_dim)
         scores = torch.matmul(grouped, key[:, :, None].transpose(-1, -2)) * self.scaling
         weights = F.softmax(scores + attention_mask[:, :, None], dim=-1, dtype=torch.float32).to(query.dtype)
         out = torch.matmul(weights, value[:, :, None]).flatten(1, 2).transpose(1, 2)

@@ -22,9 +22,11 @@ def _make(original: Callable[..., Any]) -> Callable[..., Any]:
         kv: list[tuple[Tensor, Tensor]],
         **_: Any,
     ) -> tuple[Tensor, None]:
-        query, key, value = rotated(self, hidden_states, position_embeddings)
+        query, key, value = (x.flatten(2) for x in rotated(self, hidden_states, position_embeddings))
         out, *present = group_query_attention(
-            *(x.flatten(2) for x in (query, key, value)),
+            query,
+            key,
+            value,
             past=kv[self.layer_idx],
             lengths=attention_mask,
             heads=self.config.num_attention_heads,

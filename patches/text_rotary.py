@@ -27,7 +27,9 @@ def _make(original: Callable[..., Any]) -> Callable[..., Any]:
     def forward(self: Any, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         # x: (batch, seq, hidden), read for its dtype only; position_ids: (3, batch, seq)
         axes = frequency_axes(list(self.mrope_section), self.inv_freq.shape[0])
-        chosen = position_ids.index_select(0, torch.tensor(axes, device=position_ids.device))  # (head_dim / 2, batch, seq)
+        chosen = position_ids.index_select(
+            0, torch.tensor(axes, device=position_ids.device)
+        )  # (head_dim / 2, batch, seq)
         angles = chosen.permute(1, 2, 0).float() * self.inv_freq.float()
         angles = torch.cat((angles, angles), dim=-1)  # (batch, seq, head_dim)
         cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
@@ -59,6 +61,7 @@ PATCH = Patch(
     "cannot trace, and the interleaving writes in place",
     remove_when="upstream's forward exports with dynamic shapes and position ids [3, batch, seq]",
     covers=(
+        "transformers.modeling_rope_utils:dynamic_rope_update",
         f"{MODELING}:Qwen3VLTextRotaryEmbedding.compute_default_rope_parameters",
         f"{MODELING}:Qwen3VLTextRotaryEmbedding.recomposition_frequencies",
         f"{MODELING}:Qwen3VLTextRotaryEmbedding.apply_interleaved_mrope",

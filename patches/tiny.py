@@ -47,7 +47,8 @@ def tiny_model(rope: dict[str, Any] | None = None, seed: int = 0) -> Any:
         vision_start_token_id=122,
         vision_end_token_id=123,
     )
-    model = Qwen3VLForConditionalGeneration._from_config(config, attn_implementation="eager").eval()
+    kind: Any = Qwen3VLForConditionalGeneration
+    model = kind._from_config(config, attn_implementation="eager").eval()
     for parameter in model.parameters():
         parameter.data = torch.randn_like(parameter) * (0.5 / max(parameter.shape[-1], 4) ** 0.5) + (
             1.0 if parameter.ndim == 1 else 0.0

@@ -21,20 +21,25 @@ from patches.tiny import assert_close, tiny_model
 
 def _make(original: Callable[..., Any]) -> Callable[..., Any]:
     def forward(
-        self: Any, hidden_states: Tensor, cu_seqlens: Tensor, position_embeddings: tuple[Tensor, Tensor], **_: Any
+        self: Any,
+        hidden_states: Tensor,
+        cu_seqlens: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        **_: Any,
     ) -> Tensor:
         patches = hidden_states.shape[0]
         qkv = self.qkv(hidden_states).view(patches, 3, self.num_heads, -1)  # (patches, 3, heads, head_dim)
         cos, sin = (x.unsqueeze(1) for x in position_embeddings)
         query, key = rotate(qkv[:, 0], cos, sin), rotate(qkv[:, 1], cos, sin)
-        out = segment_attention(
-            *(x.flatten(1) for x in (query, key, qkv[:, 2])), *cu_seqlens, self.num_heads, self.scaling
-        )
-        return self.proj(out)
+        query, key, value = (x.flatten(1) for x in (query, key, qkv[:, 2]))
+        out = segment_attention(query, key, value, cu_seqlens[0], cu_seqlens[1], self.num_heads, self.scaling)
+        projected: Tensor = self.proj(out)
+        return projected
 
     return forward
 
 
+@torch.no_grad()
 def check() -> None:
     """Upstream's eager attention, which loops over segments in Python, against this one."""
     attention = tiny_model().model.visual.blocks[0].attn

@@ -28,7 +28,7 @@ class VisionFeatures(NamedTuple):
 
 
 class Geometry(NamedTuple):
-    """Of each patch: row, column and its picture's height and width in patches [patches] int64; segments [2, patches]."""
+    """Of each patch: row, column, its picture's height and width in patches, [patches] int64; segments [2, patches]."""
 
     row: Tensor
     column: Tensor
@@ -78,7 +78,9 @@ def _make(original: Callable[..., Any]) -> Callable[..., Any]:
         projection = self.patch_embed.proj  # kernel = stride, so the convolution is a linear layer
         hidden = F.linear(hidden_states, projection.weight.flatten(1), projection.bias)
         hidden = hidden + interpolated(self.pos_embed.weight, place, self.num_grid_per_side)
-        angles = torch.cat([x[:, None].float() * self.rotary_pos_emb.inv_freq for x in (place.row, place.column)], dim=1)
+        angles = torch.cat(
+            [x[:, None].float() * self.rotary_pos_emb.inv_freq for x in (place.row, place.column)], dim=1
+        )
         angles = torch.cat((angles, angles), dim=1)  # (patches, head_dim)
         rotary = (angles.cos(), angles.sin())
         deepstack = []
@@ -92,10 +94,16 @@ def _make(original: Callable[..., Any]) -> Callable[..., Any]:
     return forward
 
 
+@torch.no_grad()
 def check() -> None:
     """Upstream's vision model against this one: one and several images, several frames, one row of blocks."""
     visual = tiny_model().model.visual
-    for grids in ([[1, 4, 6]], [[1, 2, 2], [1, 6, 4]], [[3, 4, 4], [1, 8, 2]], [[1, 2, 20], [2, 2, 2], [1, 14, 14]]):
+    for grids in (
+        [[1, 4, 6]],
+        [[1, 2, 2], [1, 6, 4]],
+        [[3, 4, 4], [1, 8, 2]],
+        [[1, 2, 20], [2, 2, 2], [1, 14, 14]],
+    ):
         grid = torch.tensor(grids)
         patches = int(grid.prod(1).sum())
         pixels = torch.randn(patches, 3 * 2 * 4 * 4, generator=torch.Generator().manual_seed(patches))
@@ -119,6 +127,7 @@ PATCH = Patch(
     why="upstream derives positions and segments with repeat_interleave, tolist and a loop over images",
     remove_when="upstream takes the grid's geometry from tensor arithmetic alone",
     covers=(
+        f"{MODELING}:Qwen3VLVisionModel.__init__",
         f"{MODELING}:Qwen3VLVisionPatchEmbed.forward",
         f"{MODELING}:Qwen3VLVisionRotaryEmbedding.forward",
         f"{MODELING}:Qwen3VLVisionRotaryEmbedding.recomposition_frequencies",
@@ -129,6 +138,7 @@ PATCH = Patch(
         f"{HELPERS}:get_vision_position_ids",
         f"{HELPERS}:get_vision_interpolation_indices_and_weights",
         f"{HELPERS}:get_vision_cu_seqlens",
+        f"{HELPERS}:get_vision_attention_seqlens",
         f"{HELPERS}:_interpolation_axis_taps_weights",
     ),
     make=_make,

@@ -168,9 +168,7 @@ class _Handler(BaseHTTPRequestHandler):
             status, begin = 206, int(start[1])
             headers["Content-Range"] = f"bytes {begin}-{len(content) - 1}/{len(content)}"
             content = content[begin:]
-        self._send(
-            status, headers, content, repository.drop.pop(file, None) if self.command == "GET" else None
-        )
+        self._send(status, headers, content, repository.drop.pop(file, None) if self.command == "GET" else None)
 
     def _send(
         self, status: int, headers: Mapping[str, str], content: bytes = b"", drop_after: int | None = None

@@ -40,8 +40,7 @@ def results(file: Path) -> str:
     counts["**all**"] = sum(counts.values(), Counter())
     seconds["**all**"] = sum(seconds.values())
     rows = [
-        f"| {name} | {one['tests']} | {one['failure'] + one['error']} | {one['skipped']} "
-        f"| {seconds[name]:.1f} |"
+        f"| {name} | {one['tests']} | {one['failure'] + one['error']} | {one['skipped']} | {seconds[name]:.1f} |"
         for name, one in sorted(counts.items(), key=lambda item: (item[0] == "**all**", item[0]))
     ]
     packages = ", ".join(f"{name} {version(name)}" for name in SHOWN)

@@ -77,6 +77,7 @@ def test_folders_that_hold_no_whole_checkpoint(sharded: Path, change: Change, me
         (config(model_type="qwen3_vl_moe"), "mixture-of-experts"),
         (config(text__num_experts=8), "mixture-of-experts"),
         (config(architectures=["Qwen3VLForSequenceClassification"]), "another head"),
+        (config(architectures=1), "another head"),
         (config(quantization_config={"quant_method": "fp8"}), "fp8"),
         (config(text__quantization_config={"quant_method": "awq"}), "awq"),
         (config(rope__rope_type="dynamic"), "dynamic"),
@@ -217,6 +218,9 @@ def test_head_that_is_not_tied_as_the_config_says(single: Path) -> None:
     ("change", "message"),
     [
         (config(text_config=None), "no text_config"),
+        (config(text__num_hidden_layers=10**9), "num_hidden_layers is no count"),
+        (config(dtype=["float16"]), "unknown dtype"),
+        (edit_json("tokenizer.json", lambda c: c.update(added_tokens=[1])), "is not a tokenizer's"),
         (config(text__num_hidden_layers=0), "num_hidden_layers is no count"),
         (config(text__hidden_size="80"), "hidden_size is no count"),
         (config(text__vocab_size=True), "vocab_size is no count"),

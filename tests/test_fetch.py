@@ -131,8 +131,7 @@ def test_rehash_sees_bytes_rather_than_times(sharded: Path) -> None:
     assert identity(source) == quick
     # Within one process a file of the same size and time is hashed once.
     code = (
-        "import sys; from builder.fetch import *; "
-        "print(identity(parse_source(sys.argv[1]), rehash=True)[sys.argv[2]])"
+        "import sys; from builder.fetch import *; print(identity(parse_source(sys.argv[1]), rehash=True)[sys.argv[2]])"
     )
     command = [sys.executable, "-c", code, str(sharded), SHARD]
     anew = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

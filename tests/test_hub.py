@@ -87,9 +87,7 @@ def test_dropped_connection_is_resumed(hub: HubServer, repository: Repository, o
     assert sha256(fetched(out).folder / SHARD) == sha256(repository.folder / SHARD)
 
 
-def test_second_try_keeps_the_files_that_were_whole(
-    hub: HubServer, repository: Repository, out: Path
-) -> None:
+def test_second_try_keeps_the_files_that_were_whole(hub: HubServer, repository: Repository, out: Path) -> None:
     last = "model-00003-of-00003.safetensors"
     repository.fail.add(last)
     source = resolve(parse_source(REPO))

@@ -197,9 +197,7 @@ def test_the_stage_leaves_a_diff_a_patch_and_the_facts(
         assert (fact["target"], fact["why"], fact["remove_when"]) == (one.target, one.why, one.remove_when)
         diff = (tmp_path / f"{name}.diff").read_text()
         assert diff == stage.diff_text(name)
-        assert (
-            f"--- transformers {version('transformers')} {one.target}\n+++ patches/{name}.py\n@@ -1," in diff
-        )
+        assert f"--- transformers {version('transformers')} {one.target}\n+++ patches/{name}.py\n@@ -1," in diff
         assert str(Path(stage.__file__).parent) not in diff
 
 
@@ -214,14 +212,10 @@ def test_the_stage_writes_the_same_bytes_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.torch
-def test_the_stage_stops_at_a_source_that_was_never_verified(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_stage_stops_at_a_source_that_was_never_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     every = own.every()
     strange = replace(own.patch("text_rotary"), target="transformers.vision_utils:get_vision_cu_seqlens")
-    monkeypatch.setattr(
-        own, "every", lambda: tuple(strange if one.name == strange.name else one for one in every)
-    )
+    monkeypatch.setattr(own, "every", lambda: tuple(strange if one.name == strange.name else one for one in every))
     with pytest.raises(PatchError, match="text_rotary: not verified"):
         stage.run(build(tmp_path, "eager"), tmp_path)
     assert list(tmp_path.iterdir()) == []

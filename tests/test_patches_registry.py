@@ -124,9 +124,7 @@ def test_an_unknown_source_names_everything_and_shows_what_differs(file: Path, t
     for part in ("layer", LAYER.target, f"{PACKAGE} 2.0.0", "1.0.0", digest(LAYER)):
         assert part in said
     removed = source.line_digests("    y = x * scale")
-    assert (
-        f"-«line 4 removed ({removed})»\n+    y = scale * x\n+    y = y + 0\n     return y + offset()" in said
-    )
+    assert f"-«line 4 removed ({removed})»\n+    y = scale * x\n+    y = y + 0\n     return y + offset()" in said
     assert "patches --diff" in str(caught.value.next)
     assert "patches --record" in str(caught.value.next)
     assert "x * scale" not in file.read_text()
@@ -177,9 +175,7 @@ def test_every_patch_is_found_by_its_modules_name() -> None:
 
 @pytest.mark.torch
 @pytest.mark.parametrize("name", sorted({name for names in own.SETS.values() for name in names}))
-def test_every_check_fails_when_the_replacement_is_a_thousandth_off(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_check_fails_when_the_replacement_is_a_thousandth_off(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
     from torch.utils import _pytree as pytree
 

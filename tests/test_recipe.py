@@ -42,9 +42,7 @@ def test_every_shipped_recipe_is_sound() -> None:
 
 
 def test_a_recipe_is_named_after_its_file_and_keeps_the_order_of_targets(file: Path) -> None:
-    file.write_text(
-        'precision = "fp32"\ntargets = ["onnxruntime", "genai"]\nmax_length = 512\n', encoding="utf-8"
-    )
+    file.write_text('precision = "fp32"\ntargets = ["onnxruntime", "genai"]\nmax_length = 512\n', encoding="utf-8")
     recipe = load_recipe(str(file))
     assert recipe.name == "mine"
     assert [target.runtime for target in recipe.targets] == ["onnxruntime", "genai"]

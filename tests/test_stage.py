@@ -269,9 +269,7 @@ def test_a_missing_or_cut_artifact_is_made_again_but_evidence_may_change(build: 
     assert (build.folder("first") / "one.txt").read_text() == "length 4096"
 
 
-def test_a_stage_that_fails_half_way_leaves_no_folder_and_keeps_the_ones_before(
-    build: Build, tmp_path: Path
-) -> None:
+def test_a_stage_that_fails_half_way_leaves_no_folder_and_keeps_the_ones_before(build: Build, tmp_path: Path) -> None:
     (tmp_path / "die").touch()
     with pytest.raises(KeyboardInterrupt):
         execute(build)
@@ -297,9 +295,7 @@ def test_a_failed_rerun_keeps_what_was_built_before(build: Build, tmp_path: Path
     assert artifacts(build) == before
 
 
-def test_a_process_that_is_killed_leaves_a_folder_to_go_on_from(
-    build: Build, demo: Path, tmp_path: Path
-) -> None:
+def test_a_process_that_is_killed_leaves_a_folder_to_go_on_from(build: Build, demo: Path, tmp_path: Path) -> None:
     """SIGKILL in the middle of `second`: the lock dies with the process, `first` need not run again."""
     (demo / "second.py").write_text(
         (demo / "second.py")

@@ -1,8 +1,8 @@
 """A model of a few lines of arithmetic, as the three graphs of either runtime, and once more in numpy.
 
-In: a checkpoint's facts and a seed. Out: graphs that keep the contracts of builder/contract.py, and the greedy tokens
-that they must lead to. Guaranteed: every port has its say in the logits; numpy knows no cache, so that a cache which
-is kept wrongly shows.
+In: a checkpoint's facts and a seed. Out: graphs that keep the contracts of builder/contract.py; the greedy
+tokens they lead to. Guaranteed: every port of the decoder has its say in the logits; numpy keeps no cache, so
+that one which is kept wrongly shows.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Toy:
         drawn = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
         drawn["embed"][:, text.hidden :] = 0
         drawn["project"] /= np.float32(np.sqrt(pixels))
-        drawn["axis"] /= np.float32(10)
+        drawn["axis"] /= np.float32(80)
         return drawn
 
     def tokens(self, inputs: Inputs, count: int, barred: tuple[int, ...] = ()) -> list[int]:
@@ -98,68 +98,65 @@ class Toy:
         return folder
 
     def _vision(self, component: Component, packed: bool) -> onnx.ModelProto:
-        hidden, levels = self.checkpoint.text.hidden, len(self.checkpoint.vision.deepstack)
-        square = self.weights["project"].shape[0]
+        project, hidden = self.weights["project"], self.checkpoint.text.hidden
+        levels = len(self.checkpoint.vision.deepstack)
         nodes = [
-            helper.make_node("Reshape", ["pixel_values", "square"], ["squares"]),
-            helper.make_node("MatMul", ["squares", "project"], [component.outputs[0].name if packed else "all"]),
+            _node("Reshape", "pixel_values square", "squares"),
+            _node("MatMul", "squares project", "all"),
         ]
-        constants = {"square": np.array([-1, square]), "project": self.weights["project"]}
-        if not packed:
+        if packed or not levels:
+            nodes += [_node("Identity", "all", component.outputs[0].name)]
+        else:
             nodes += [
-                helper.make_node("Split", ["all", "sizes"], ["pooled_embeds", "rest"], axis=1),
-                helper.make_node("Reshape", ["rest", "by_level"], ["levels"]),
-                helper.make_node("Transpose", ["levels"], ["deepstack_features"], perm=[1, 0, 2]),
-            ][: 3 if levels else 0]
-            nodes += [] if levels else [helper.make_node("Identity", ["all"], ["pooled_embeds"])]
-            constants |= {"sizes": np.array([hidden, levels * hidden]), "by_level": np.array([-1, levels, hidden])}
-        return _graph(component, nodes, constants)
+                _node("Split", "all sizes", "pooled_embeds rest", axis=1),
+                _node("Reshape", "rest by_level", "levels"),
+                _node("Transpose", "levels", "deepstack_features", perm=[1, 0, 2]),
+            ]
+        square, by_level = np.array([-1, len(project)]), np.array([-1, levels, hidden])
+        sizes = np.array([hidden, levels * hidden])
+        return _graph(component, nodes, project=project, square=square, sizes=sizes, by_level=by_level)
 
     def _embeddings(self, component: Component, packed: bool) -> onnx.ModelProto:
-        width = component.outputs[0].shape[-1]
-        constants = {"embed": self.weights["embed"][:, :width]}
+        width = int(component.outputs[0].shape[-1])
+        embed = self.weights["embed"][:, :width]
         if not packed:
-            return _graph(component, [helper.make_node("Gather", ["embed", "input_ids"], ["inputs_embeds"])], constants)
+            return _graph(component, [_node("Gather", "embed input_ids", "inputs_embeds")], embed=embed)
         nodes = [
-            helper.make_node("Gather", ["embed", "input_ids"], ["text"]),
-            helper.make_node("Equal", ["input_ids", "image"], ["is_image"]),
-            helper.make_node("Cast", ["is_image"], ["ones"], to=TensorProto.INT64),
-            helper.make_node("CumSum", ["ones", "one"], ["counted"]),
-            helper.make_node("Mul", ["counted", "ones"], ["nth"]),
-            helper.make_node("Concat", ["blank", "image_features"], ["table"], axis=0),
-            helper.make_node("Gather", ["table", "nth"], ["features"]),
-            helper.make_node("Unsqueeze", ["is_image", "last"], ["where"]),
-            helper.make_node("Where", ["where", "features", "text"], ["inputs_embeds"]),
+            _node("Gather", "embed input_ids", "text"),
+            _node("Equal", "input_ids image", "is_image"),
+            _node("Cast", "is_image", "ones", to=TensorProto.INT64),
+            _node("CumSum", "ones one", "counted"),
+            _node("Mul", "counted ones", "nth"),  # 0, the blank row, at text
+            _node("Concat", "blank image_features", "table", axis=0),
+            _node("Gather", "table nth", "features"),
+            _node("Unsqueeze", "is_image last", "where"),
+            _node("Where", "where features text", "inputs_embeds"),
         ]
-        constants |= {"image": np.array(self.checkpoint.image_token_id), "one": np.array(1), "last": np.array([-1])}
-        return _graph(component, nodes, constants | {"blank": np.zeros((1, int(width)), np.float32)})
+        image, one, last = np.array(self.checkpoint.image_token_id), np.array(1), np.array([-1])
+        blank = np.zeros((1, width), np.float32)
+        return _graph(component, nodes, embed=embed, image=image, one=one, last=last, blank=blank)
 
     def _model(self, component: Component, packed: bool) -> onnx.ModelProto:
         hidden, levels = self.checkpoint.text.hidden, len(self.checkpoint.vision.deepstack)
         nodes = [
-            helper.make_node("Cast", ["position_ids"], ["places"], to=TensorProto.FLOAT),
-            helper.make_node("Einsum", ["places", "axis"], ["placed"], equation="tbs,th->bsh"),
-            helper.make_node("Add", ["main", "placed"], ["plain"]),
-            helper.make_node("Unsqueeze", ["given", "one"], ["kept"]),
-            helper.make_node("Mul", ["kept", "half"], ["halved"]),
-            helper.make_node("Concat", ["past_key_values.0.key", "kept"], ["present.0.key"], axis=2),
-            helper.make_node("Concat", ["past_key_values.0.value", "halved"], ["present.0.value"], axis=2),
-            helper.make_node("Add", ["present.0.key", "present.0.value"], ["sum"]),
-            helper.make_node("ReduceMean", ["sum", "middle"], ["mean"], keepdims=0),
-            helper.make_node("Cast", ["attention_mask"], ["counts"], to=TensorProto.FLOAT),
-            helper.make_node("ReduceSum", ["counts", "one"], ["count"]),
-            helper.make_node("Mul", ["count", "hundredth"], ["length"]),
-            helper.make_node("Add", ["mean", "length"], ["stored"]),
-            helper.make_node("Unsqueeze", ["stored", "one"], ["context"]),
-            helper.make_node("Add", ["given", "context"], ["state"]),
-            helper.make_node("Tanh", ["state"], ["answer"]),
-            helper.make_node("MatMul", ["answer", "head"], ["all_logits"]),
-            helper.make_node("Gather" if packed else "Identity", ["all_logits", "end"][: 1 + packed], ["logits"])
-            if not packed
-            else helper.make_node("Slice", ["all_logits", "minus_one", "end", "one"], ["logits"]),
+            *_given(levels, packed),
+            _node("Unsqueeze", "given one", "kept"),
+            _node("Mul", "kept half", "halved"),
+            _node("Concat", "past_key_values.0.key kept", "present.0.key", axis=2),
+            _node("Concat", "past_key_values.0.value halved", "present.0.value", axis=2),
+            _node("Add", "present.0.key present.0.value", "sum"),
+            _node("ReduceMean", "sum middle", "mean", keepdims=0),
+            _node("Cast", "attention_mask", "counts", to=TensorProto.FLOAT),
+            _node("ReduceSum", "counts one", "count"),
+            _node("Mul", "count hundredth", "length"),
+            _node("Add", "mean length", "stored"),
+            _node("Unsqueeze", "stored one", "context"),
+            _node("Add", "given context", "state"),
+            _node("Tanh", "state", "answer"),
+            _node("MatMul", "answer head", "scores"),
+            _node("Slice", "scores minus_one end one", "logits") if packed else _node("Identity", "scores", "logits"),
         ]
-        weights = {name: self.weights[name] for name in ("axis", "head", "level")}
-        constants = weights | {
+        constants = {name: self.weights[name] for name in ("axis", "head", "level")} | {
             "one": np.array([1]),
             "minus_one": np.array([-1]),
             "end": np.array([2**31]),
@@ -169,36 +166,44 @@ class Toy:
             "sizes": np.array([hidden, levels * hidden]),
             "by_level": np.array([0, 0, levels, hidden]),
         }
-        nodes[:0] = [helper.make_node("Identity", ["inputs_embeds"], ["main"])]
-        nodes.insert(4, helper.make_node("Identity", ["plain"], ["given"]))
-        if levels:
-            nodes[4] = helper.make_node("Add", ["plain", "levels"], ["given"])
-            stacked, equation = ("deepstack_embeds", "dbsh,d->bsh")
-            if packed:
-                nodes[:1] = [
-                    helper.make_node("Split", ["inputs_embeds", "sizes"], ["main", "rest"], axis=2),
-                    helper.make_node("Reshape", ["rest", "by_level"], ["stacked"]),
-                ]
-                stacked, equation = ("stacked", "bsdh,d->bsh")
-            index = next(i for i, node in enumerate(nodes) if "given" in node.output)
-            nodes.insert(index, helper.make_node("Einsum", [stacked, "level"], ["levels"], equation=equation))
-        return _graph(component, nodes, constants)
+        return _graph(component, nodes, **constants)
+
+
+def _given(levels: int, packed: bool) -> list[onnx.NodeProto]:
+    """What a position is given: its embedding, its DeepStack levels and its place, weighted."""
+    place = [
+        _node("Cast", "position_ids", "places", to=TensorProto.FLOAT),
+        _node("Einsum", "places axis", "placed", equation="tbs,th->bsh"),
+    ]
+    if not levels:
+        return [*place, _node("Add", "inputs_embeds placed", "given")]
+    unpack = [
+        _node("Split", "inputs_embeds sizes", "main rest", axis=2),
+        _node("Reshape", "rest by_level", "levels"),
+        _node("Einsum", "levels level", "weighted", equation="bsdh,d->bsh"),
+    ]
+    stacked = [_node("Einsum", "deepstack_embeds level", "weighted", equation="dbsh,d->bsh")]
+    main = "main" if packed else "inputs_embeds"
+    added = [_node("Add", f"{main} weighted", "seen"), _node("Add", "seen placed", "given")]
+    return [*place, *(unpack if packed else stacked), *added]
 
 
 def toy(checkpoint: Checkpoint, *, levels: int, seed: int) -> Toy:
     """A toy that a checkpoint's tokenizer, template and image settings fit."""
-    text = replace(checkpoint.text, hidden=8, layers=1, heads=1, kv_heads=1, head_dim=8)
+    text = replace(checkpoint.text, hidden=16, layers=1, heads=1, kv_heads=1, head_dim=16)
     vision = replace(checkpoint.vision, deepstack=tuple(range(levels)))
     return Toy(replace(checkpoint, text=text, vision=vision), seed)
 
 
-def _graph(component: Component, nodes: list[onnx.NodeProto], constants: dict[str, Any]) -> onnx.ModelProto:
+def _node(operator: str, inputs: str, outputs: str, **attributes: Any) -> onnx.NodeProto:
+    return helper.make_node(operator, inputs.split(), outputs.split(), **attributes)
+
+
+def _graph(component: Component, nodes: list[onnx.NodeProto], **constants: Any) -> onnx.ModelProto:
     used = {name for node in nodes for name in node.input}
-    initializers = [
-        numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items() if name in used
-    ]
-    ports = ([_port(port) for port in side] for side in (component.inputs, component.outputs))
-    graph = helper.make_graph(nodes, component.name, *ports, initializer=initializers)
+    weights = [numpy_helper.from_array(np.asarray(v), name) for name, v in constants.items() if name in used]
+    inputs, outputs = ([_port(port) for port in side] for side in (component.inputs, component.outputs))
+    graph = helper.make_graph(nodes, component.name, inputs, outputs, initializer=weights)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
     onnx.checker.check_model(model)
     return model

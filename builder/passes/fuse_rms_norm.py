@@ -24,12 +24,12 @@ def _norm(op: Any, x: Any, weight: Any, two: Any, axes: Any, epsilon: Any) -> An
     return op.Mul(weight, op.Mul(x, op.Reciprocal(op.Sqrt(op.Add(mean, epsilon)))))
 
 
-def _over_last_axis(context: Any, two: ir.Value, axes: ir.Value, epsilon: ir.Value, **_: Any) -> bool:
+def _over_last_axis(_: Any, two: ir.Value, axes: ir.Value, epsilon: ir.Value, **rest: Any) -> bool:
     constants = [ir.convenience.get_const_tensor(value) for value in (two, axes, epsilon)]
     if any(constant is None for constant in constants):
         return False
-    exponent, axis, _ = (constant.numpy() for constant in constants if constant is not None)
-    return bool(exponent.size == 1 and exponent.item() == 2 and axis.size == 1 and axis.item() == -1)
+    exponent, axis = (constant.numpy().tolist() for constant in constants[:2] if constant is not None)
+    return exponent in (2, [2]) and axis in (-1, [-1])
 
 
 def _fused(op: Any, x: ir.Value, weight: ir.Value, epsilon: ir.Value, **_: Any) -> Any:

@@ -49,7 +49,9 @@ class _Lowering:
         self.scale = node.attributes.get_float("scale", 0.0)
         self.dtype = self.query.dtype or ir.DataType.FLOAT
         assert self.query.shape is not None
-        self.hidden = int(self.query.shape[1])
+        hidden = self.query.shape[1]
+        assert isinstance(hidden, int)
+        self.hidden = hidden
         self.outer, self.body = Tape(), Tape()
 
     def emit(self) -> ir.Value:
