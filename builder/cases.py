@@ -66,7 +66,7 @@ def shipped_cases() -> tuple[Case, ...]:
 
 
 def held_out(checkpoint: Checkpoint) -> tuple[Case, ...]:
-    """The cases of `heldout/cases.jsonl` beside the checkpoint's folder; the miniature has one. Empty where there is none.
+    """The cases of `heldout/cases.jsonl` beside the checkpoint's folder (the miniature has one), or none.
 
     A line is {"task", "images", "question", "answer"}; images lie beside the file.
     """

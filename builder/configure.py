@@ -1,7 +1,8 @@
 """Stage 6: the files beside the graphs.
 
 In: filled graphs and the checkpoint. Out: a folder a target with graphs (linked), configuration, tokenizer, chat
-template and generation settings. Guaranteed: no token id, size, mean or layer count is a literal; all come from the checkpoint.
+template and generation settings. Guaranteed: no token id, size, mean or layer count is a literal; all come from the
+checkpoint.
 """
 
 from __future__ import annotations

@@ -92,7 +92,7 @@ class Report:
         }
 
     def table(self, width: int = 110) -> str:
-        """One row a place: how many cases hold and the one with the least margin; then the failures, first one first."""
+        """One row a place: how many cases hold and the one with the least margin; then the failures in order."""
         table = Table(title=f"{self.target} against PyTorch · {self.checkpoint}", title_justify="left")
         for heading, justify in (
             ("place", "left"),

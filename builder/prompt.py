@@ -64,19 +64,14 @@ def token_text(checkpoint: Checkpoint, token_id: int) -> str:
     )
 
 
-def special_tokens(checkpoint: Checkpoint) -> dict[str, Any]:
+def special_tokens(checkpoint: Checkpoint) -> dict[str, str]:
     """The special tokens that a template may use as variables."""
     config = read_json(checkpoint.folder / TOKENIZER_CONFIG)
-    tokens = {name: _content(config[name]) for name in SPECIAL if config.get(name) is not None}
-    further = config.get("additional_special_tokens")
-    return tokens | ({"additional_special_tokens": list(map(_content, further))} if further else {})
+    tokens = {name: config[name] for name in SPECIAL if config.get(name) is not None}
+    return {name: str(t["content"] if isinstance(t, Mapping) else t) for name, t in tokens.items()}
 
 
-def _content(token: Any) -> str:
-    return str(token["content"] if isinstance(token, Mapping) else token)
-
-
-def split(template: str, image_token: str, variables: Mapping[str, Any]) -> dict[str, str]:
+def split(template: str, image_token: str, variables: Mapping[str, str]) -> dict[str, str]:
     """`{"prefix", "image", "suffix"}` of a template.
 
     Args:
@@ -134,7 +129,7 @@ def compile_template(template: str) -> Any:
         raise PromptError("the chat template is no Jinja template", found=error) from error
 
 
-def render(compiled: Any, text: str, images: int, variables: Mapping[str, Any]) -> str:
+def render(compiled: Any, text: str, images: int, variables: Mapping[str, str]) -> str:
     """One user turn: `images` pictures, then the text, then the generation prompt.
 
     Raises:

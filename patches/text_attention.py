@@ -27,7 +27,7 @@ COVERS = (
 
 
 def rotated(self: Any, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """query [batch, seq, heads, head_dim], key and value [batch, seq, kv_heads, head_dim]; q and k normalised, rotated."""
+    """query [batch, seq, heads, head_dim], key and value [batch, seq, kv_heads, head_dim]; rotated."""
     split = (*hidden.shape[:-1], -1, self.head_dim)
     query = self.q_norm(self.q_proj(hidden).view(split))
     key = self.k_norm(self.k_proj(hidden).view(split))
@@ -43,7 +43,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def causal_bias(attention_mask: Tensor, seq: int, dtype: torch.dtype) -> Tensor:
-    """[batch, 1, seq, total]: 0 where query i may see key j (j <= past + i, mask[j] = 1), the dtype's minimum elsewhere."""
+    """[batch, 1, seq, total]: 0 where query i may see key j (j <= past + i, mask[j] = 1), its minimum elsewhere."""
     total = attention_mask.shape[1]
     keys = torch.arange(total, device=attention_mask.device)
     queries = torch.arange(seq, device=attention_mask.device) + (total - seq)
