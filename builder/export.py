@@ -8,6 +8,7 @@ Guaranteed: no weight is read and no weight page touched; every initializer is b
 from __future__ import annotations
 
 import inspect
+import logging
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -40,6 +41,8 @@ def run(build: Build, out: Path) -> Mapping[str, object]:
     from patches import patches_for
     from patches.registry import applied
 
+    # The exporter warns on every graph that torchvision's operators are not there; nothing here uses them.
+    logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
     facts: dict[str, object] = {}
     model = empty_model(build.checkpoint)
     with progress("export", 3 * len(build.recipe.targets)) as advance:

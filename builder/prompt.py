@@ -22,12 +22,13 @@ from builder.checkpoint_files import TOKENIZER, TOKENIZER_CONFIG
 from builder.errors import CheckpointError, PromptError
 from builder.json_file import read_json
 
-# Texts that a template might trim, escape, evaluate, or take for something else.
+# Texts that a template might trim, escape, evaluate, or take for something else. The first splits the template:
+# no template holds it itself.
 PROBES = (
+    "Größe, 数字, नमस्ते, e\u0301, \U0001f642\u200d\u2194\ufe0f",
     "Read the number.",
     "  spaces around  ",
     "\n\nlines\n\n\nand a last one\n",
-    "Größe, 数字, नमस्ते, e\u0301, \U0001f642\u200d\u2194\ufe0f",
     "{{ messages }} {% if x %} {# note #} {0} ${x}",
     "<b>&amp;</b> \"double\" 'single' \\n",
     "<think>so</think> <tool_response>so</tool_response>",

@@ -1,24 +1,26 @@
 """Tokens end to end, in the runtime that a bundle is for, against `generate()`.
 
 In: a bundle's folder, cases, the PyTorch reference. Out: gates on tokens.
-Guaranteed: greedy on both sides, stop tokens barred until `TOKENS` are there; a token that differs is a near tie only
-where the reference's own lead is below `TIE` times the measured logit error, and then the rest is compared as well.
+Guaranteed: greedy on both sides, stop tokens barred until all tokens are there; a token that differs is a near tie only
+where the reference's own lead is below `TIE` times the measured logit error, and then the rest is compared as well; a
+runtime that throws fails the gate.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
 from builder.cases import TOKENS, Case
-from builder.errors import BundleError
-from builder.gates import Gate, exact
+from builder.errors import BuildError, BundleError
+from builder.gates import Gate, exact, uncomputed
 from builder.genai import GenaiBundle
-from builder.pipeline import Inputs, Pipeline
+from builder.pipeline import Inputs, Pipeline, SettingsError
 from builder.reference import Answer, Prompt, Reference
 
 TIE = 4.0  # a lead below this multiple of the measured logit error is no lead
@@ -51,13 +53,21 @@ class OnnxRuntimePlayer:
         return self.pipeline.text(tokens)
 
 
+PLAYERS: dict[str, Callable[[Path], Player]] = {"genai": GenaiBundle, "onnxruntime": OnnxRuntimePlayer}
+
+
 def open_player(folder: Path, target: str) -> Player:
-    """The bundle in `folder`, opened in the runtime of `target`."""
-    if target == "genai":
-        return GenaiBundle(folder)
-    if target == "onnxruntime":
-        return OnnxRuntimePlayer(folder)
-    raise BundleError(f"{folder} is for the target {target!r}", expected="genai or onnxruntime", found=target)
+    """The bundle in `folder`, opened in the runtime of `target`.
+
+    Raises:
+        BundleError: an unknown target, or settings that cannot be carried out.
+    """
+    if target not in PLAYERS:
+        raise BundleError(f"{folder} is for the target {target!r}", expected=" or ".join(PLAYERS), found=target)
+    try:
+        return PLAYERS[target](folder)
+    except SettingsError as error:
+        raise BundleError(f"the settings in {folder} cannot be carried out", found=str(error)) from error
 
 
 @dataclass(frozen=True)
@@ -74,25 +84,43 @@ class Ties:
 
 
 def token_gates(
-    case: Case, prompt: Prompt, player: Player, reference: Reference, logit_error: float
+    case: Case, prompt: Prompt, player: Player, reference: Reference, logit_error: float, tokens: int = TOKENS
 ) -> tuple[list[Gate], Ties]:
-    """`TOKENS` greedy tokens from the picture files on; for `genai` also from the runtime's own processor.
+    """Greedy tokens from the picture files on; for `genai` also from the runtime's own processor.
 
     Args:
         logit_error: largest absolute difference of a logit in this case's decoder gates.
+        tokens: how many.
     """
-    want = reference.generate(prompt, TOKENS, TOKENS)
-    inputs = player.prepare(case.prompt, case.images)
-    gate, ties = compare(f"{case.name}, {TOKENS} tokens", _from(player, inputs, want), want, logit_error)
-    gates, compared = [gate], TOKENS
+    gates: list[Gate] = []
+    ties: list[str] = []
+    ways = [("tokens", partial(file_gates, case, prompt, player, reference, logit_error, tokens))]
     if isinstance(player, GenaiBundle) and case.images:
-        own, more = runtime_gates(case, prompt, player, reference, logit_error)
-        gates, ties, compared = gates + own, ties + more, compared + TOKENS
-    return gates, Ties(compared, tuple(ties))
+        own = partial(runtime_gates, case, prompt, player, reference, logit_error, tokens)
+        ways.append(("tokens of the runtime's pixels", own))
+    for place, way in ways:
+        try:
+            more, near = way()
+        except BuildError:
+            raise
+        except Exception as error:  # each runtime throws errors of its own for what its graphs cannot take
+            more, near = [uncomputed(place, case.name, error)], []
+        gates, ties = gates + more, ties + near
+    return gates, Ties(tokens * len(ways), tuple(ties))
+
+
+def file_gates(
+    case: Case, prompt: Prompt, player: Player, reference: Reference, logit_error: float, tokens: int
+) -> tuple[list[Gate], list[str]]:
+    """Our own preprocessing, as `builder run` does it."""
+    want = reference.generate(prompt, tokens, tokens)
+    play = _from(player, player.prepare(case.prompt, case.images), want)
+    gate, ties = compare(f"{case.name}, {tokens} tokens", play, want, logit_error)
+    return [gate], ties
 
 
 def runtime_gates(
-    case: Case, prompt: Prompt, player: GenaiBundle, reference: Reference, logit_error: float
+    case: Case, prompt: Prompt, player: GenaiBundle, reference: Reference, logit_error: float, tokens: int
 ) -> tuple[list[Gate], list[str]]:
     """`create_multimodal_processor()` with our vision_processor.json.
 
@@ -107,13 +135,13 @@ def runtime_gates(
         gates.append(exact("runtime's pixel values", case.name, inputs.pixel_values, prompt.pixel_values))
     fed = reference.with_pixels(case.prompt, len(case.images), inputs.pixel_values, inputs.image_grid_thw)
     gates.append(exact("token ids", f"{case.name}, runtime's tokenizer", inputs.input_ids, fed.input_ids))
-    want = reference.generate(fed, TOKENS, TOKENS)
+    want = reference.generate(fed, tokens, tokens)
     again = _from(player, inputs, want)
 
     def play(given: int) -> list[int]:
-        return again(given) if given else list(player.tokens_of(tensors, inputs.input_ids.shape[1], TOKENS, TOKENS))
+        return again(given) if given else list(player.tokens_of(tensors, inputs.input_ids.shape[1], tokens, tokens))
 
-    gate, ties = compare(f"{case.name}, {TOKENS} tokens", play, want, logit_error)
+    gate, ties = compare(f"{case.name}, {tokens} tokens", play, want, logit_error)
     return [*gates, replace(gate, place="tokens of the runtime's pixels")], ties
 
 

@@ -1,12 +1,10 @@
-"""The stand-alone pipeline against transformers bit by bit, and its loop on graphs that numpy can check."""
+"""What the stand-alone pipeline makes of files, texts and settings; against transformers, bit by bit."""
 
 from __future__ import annotations
 
 import json
 import lzma
 import shutil
-import subprocess
-import sys
 import zlib
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,19 +17,13 @@ from PIL import Image
 
 from builder import pipeline
 from builder.checkpoint import open_checkpoint
-from builder.pipeline import ImageSettings, PictureError, Pipeline, Settings, SettingsError, TextError
+from builder.pipeline import ImageSettings, PictureError, Settings, SettingsError, TextError
 from builder.targets.settings import pipeline_settings, vision_processor
 from tests.checkpoints import MINIATURE, QWEN3_TOKENIZER
-from tests.toy_graphs import Toy, toy
 
-PICTURES = sorted(
-    path
-    for folder in (Path(pipeline.__file__).parent / "pictures", MINIATURE.parent / "heldout")
-    for path in folder.iterdir()
-    if path.suffix in (".png", ".jpg")
-)
+FOLDERS = (Path(pipeline.__file__).parent / "pictures", MINIATURE.parent / "heldout")
+PICTURES = sorted(path for folder in FOLDERS for path in folder.iterdir() if path.suffix in (".png", ".jpg"))
 OWN = {path.name: path for path in PICTURES}
-STOPS = (4058, 4056)
 # Sides that are halfway between two multiples, smaller than one, out of bounds either way, and primes.
 AWKWARD = [
     (400, 600),
@@ -161,7 +153,7 @@ def test_position_ids_are_upstreams(grids: list[tuple[int, int, int]], between: 
     from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLModel
 
     with torch.device("meta"):
-        upstream = Qwen3VLModel(AutoConfig.from_pretrained(MINIATURE))
+        upstream: Any = Qwen3VLModel(AutoConfig.from_pretrained(MINIATURE))
     token = settings.image_token_id
     turn = [1, 2, 3]
     for t, h, w in grids:
@@ -239,7 +231,7 @@ def test_what_configure_writes_is_what_is_read(settings: Settings, tmp_path: Pat
     checkpoint = open_checkpoint(MINIATURE)
     (tmp_path / "vision_processor.json").write_text(vision_processor(checkpoint), encoding="utf-8")
     assert pipeline.read_image_settings(tmp_path / "vision_processor.json") == MINI
-    assert (settings.image_token_id, settings.eos_token_ids) == (checkpoint.image_token_id, STOPS)
+    assert (settings.image_token_id, settings.eos_token_ids) == (checkpoint.image_token_id, (4058, 4056))
     assert (settings.deepstack, settings.hidden, settings.spatial_merge_size) == (3, 160, 2)
 
 
@@ -311,83 +303,3 @@ def test_text_streams_in_whole_characters() -> None:
     assert len(ids) > len(text) > len([piece for piece in pieces if piece]) > 10
     cut = list(pipeline.stream(tokenizer, [*ids[:-1], 4058]))
     assert "".join(cut) == tokenizer.decode([*ids[:-1], 4058]) == text[:-1] + "\ufffd"
-
-
-@pytest.fixture(scope="module", params=[3, 0, 1], ids="D = {}".format)
-def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Toy, Path]:
-    model = toy(open_checkpoint(MINIATURE), levels=request.param, seed=request.param)
-    return model, model.write(tmp_path_factory.mktemp("toy") / "onnxruntime", "onnxruntime")
-
-
-@pytest.mark.parametrize("images", [[], ["sixteen.png"], ["wide.png", "tall.png", "photo.jpg"]], ids=str)
-def test_tokens_are_those_of_the_graphs(bundle: tuple[Toy, Path], images: list[str]) -> None:
-    model, folder = bundle
-    opened = Pipeline.load(folder)
-    inputs = opened.prepare("What is it?", [OWN[name] for name in images])
-    tokens = list(opened.generate(inputs, 16, 16))
-    assert tokens == model.tokens(inputs, 16, STOPS)
-    assert opened.text(tokens) == opened.tokenizer.decode(tokens)
-
-
-def test_a_long_prompt_is_read_in_pieces(bundle: tuple[Toy, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    model, folder = bundle
-    monkeypatch.setattr(pipeline, "PREFILL", 7)
-    opened = Pipeline.load(folder)
-    inputs = opened.prepare("What is it?", [OWN["tall.png"]])
-    assert inputs.input_ids.shape[1] > 50
-    assert list(opened.generate(inputs, 8, 8)) == model.tokens(inputs, 8, STOPS)
-
-
-def test_features_stand_in_for_image_tokens_alone(bundle: tuple[Toy, Path]) -> None:
-    model, folder = bundle
-    opened = Pipeline.load(folder)
-    inputs = opened.prepare("What is it?", [OWN["plain.png"], OWN["wide.png"]])
-    embeds, deepstack = opened.embed(inputs)
-    assert inputs.pixel_values is not None
-    features = inputs.pixel_values.reshape(-1, len(model.weights["project"])) @ model.weights["project"]
-    is_image = inputs.input_ids[0] == opened.settings.image_token_id
-    hidden = opened.settings.hidden
-    assert deepstack.shape == (opened.settings.deepstack, *embeds.shape)
-    np.testing.assert_allclose(embeds[0, is_image], features[:, :hidden], rtol=1e-4, atol=1e-5)
-    np.testing.assert_array_equal(embeds[0, ~is_image], model.weights["embed"][inputs.input_ids[0, ~is_image], :hidden])
-    for level, part in enumerate(deepstack):
-        expected = features[:, (level + 1) * hidden : (level + 2) * hidden]
-        np.testing.assert_allclose(part[0, is_image], expected, rtol=1e-4, atol=1e-5)
-        assert not part[0, ~is_image].any()
-
-
-def test_a_stop_token_ends_the_answer(bundle: tuple[Toy, Path]) -> None:
-    model, folder = bundle
-    opened = Pipeline.load(folder)
-    inputs = opened.prepare("What is it?")
-    free = model.tokens(inputs, 6)
-    stopping = replace(opened, settings=replace(opened.settings, eos_token_ids=(free[2], free[0])))
-    assert list(stopping.generate(inputs, 6)) == free[:1]
-    barred = model.tokens(inputs, 3, (free[2], free[0]))
-    held = list(stopping.generate(inputs, 6, 3))
-    assert held[:3] == barred
-
-
-def test_answers_beyond_the_length_are_refused(bundle: tuple[Toy, Path]) -> None:
-    opened = Pipeline.load(bundle[1])
-    inputs = opened.prepare("What is it?")
-    with pytest.raises(TextError, match=r"\+ 512 tokens are more than 512"):
-        next(opened.generate(inputs, 512))
-
-
-def test_a_bundle_answers_by_itself(bundle: tuple[Toy, Path]) -> None:
-    model, folder = bundle
-
-    def ask(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-I", str(folder / "pipeline.py"), "--prompt", "What is it?", *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=False, encoding="utf-8")
-
-    picture = OWN["grey.png"]
-    answered = ask("--image", str(picture), "--max-new-tokens", "5")
-    inputs = Pipeline.load(folder).prepare("What is it?", [picture])
-    assert answered.returncode == 0, answered.stderr
-    assert answered.stdout == Pipeline.load(folder).text(model.tokens(inputs, 5, STOPS)) + "\n"
-    refused = ask("--image", str(folder / "pipeline.py"))
-    assert refused.returncode == 2
-    assert "cannot be read as a picture" in refused.stderr
-    assert not (folder / "__pycache__").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -100,7 +101,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_parts_make_up_what_transformers_renders(template: str) -> None:
     from transformers import AutoTokenizer
 
-    upstream = AutoTokenizer.from_pretrained(MINIATURE)
+    upstream: Any = AutoTokenizer.from_pretrained(MINIATURE)
     parts = split(template, IMAGE, special_tokens(open_checkpoint(MINIATURE)))
     for text in [*PROBES, "another one\n"]:
         for images in range(5):
@@ -119,8 +120,7 @@ def test_special_tokens_are_upstreams() -> None:
     from transformers import AutoTokenizer
 
     ours = special_tokens(open_checkpoint(MINIATURE))
-    upstream = AutoTokenizer.from_pretrained(MINIATURE).special_tokens_map
-    assert {name: token for name, token in upstream.items() if name in ours} == ours
+    assert ours == dict(AutoTokenizer.from_pretrained(MINIATURE).special_tokens_map)
 
 
 def test_the_miniature_is_split() -> None:
@@ -140,10 +140,9 @@ def test_a_system_prompt_of_the_templates_own_is_kept() -> None:
     }
 
 
-def test_a_text_that_looks_like_the_template_is_kept() -> None:
+def test_a_template_may_hold_a_text_itself() -> None:
     template = "Read the number. " + TURN.format("<|image_pad|>", "{{ part.text }}")
-    with pytest.raises(PromptError, match="does not write the text exactly once"):
-        split(template, IMAGE, {})
+    assert split(template, IMAGE, {})["prefix"] == "Read the number. <u>"
 
 
 @pytest.mark.parametrize(
@@ -176,8 +175,8 @@ def test_templates_that_are_no_three_strings_are_refused(picture: str, text: str
 def test_a_refusal_shows_both_renderings() -> None:
     with pytest.raises(PromptError) as caught:
         split(TURN.format("{{ loop.index }}<|image_pad|>", "{{ part.text }}"), IMAGE, {})
-    assert caught.value.expected == repr("<u>1<|image_pad|>1<|image_pad|>Read the number.</u><a>")
-    assert caught.value.found == repr("<u>1<|image_pad|>2<|image_pad|>Read the number.</u><a>")
+    assert caught.value.expected == repr(f"<u>1<|image_pad|>1<|image_pad|>{PROBES[0]}</u><a>")
+    assert caught.value.found == repr(f"<u>1<|image_pad|>2<|image_pad|>{PROBES[0]}</u><a>")
 
 
 @pytest.mark.parametrize(

@@ -63,13 +63,14 @@ class Toy:
         """`count` greedy tokens that are none of `barred`, the whole sequence computed again for each."""
         ids, positions, delta = inputs.input_ids, inputs.position_ids, inputs.rope_delta
         for _ in range(count):
-            logits = self._logits(ids, positions, inputs.pixel_values)
+            logits = self.logits(ids, positions, inputs.pixel_values)
             logits[list(barred)] = -np.inf
             ids = np.append(ids, [[logits.argmax()]], axis=1)
             positions = np.append(positions, np.full((3, 1, 1), ids.shape[1] - 1 + delta), axis=2)
         return [int(token) for token in ids[0, inputs.input_ids.shape[1] :]]
 
-    def _logits(self, ids: Array, positions: Array, pixels: Array | None) -> Array:
+    def logits(self, ids: Array, positions: Array, pixels: Array | None) -> Array:
+        """[vocab] of the last position, from ids [1, seq], positions [3, 1, seq] and pixel values."""
         weights, hidden = self.weights, self.checkpoint.text.hidden
         packed = weights["embed"][ids[0]]  # [seq, width]
         if pixels is not None:

@@ -19,7 +19,7 @@ def fuse_skip_rms_norm(graph: BoundGraph) -> Outcome:
         if add is None or add.op_type != "Add":
             misses.append(f"{norm.name}: its input is no sum")
             continue
-        if len(summed.shape or ()) != 3 or any(a.shape != summed.shape for a in add.inputs if a is not None):
+        if not _adds_alike(add, summed):
             misses.append(f"{norm.name}: the sum broadcasts, or is not [batch, seq, hidden]")
             continue
         skip = ir.node(
@@ -40,3 +40,11 @@ def fuse_skip_rms_norm(graph: BoundGraph) -> Outcome:
     if matches:
         model.graph.opset_imports.setdefault("com.microsoft", 1)
     return Outcome(graph, matches, tuple(misses))
+
+
+def _adds_alike(add: ir.Node, summed: ir.Value) -> bool:
+    """Whether both inputs are known to be [batch, seq, hidden]: two axes without a name may differ, and broadcast."""
+    shape = summed.shape
+    if shape is None or len(shape) != 3 or shape.has_unknown_dim():
+        return False
+    return all(value is not None and value.shape == shape for value in add.inputs)

@@ -29,9 +29,9 @@ def lower_segment_attention(graph: BoundGraph, *, fused: bool, block: int = BLOC
         lowered = _Lowering(node, f"segments_{index}", fused, block)
         output = lowered.emit()
         old = node.outputs[0]
-        output.shape, output.type = old.shape, old.type
+        output.shape, output.type, output.name = old.shape, old.type, old.name
         model.graph.insert_before(node, lowered.outer.nodes)
-        old.replace_all_uses_with(output)
+        old.replace_all_uses_with(output, replace_graph_outputs=True)
         model.graph.remove(node, safe=True)
     model.graph.opset_imports.pop(DOMAIN, None)
     if fused and nodes:
