@@ -1,7 +1,7 @@
 """Stage 4: run each target's graph passes.
 
 In: traced graphs with bindings. Out: the same names, ready for weights. Guaranteed: every pass that a target lists has
-matched, and no operator outside the target's domains is left.
+matched, no operator outside the target's domains is left, and no path of the machine that traced.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from builder.contract import components
 from builder.errors import PassError
 from builder.graph import BoundGraph
 from builder.passes import PASSES
+from builder.passes.simplify import strip_metadata
 from builder.targets import TARGETS
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ def optimize(traced: BoundGraph, target: Target, name: str) -> tuple[BoundGraph,
             )
         traced, matches[step] = outcome.graph, outcome.matches
     RemoveUnusedNodesPass()(traced.model)
+    strip_metadata(traced.model)
     foreign = sorted({operator(node) for node in traced.model.graph.all_nodes() if node.domain not in runtime.domains})
     if foreign:
         raise PassError(

@@ -26,7 +26,7 @@ def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return model, model.write(tmp_path_factory.mktemp("toy") / "onnxruntime", "onnxruntime")
 
 
-@pytest.mark.parametrize("images", [[], ["sixteen.png"], ["wide.png", "tall.png", "photo.jpg"], ids=str)
+@pytest.mark.parametrize("images", [[], ["sixteen.png"], ["wide.png", "tall.png", "photo.jpg"]], ids=str)
 def test_tokens_are_those_of_the_graphs(bundle: tuple[Toy, Path], images: list[str]) -> None:
     model, folder = bundle
     opened = Pipeline.load(folder)

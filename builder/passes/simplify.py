@@ -30,20 +30,20 @@ def simplify(graph: BoundGraph) -> Outcome:
     live = {name: binding for name, binding in graph.bindings.items() if name in model.graph.initializers}
     for name, binding in live.items():
         model.graph.initializers[name].const_value = unbound(binding)
-    _strip_metadata(model)
+    strip_metadata(model)
     return Outcome(BoundGraph(model, live), before - len(model.graph))
 
 
-def _strip_metadata(model: ir.Model) -> None:
+def strip_metadata(model: ir.Model) -> None:
     """The exporter notes absolute source paths on every node: the bytes would differ by folder."""
     model.metadata_props.clear()
-    model.graph.metadata_props.clear()
-    model.doc_string = model.graph.doc_string = None
-    model.producer_version = None
-    for node in model.graph.all_nodes():
-        node.metadata_props.clear()
-        node.doc_string = None
-        for value in node.outputs:
+    model.doc_string = model.producer_version = None
+    for graph in (model.graph, *model.graph.subgraphs()):
+        graph.doc_string = None
+        graph.metadata_props.clear()
+        for node in graph:
+            node.doc_string = None
+            node.metadata_props.clear()
+        for value in (*graph.inputs, *graph.initializers.values(), *(out for node in graph for out in node.outputs)):
+            value.doc_string = None
             value.metadata_props.clear()
-    for value in (*model.graph.inputs, *model.graph.initializers.values()):
-        value.metadata_props.clear()

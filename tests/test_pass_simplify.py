@@ -1,0 +1,148 @@
+"""simplify: less graph, the same numbers, no weight read, no trace of the machine that traced it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from builder import graph
+from builder.graph import UNBOUND, BoundGraph
+from builder.passes.simplify import simplify
+from tests.small_graphs import bound_graph, drawn, operators, run
+
+TRACE = 'File "/home/someone/checkout/builder/modules.py", line 43, in forward'
+WEIGHTS = {"weight": drawn(5, 4), "gain": 1 + drawn(5) ** 2, "unused": drawn(2, 2)}
+# What the exporter leaves: shape arithmetic, the same node twice, identities, results that nothing reads.
+TRACED = """
+traced (float[seq, 4] x) => (float[n, 5] y) {
+    two = Constant <value = int64[1] {2}> ()
+    three = Constant <value = int64[1] {3}> ()
+    six = Mul(two, three)
+    one = Sub(three, two)
+    minus = Sub(two, three)
+    columns = Shape <start = 0, end = 1> (weight)
+    target = Concat <axis = 0> (minus, columns)
+    turned = Transpose <perm = [1, 0]> (weight)
+    linear = MatMul(x, turned)
+    root = Sqrt(gain)
+    first = Mul(linear, root)
+    same = Mul(linear, root)
+    copy = Identity(same)
+    sum = Add(first, copy)
+    forgotten = Exp(unused)
+    y = Reshape(sum, target)
+}
+"""
+
+
+def test_shape_arithmetic_is_folded_and_the_numbers_stay() -> None:
+    traced, x = bound_graph(TRACED, WEIGHTS), drawn(7, 4)
+    before, nodes = run(traced, WEIGHTS, x=x), len(traced.model.graph)
+    outcome = simplify(traced)
+    assert operators(outcome.graph) == {"Transpose": 1, "MatMul": 1, "Sqrt": 1, "Mul": 1, "Add": 1, "Reshape": 1}
+    assert outcome.matches == nodes - len(outcome.graph.model.graph) > 0
+    np.testing.assert_array_equal(run(outcome.graph, WEIGHTS, x=x), before)
+
+
+def test_bound_weights_are_neither_read_nor_folded() -> None:
+    """Transpose(weight) and Sqrt(gain) are constants to a folder that sees the weights."""
+    outcome = simplify(bound_graph(TRACED, WEIGHTS))
+    readers = {node.op_type: node.inputs[0] for node in outcome.graph.model.graph}
+    for operator, name in (("Transpose", "weight"), ("Sqrt", "gain")):
+        value = readers[operator]
+        assert value is not None
+        assert value.name == name
+        assert isinstance(value.const_value, ir.ExternalTensor)
+        assert value.const_value.location == UNBOUND
+        with pytest.raises(FileNotFoundError):
+            value.const_value.numpy()
+    assert set(outcome.graph.model.graph.initializers) >= {"weight", "gain"}
+
+
+def test_a_weight_that_nothing_reads_leaves_graph_and_bindings() -> None:
+    outcome = simplify(bound_graph(TRACED, WEIGHTS))
+    assert set(outcome.graph.bindings) == {"weight", "gain"}
+    assert "unused" not in outcome.graph.model.graph.initializers
+
+
+def test_an_unbound_initializer_is_folded() -> None:
+    text = "one (float[seq, 4] x) => (float[seq, 4] y) { root = Sqrt(gain) y = Mul(x, root) }"
+    known = bound_graph(text)
+    gain = ir.tensor(np.array([1, 4, 9, 16], np.float32), name="gain")
+    known.model.graph.register_initializer(ir.Value(name="gain", const_value=gain))
+    known.model.graph.node(0).replace_input_with(0, known.model.graph.initializers["gain"])
+    x = drawn(3, 4)
+    outcome = simplify(known)
+    assert operators(outcome.graph) == {"Mul": 1}
+    np.testing.assert_array_equal(run(outcome.graph, x=x)[0], x * np.array([1, 2, 3, 4], np.float32))
+
+
+def test_nothing_to_simplify_is_no_match() -> None:
+    outcome = simplify(bound_graph("one (float[n] x) => (float[n] y) { y = Neg(x) }"))
+    assert (outcome.matches, operators(outcome.graph)) == (0, {"Neg": 1})
+
+
+def littered() -> BoundGraph:
+    """A graph with the exporter's notes everywhere, one node of it in a subgraph."""
+    text = """notes (float[n, 4] x, bool really) => (float[n, 5] y) {
+        turned = Transpose <perm = [1, 0]> (weight)
+        linear = MatMul(x, turned)
+        y = If (really) <
+            then_branch = yes () => (float[n, 5] then_out) { then_out = Neg(linear) },
+            else_branch = no () => (float[n, 5] else_out) { else_out = Exp(linear) }
+        >
+    }"""
+    noted = bound_graph(text, {"weight": WEIGHTS["weight"]})
+    model = noted.model
+    model.producer_version, model.doc_string, model.graph.doc_string = "2.13.0+cpu", TRACE, TRACE
+    things = [model, model.graph, *model.graph.subgraphs(), *model.graph.inputs, *model.graph.initializers.values()]
+    for node in model.graph.all_nodes():
+        node.doc_string = TRACE
+        things += [node, *node.outputs]
+    for thing in things:
+        thing.metadata_props["pkg.torch.onnx.stack_trace"] = TRACE
+    return noted
+
+
+def test_no_path_of_the_machine_is_left(tmp_path: Path) -> None:
+    noted, weights = littered(), {"weight": WEIGHTS["weight"]}
+    feed = {"x": drawn(3, 4), "really": np.array(True)}
+    before = run(noted, weights, **feed)
+    graph.save(noted, tmp_path / "before.onnx")
+    assert TRACE.encode() in (tmp_path / "before.onnx").read_bytes()
+    outcome = simplify(noted)
+    graph.save(outcome.graph, tmp_path / "after.onnx")
+    content = (tmp_path / "after.onnx").read_bytes()
+    for trace in (b"/home/", b"stack_trace", b"2.13.0"):
+        assert trace not in content
+    np.testing.assert_array_equal(run(outcome.graph, weights, **feed), before)
+
+
+def test_two_runs_give_the_same_bytes(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        graph.save(simplify(bound_graph(TRACED, WEIGHTS)).graph, tmp_path / f"{name}.onnx")
+    assert (tmp_path / "one.onnx").read_bytes() == (tmp_path / "two.onnx").read_bytes()
+    one, two = (graph.bindings_file(tmp_path / f"{name}.onnx").read_text() for name in ("one", "two"))
+    assert one == two
+
+
+def test_another_hash_seed_gives_the_same_bytes(tmp_path: Path) -> None:
+    graph.save(simplify(bound_graph(TRACED, WEIGHTS)).graph, tmp_path / "here.onnx")
+    program = (
+        "import sys, pathlib; from builder import graph; from builder.passes.simplify import simplify\n"
+        "from tests.test_pass_simplify import TRACED, WEIGHTS; from tests.small_graphs import bound_graph\n"
+        "graph.save(simplify(bound_graph(TRACED, WEIGHTS)).graph, pathlib.Path(sys.argv[1]))"
+    )
+    there = tmp_path / "there.onnx"
+    environment = {**os.environ, "PYTHONHASHSEED": "4711"}
+    root = Path(__file__).parents[1]
+    subprocess.run([sys.executable, "-c", program, str(there)], check=True, env=environment, cwd=root)
+    here = hashlib.sha256((tmp_path / "here.onnx").read_bytes()).hexdigest()
+    assert hashlib.sha256(there.read_bytes()).hexdigest() == here
