@@ -30,10 +30,9 @@ if TYPE_CHECKING:
 
 RECOMPUTED = ("rotary_emb.inv_freq", "rotary_pos_emb.inv_freq")  # non-persistent: no checkpoint has them
 TRACED_CONSTANT = "lifted_tensor"  # the exporter's name for a tensor that the traced code wrote out
-EXAMPLE_GRID = (
-    (1, 4, 6),
-    (2, 2, 2),
-)  # in merge blocks of one: scaled by the merge size; leaves no trace in the graph
+# What is traced with leaves no trace in the graph. No two axes are of one size, so that none is taken for another.
+EXAMPLE_SIZES = {"batch": 2, "seq": 5, "past": 7, "total": 12}
+EXAMPLE_GRIDS = ((1, 4, 6), (2, 2, 2))  # height and width in merge blocks
 
 
 def run(build: Build, out: Path) -> Mapping[str, object]:
@@ -41,8 +40,6 @@ def run(build: Build, out: Path) -> Mapping[str, object]:
     from patches import patches_for
     from patches.registry import applied
 
-    # The exporter warns on every graph that torchvision's operators are not there; nothing here uses them.
-    logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
     facts: dict[str, object] = {}
     model = empty_model(build.checkpoint)
     with progress("export", 3 * len(build.recipe.targets)) as advance:
@@ -94,6 +91,8 @@ def export(checkpoint: Checkpoint, model: Any, target: Target, component: Compon
     """
     import torch
 
+    # The exporter warns on every graph that torchvision's operators are not there; nothing here uses them.
+    logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
     module = TARGETS[target.runtime].module(checkpoint, model, component.name, target.attention == "fused")
     inputs = _example_inputs(checkpoint, component)
     with warnings.catch_warnings(), torch.no_grad():
@@ -138,20 +137,12 @@ def _dynamic(port: Port) -> dict[int, str]:
 
 
 def _example_inputs(checkpoint: Checkpoint, component: Component) -> list[Any]:
-    """Sizes that occur once each, so that no two axes are taken for the same one."""
     import torch
 
     merge = checkpoint.vision.merge_size
-    grid = torch.tensor([[t, h * merge, w * merge] for t, h, w in EXAMPLE_GRID], dtype=torch.int64)
-    sizes = {
-        "batch": 2,
-        "seq": 5,
-        "past": 7,
-        "total": 12,
-        "images": len(grid),
-        "patches": int(grid.prod(1).sum()),
-    }
-    sizes["tokens"] = sizes["patches"] // merge**2
+    grid = torch.tensor([[t, h * merge, w * merge] for t, h, w in EXAMPLE_GRIDS], dtype=torch.int64)
+    patches = int(grid.prod(1).sum())
+    sizes = {**EXAMPLE_SIZES, "images": len(grid), "patches": patches, "tokens": patches // merge**2}
     values = []
     for port in component.inputs:
         shape = [sizes[dim] if isinstance(dim, str) else dim for dim in port.shape]

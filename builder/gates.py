@@ -111,10 +111,10 @@ class Report:
                 verdict = "holds" if good == len(gates) else "FAILS"
                 figures = (_figure(worst.measured), _figure(worst.limit))
                 table.add_row(place, f"{good}/{len(gates)}", *figures, worst.case, verdict)
-        console = Console(file=io.StringIO(), width=width, color_system=None)
+        console = Console(file=io.StringIO(), width=width, color_system=None, markup=False, emoji=False)
         console.print(table)
         for gate in sorted((g for g in self.gates if not g.ok), key=lambda g: PLACES.index(g.place))[:8]:
-            console.print(f"{gate.place}: {gate.case}: {gate.detail or _figure(gate.measured)}", markup=False)
+            console.print(f"{gate.place}: {gate.case}: {gate.detail or _figure(gate.measured)}")
         assert isinstance(console.file, io.StringIO)
         return console.file.getvalue().rstrip()
 

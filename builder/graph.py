@@ -64,12 +64,22 @@ def unbound(binding: Binding) -> ir.ExternalTensor:
 
 
 def bind(model: ir.Model, bindings: Iterable[Binding]) -> BoundGraph:
-    """Puts a stand-in in the place of each bound initializer and checks that the graph agrees with its shape."""
+    """Puts a stand-in in the place of each bound initializer.
+
+    Raises:
+        WeightError: the graph has no such initializer, or one of another shape.
+    """
     table = {binding.initializer: binding for binding in bindings}
     for name, binding in sorted(table.items()):
         value = model.graph.initializers.get(name)
         if value is None:
             raise WeightError(f"the graph has no initializer {name}", found=f"a binding to {binding.tensor}")
+        if value.shape is not None and value.shape != binding.stored_shape:
+            raise WeightError(
+                f"initializer {name} is not of the shape of its binding to {binding.tensor}",
+                expected=value.shape,
+                found=ir.Shape(binding.stored_shape),
+            )
         value.const_value = unbound(binding)
         value.shape, value.type = ir.Shape(binding.stored_shape), ir.TensorType(value.const_value.dtype)
     return BoundGraph(model, table)

@@ -25,6 +25,7 @@ from builder.output import (
     put_in_place,
     read_record,
     recover,
+    remove_part,
     sizes,
     unwritable,
     write_record,
@@ -100,6 +101,7 @@ def execute(
             on_event(Event(step))
             after = {name: done[name][1].started for name in stage.inputs if name in done}
             record = step.record or _made(build, step, after)
+            remove_part(build.folder(stage.name))
             done[stage.name] = step, record
             on_event(Event(step, record))
     return list(done.values())

@@ -70,7 +70,29 @@ def optimize(traced: BoundGraph, target: Target, name: str) -> tuple[BoundGraph,
     used = {node.domain for node in traced.model.graph.all_nodes()} | {""}
     for domain in set(traced.model.graph.opset_imports) - used:
         del traced.model.graph.opset_imports[domain]
+    rename(traced)
     return traced, matches
+
+
+def rename(bound: BoundGraph) -> None:
+    """Numbers what has no name of its own, and forgets axes that are expressions: both depend on the sizes traced with."""
+    graph = bound.model.graph
+    ports = {value.name for value in (*graph.inputs, *graph.outputs)}
+    read = (value for node in graph.all_nodes() for value in node.inputs if value is not None)
+    constants = {
+        id(v): v for v in read if v.is_initializer() and v.name not in bound.bindings and "." not in str(v.name)
+    }
+    for number, value in enumerate(constants.values()):
+        value.name = f"constant_{number}"
+    for number, node in enumerate(graph.all_nodes()):
+        node.name = f"{node.op_type}_{number}"
+        for index, value in enumerate(node.outputs):
+            if value.name not in ports:
+                value.name = f"{node.name}.{index}" if index else node.name
+            if value.shape is not None:
+                value.shape = ir.Shape(
+                    [dim if str(dim).isidentifier() or isinstance(dim, int) else None for dim in value.shape]
+                )
 
 
 def operator(node: ir.Node) -> str:

@@ -96,11 +96,16 @@ def damage(folder: Path, record: Record) -> list[str]:
 
 def part(folder: Path) -> Path:
     """An empty folder beside `folder` to write into; what a killed run left there is removed."""
-    fresh = folder.with_name(folder.name + ".part")
-    if fresh.exists():
-        shutil.rmtree(fresh)
+    remove_part(folder)
+    fresh = _part(folder)
     fresh.mkdir(parents=True)
     return fresh
+
+
+def remove_part(folder: Path) -> None:
+    """Remove what a run that was killed, or that failed, left beside `folder`."""
+    if _part(folder).exists():
+        shutil.rmtree(_part(folder))
 
 
 def put_in_place(fresh: Path, folder: Path) -> None:
@@ -195,6 +200,10 @@ def unwritable(output: Path, error: OSError) -> OutputError:
         found=error.strerror or str(error),
         next="free some space, mend its permissions, or give another --output",
     )
+
+
+def _part(folder: Path) -> Path:
+    return folder.with_name(folder.name + ".part")
 
 
 def _old(folder: Path) -> Path:

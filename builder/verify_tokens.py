@@ -164,9 +164,9 @@ def compare(name: str, play: Callable[[int], list[int]], want: Answer, logit_err
         got = play(given)
         at = next((i for i, (a, b) in enumerate(zip(got, want.tokens[given:], strict=False)) if a != b), None)
         if at is None:
-            missing = left - len(got)
-            detail = f"{missing} tokens missing at the end" if missing else ""
-            return Gate("tokens", name, float(missing), 0.0, detail), ties
+            off = abs(left - len(got))
+            detail = f"{given + len(got)} tokens, expected {len(want.tokens)}" if off else ""
+            return Gate("tokens", name, float(off), 0.0, detail), ties
         position, margin = given + at, want.margins[given + at]
         told = f"{name}: token {position} is {got[at]}, PyTorch {want.tokens[position]} with a lead of {margin:.2e}"
         if not margin < TIE * logit_error:

@@ -1,14 +1,31 @@
-"""Checkpoints that tests share and none may change."""
+"""Checkpoints, and what is built from them, that tests share and none may change."""
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
+from builder.files import link
+from builder.loop import execute
+from builder.recipe import Recipe, load_recipe
+from builder.source import parse_source
+from builder.stage import Build
 from tests.checkpoints import MINIATURE, write_shape
+from tests.processes import python
+
+if TYPE_CHECKING:
+    from builder.reference import Reference
+
+# Before torch is imported. Models this small are faster on one thread, and do not wait for a core that is busy.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+Built = Callable[[Path, Recipe], Path]
 
 
 @pytest.fixture(scope="session")
@@ -28,6 +45,59 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
         return written[shape]
 
     return folder
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
+    """`built(checkpoint, recipe)`: folders of the stage `configure`, one a target, built once a session."""
+    done: dict[tuple[Path, Recipe], Path] = {}
+
+    def folder(checkpoint: Path, recipe: Recipe) -> Path:
+        if (checkpoint, recipe) not in done:
+            build = Build(parse_source(str(checkpoint)), recipe, tmp_path_factory.mktemp("built") / "output")
+            execute(build, until="configure")
+            done[checkpoint, recipe] = build.folder("configure")
+        return done[checkpoint, recipe]
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def miniature_built(built: Built) -> Path:
+    """The miniature's folders `genai` and `onnxruntime`, without what verification would add."""
+    return built(MINIATURE, load_recipe("fp32"))
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The miniature's output folder as the command leaves it, verified and bundled; minutes, so for slow tests."""
+    folder = tmp_path_factory.mktemp("whole")
+    done = python("-m", "builder", "build", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder / "outputs" / "miniature-fp32"
+
+
+@pytest.fixture
+def bundle(miniature_built: Path, tmp_path: Path) -> Callable[[str], Path]:
+    """`bundle(target)`: the miniature's, which a test may change file by file (they are links)."""
+
+    def folder(target: str) -> Path:
+        copy = tmp_path / target
+        for file in sorted((miniature_built / target).iterdir()):
+            link(file, copy / file.name)
+        (copy / "manifest.json").write_text(json.dumps({"target": target}))
+        return copy
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def reference() -> Reference:
+    """PyTorch with the miniature's weights."""
+    from builder.checkpoint import open_checkpoint
+    from builder.reference import Reference
+
+    return Reference(open_checkpoint(MINIATURE))
 
 
 @pytest.fixture

@@ -16,17 +16,9 @@ import numpy as np
 import onnx_ir as ir
 
 from builder.contract import DECODER, EMBEDDINGS, VISION
-from builder.files import link, write_text
+from builder.files import write_text
 
 Mutation = Callable[[Path, str], None]
-
-
-def linked(folder: Path, copy: Path) -> Path:
-    """A second folder with the same files, for a mutation to change."""
-    for file in sorted(folder.rglob("*")):
-        if file.is_file():
-            link(file, copy / file.relative_to(folder))
-    return copy
 
 
 def deepstack_zeroed(bundle: Path, target: str) -> None:

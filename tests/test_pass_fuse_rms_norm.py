@@ -13,7 +13,9 @@ X = 3 * drawn(2, 5, 8)
 LEFT = "a ReduceMean is left that is no RMS norm over the last axis"
 
 
-def norm(exponent: str = "2", axes: str = "1] {-1", epsilon: str = "1e-6", weight: str = "weight", name: str = "x") -> str:
+def norm(
+    exponent: str = "2", axes: str = "1] {-1", epsilon: str = "1e-6", weight: str = "weight", name: str = "x"
+) -> str:
     """The nodes of one norm as upstream's module traces, `name` → `name`_normed."""
     return f"""
         {name}_two = Constant <value = float {{{exponent}}}> ()

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -102,7 +103,13 @@ def littered() -> BoundGraph:
     noted = bound_graph(text, {"weight": WEIGHTS["weight"]})
     model = noted.model
     model.producer_version, model.doc_string, model.graph.doc_string = "2.13.0+cpu", TRACE, TRACE
-    things = [model, model.graph, *model.graph.subgraphs(), *model.graph.inputs, *model.graph.initializers.values()]
+    things: list[Any] = [
+        model,
+        model.graph,
+        *model.graph.subgraphs(),
+        *model.graph.inputs,
+        *model.graph.initializers.values(),
+    ]
     for node in model.graph.all_nodes():
         node.doc_string = TRACE
         things += [node, *node.outputs]

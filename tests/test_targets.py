@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from builder.checkpoint import open_checkpoint
+from builder.prompt import token_text
 from builder.recipe import Recipe, Target
 from builder.targets import TARGETS
 from builder.targets.genai import genai_config
@@ -58,15 +59,11 @@ def test_only_a_fused_decoder_shares_its_buffer(miniature: Path) -> None:
     assert genai_config(checkpoint, 64, fused=False)["search"]["past_present_share_buffer"] is False
 
 
-def test_padding_is_no_token_of_the_prompt(tmp_path: Path) -> None:
-    folder = write_checkpoint(tmp_path / "c")
-    checkpoint = open_checkpoint(folder)
-    eos = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))["eos_token_id"]
-    im_end = eos[0] if isinstance(eos, list) else eos
-    edited(folder, "generation_config.json", pad_token_id=im_end, eos_token_id=[im_end])
-    config = genai_config(open_checkpoint(folder), 64, fused=True)
-    assert config["model"]["eos_token_id"] == [im_end]
-    assert config["model"]["pad_token_id"] not in (im_end, checkpoint.image_token_id)
+def test_padding_is_no_token_that_a_prompt_may_hold(miniature: Path) -> None:
+    checkpoint = open_checkpoint(miniature)
+    padding = genai_config(checkpoint, 64, fused=True)["model"]["pad_token_id"]
+    assert token_text(checkpoint, padding) == "<|video_pad|>"
+    assert padding != checkpoint.generation["pad_token_id"]
 
 
 @pytest.mark.parametrize("target", [GENAI, PLAIN], ids=lambda target: target.runtime)

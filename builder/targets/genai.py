@@ -7,12 +7,11 @@ The runtime allocates `image_features` and `inputs_embeds` with `model.decoder.h
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from builder.checkpoint import Checkpoint
 from builder.contract import CONTRIB, DECODER, EMBEDDINGS, VISION, components, packed_width
-from builder.prompt import split_template, token_text
 from builder.recipe import Recipe, Target
 from builder.targets.runtime import Runtime
 from builder.targets.settings import as_json, eos_token_ids, pipeline_settings, text_config, vision_processor
@@ -102,27 +101,17 @@ def _tokens(checkpoint: Checkpoint) -> dict[str, Any]:
     eos = eos_token_ids(checkpoint)
     generation, text = checkpoint.generation, text_config(checkpoint)
 
-    def declared(key: str) -> list[int]:
-        values = (generation.get(key), text.get(key))
-        return [int(value) for value in values if value is not None]
-
+    bos = [value for value in (generation.get("bos_token_id"), text.get("bos_token_id")) if value is not None]
     return {
-        "bos_token_id": [*declared("bos_token_id"), *eos][0],
+        "bos_token_id": int([*bos, *eos][0]),
         "eos_token_id": eos,
-        "pad_token_id": _padding(checkpoint, [*declared("pad_token_id"), *eos, checkpoint.video_token_id]),
+        # The runtime masks every padding token that a prompt holds, and checkpoints pad with tokens that prompts may
+        # hold (<|endoftext|>, or <|im_end|>, which ends each turn). No prompt holds the video token: there is no video.
+        "pad_token_id": checkpoint.video_token_id,
         "image_token_id": checkpoint.image_token_id,
         "video_token_id": checkpoint.video_token_id,
         "vision_start_token_id": checkpoint.vision_start_token_id,
     }
-
-
-def _padding(checkpoint: Checkpoint, candidates: Sequence[int]) -> int:
-    """The first candidate that no prompt holds: the runtime masks every padding token of a prompt.
-
-    Fine-tunes often pad with <|im_end|>, which ends each turn.
-    """
-    markup = "".join(split_template(checkpoint).values())
-    return next(token for token in candidates if token_text(checkpoint, token) not in markup)
 
 
 def _search(checkpoint: Checkpoint, max_length: int, fused: bool) -> dict[str, Any]:

@@ -1,0 +1,107 @@
+"""A graph without weights: saved and loaded with its bindings, and of no use to a runtime until it is filled."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import onnx_ir as ir
+import onnxruntime
+import pytest
+
+from builder.errors import WeightError
+from builder.graph import UNBOUND, Binding, bind, bindings_file, load, save, unbound
+from tests.small_graphs import bound_graph, drawn
+
+WEIGHTS = {"down": drawn(3, 4), "up": drawn(4, 3)}
+TEXT = "two (float[seq, 3] x) => (float[seq, 3] y) { h = MatMul(x, down) y = MatMul(h, up) }"
+MIXED = (
+    Binding("down", "model.down.weight", "float32", (4, 3), transpose=True),
+    Binding("up", "model.up.weight", "float32", (4, 3)),
+)
+
+
+def test_stored_shape_is_that_of_the_graph() -> None:
+    binding = Binding("w", "t", "float32", (2, 5))
+    assert binding.stored_shape == (2, 5)
+    assert binding.transposed().stored_shape == (5, 2)
+    assert binding.transposed().transposed() == binding
+
+
+def test_bindings_and_graph_survive_the_disk(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "model.onnx"
+    saved = bind(bound_graph(TEXT, WEIGHTS).model, MIXED)
+    save(saved, path)
+    loaded = load(path)
+    assert dict(loaded.bindings) == {binding.initializer: binding for binding in MIXED} == dict(saved.bindings)
+    assert [node.op_type for node in loaded.model.graph] == ["MatMul", "MatMul"]
+    for name, binding in loaded.bindings.items():
+        value = loaded.model.graph.initializers[name]
+        assert value.shape == binding.stored_shape
+        assert value.dtype == ir.DataType.FLOAT
+        assert isinstance(value.const_value, ir.ExternalTensor)
+        assert value.const_value.location == UNBOUND
+
+
+def test_saving_again_gives_the_same_bytes(tmp_path: Path) -> None:
+    graph = bind(bound_graph(TEXT, WEIGHTS).model, MIXED)
+    save(graph, tmp_path / "one.onnx")
+    save(load(tmp_path / "one.onnx"), tmp_path / "two.onnx")
+    save(bind(bound_graph(TEXT, WEIGHTS).model, reversed(MIXED)), tmp_path / "three.onnx")
+    for other in ("two.onnx", "three.onnx"):
+        assert (tmp_path / other).read_bytes() == (tmp_path / "one.onnx").read_bytes()
+        assert bindings_file(tmp_path / other).read_text() == bindings_file(tmp_path / "one.onnx").read_text()
+
+
+def test_no_weight_byte_is_written(tmp_path: Path) -> None:
+    text = "big (float[n, 65536] x) => (float[n, 8] y) { y = MatMul(x, weight) }"
+    save(bound_graph(text, {"weight": drawn(65536, 8)}), tmp_path / "big.onnx")
+    assert {path.name for path in tmp_path.iterdir()} == {"big.onnx", "big.onnx.bindings.json"}
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) < 2000
+
+
+def test_onnxruntime_refuses_a_graph_whose_weights_are_not_there(tmp_path: Path) -> None:
+    save(bound_graph(TEXT, WEIGHTS), tmp_path / "model.onnx")
+    with pytest.raises(Exception, match=r"<unbound>|xternal data") as caught:
+        onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
+    assert type(caught.value).__module__.startswith("onnxruntime")
+
+
+def test_a_binding_without_an_initializer_is_an_error() -> None:
+    stray = Binding("left", "model.left.weight", "float32", (4, 3))
+    with pytest.raises(WeightError, match="no initializer left") as caught:
+        bind(bound_graph(TEXT, WEIGHTS).model, (*MIXED, stray))
+    assert "model.left.weight" in str(caught.value.found)
+
+
+def test_a_binding_that_the_graph_on_disk_lost_is_an_error(tmp_path: Path) -> None:
+    save(bound_graph(TEXT, WEIGHTS), tmp_path / "model.onnx")
+    rows = json.loads(bindings_file(tmp_path / "model.onnx").read_text())
+    rows.append({**rows[0], "initializer": "left"})
+    bindings_file(tmp_path / "model.onnx").write_text(json.dumps(rows))
+    with pytest.raises(WeightError, match="no initializer left"):
+        load(tmp_path / "model.onnx")
+
+
+@pytest.mark.parametrize(
+    "binding",
+    [
+        pytest.param(Binding("down", "t", "float32", (4, 3)), id="the other way round"),
+        pytest.param(Binding("down", "t", "float32", (3, 4), transpose=True), id="a transposition the graph lacks"),
+        pytest.param(Binding("down", "t", "float32", (12,)), id="flat"),
+        pytest.param(Binding("down", "t", "float32", (3, 5)), id="larger"),
+    ],
+)
+def test_a_binding_of_another_shape_than_the_graph_has_is_an_error(binding: Binding) -> None:
+    with pytest.raises(WeightError, match="down") as caught:
+        bind(bound_graph(TEXT, WEIGHTS).model, [binding])
+    assert str(caught.value.expected) == "[3,4]"
+
+
+@pytest.mark.parametrize(("dtype", "kind"), [("float32", "FLOAT"), ("float16", "FLOAT16"), ("bfloat16", "BFLOAT16")])
+def test_a_stand_in_has_type_and_shape_and_no_bytes(dtype: str, kind: str) -> None:
+    tensor = unbound(Binding("w", "t", dtype, (2, 5), transpose=True))
+    assert tensor.dtype == ir.DataType[kind]
+    assert tensor.shape == (5, 2)
+    with pytest.raises(FileNotFoundError):
+        tensor.numpy()
