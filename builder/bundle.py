@@ -19,6 +19,7 @@ from builder.contract import components
 from builder.files import link, sha256
 from builder.optimize import operator
 from builder.targets import TARGETS
+from patches import SETS
 
 if TYPE_CHECKING:
     from builder.recipe import Target
@@ -57,7 +58,7 @@ def run(build: Build, out: Path) -> Mapping[str, object]:
 def manifest(build: Build, target: Target, folder: Path) -> dict[str, Any]:
     """What is in the bundle and what it was made from; no time, no path, no measurement."""
     checkpoint, runtime = build.checkpoint, TARGETS[target.runtime]
-    patches = json.loads((build.folder("patch") / "patches.json").read_text(encoding="utf-8"))
+    patches = json.loads((build.folder("patch") / "patches.json").read_text(encoding="utf-8"))["patches"]
     fetched = json.loads((build.folder("fetch") / "checkpoint.json").read_text(encoding="utf-8"))
     files = sorted(file for file in folder.iterdir() if file.is_file() and file.name != MANIFEST)
     return {
@@ -77,7 +78,7 @@ def manifest(build: Build, target: Target, folder: Path) -> dict[str, Any]:
         },
         "graphs": {c.file: _graph(folder / c.file, c.as_dict()) for c in components(checkpoint, target.runtime)},
         "opset": runtime.opset,
-        "patches": patches,
+        "patches": {name: patches[name] for name in sorted(SETS[target.attention])},
         "versions": {"qwen3vl-onnx": version("qwen3vl-onnx"), **{name: version(name) for name in BUILT_WITH}},
         "files": {file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in files},
     }
@@ -92,8 +93,8 @@ def _evidence(build: Build, target: Target, folder: Path) -> None:
     """Reports of the verification, the patches' diffs, and the record of every stage."""
     for file in sorted((build.folder("verify") / target.runtime).iterdir()):
         link(file, folder / file.name)
-    for diff in sorted(build.folder("patch").glob("*.diff")):
-        link(diff, folder / "patches" / diff.name)
+    for name in SETS[target.attention]:
+        link(build.folder("patch") / f"{name}.diff", folder / "patches" / f"{name}.diff")
     for stage in ("fetch", "patch", "export", "optimize", "quantize", "configure", "verify"):
         record = build.folder(stage) / "stage.json"
         link(record, folder / "stages" / f"{stage}.json")

@@ -156,7 +156,7 @@ def _example_inputs(checkpoint: Checkpoint, component: Component) -> list[Any]:
 
 
 def _declare(model: ir.Model, component: Component) -> None:
-    """Names and shapes of the ports as the contract spells them; metadata with paths of the build machine removed."""
+    """Names and shapes of the ports as the contract spells them."""
     for values, ports in ((model.graph.inputs, component.inputs), (model.graph.outputs, component.outputs)):
         assert len(values) == len(ports), f"{component.name}: {len(values)} ports traced, {len(ports)} in the contract"
         for value, port in zip(values, ports, strict=True):

@@ -55,6 +55,10 @@ class Gate:
     limit: float
     detail: str = ""
 
+    def __post_init__(self) -> None:
+        if self.place not in PLACES:
+            raise ValueError(f"{self.place!r} is no place of the computation: one of {', '.join(PLACES)}")
+
     @property
     def ok(self) -> bool:
         return math.isfinite(self.measured) and self.measured <= self.limit
@@ -144,7 +148,10 @@ def exact(place: str, case: str, got: npt.NDArray[Any] | Sequence[Any], want: np
     a, b = np.asarray(got), np.asarray(want)
     if a.shape != b.shape:
         return Gate(place, case, float(max(a.size, b.size, 1)), 0.0, f"shape {a.shape}, expected {b.shape}")
-    differ = a != b
+    if a.dtype != b.dtype:
+        return Gate(place, case, float(max(a.size, 1)), 0.0, f"type {a.dtype}, expected {b.dtype}")
+    bits = f"u{a.dtype.itemsize}"  # 0.0 and -0.0 are equal numbers of different bits
+    differ = (a != b) | (np.ascontiguousarray(a).view(bits) != np.ascontiguousarray(b).view(bits))
     if not differ.any():
         return Gate(place, case, 0.0, 0.0)
     at = tuple(int(i) for i in np.argwhere(differ)[0])

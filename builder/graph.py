@@ -86,12 +86,28 @@ def bind(model: ir.Model, bindings: Iterable[Binding]) -> BoundGraph:
 
 
 def save(graph: BoundGraph, path: Path) -> None:
-    """Writes `path` and `path`.bindings.json."""
+    """Writes `path` and `path`.bindings.json, without the exporter's metadata."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    _strip_metadata(graph.model)
     proto = ir.to_proto(graph.model)
     path.write_bytes(proto.SerializeToString(deterministic=True))
     rows = [asdict(graph.bindings[name]) for name in sorted(graph.bindings)]
     bindings_file(path).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+
+
+def _strip_metadata(model: ir.Model) -> None:
+    """The exporter notes absolute source paths on every node: the bytes would differ by folder."""
+    model.metadata_props.clear()
+    model.doc_string = model.producer_version = None
+    for graph in (model.graph, *model.graph.subgraphs()):
+        graph.doc_string = None
+        graph.metadata_props.clear()
+        for node in graph:
+            node.doc_string = None
+            node.metadata_props.clear()
+        for value in (*graph.inputs, *graph.initializers.values(), *(out for node in graph for out in node.outputs)):
+            value.doc_string = None
+            value.metadata_props.clear()
 
 
 def load(path: Path) -> BoundGraph:

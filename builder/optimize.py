@@ -17,7 +17,6 @@ from builder.contract import components
 from builder.errors import PassError
 from builder.graph import BoundGraph
 from builder.passes import PASSES
-from builder.passes.simplify import strip_metadata
 from builder.targets import TARGETS
 
 if TYPE_CHECKING:
@@ -59,7 +58,6 @@ def optimize(traced: BoundGraph, target: Target, name: str) -> tuple[BoundGraph,
             )
         traced, matches[step] = outcome.graph, outcome.matches
     RemoveUnusedNodesPass()(traced.model)
-    strip_metadata(traced.model)
     foreign = sorted({operator(node) for node in traced.model.graph.all_nodes() if node.domain not in runtime.domains})
     if foreign:
         raise PassError(
@@ -75,7 +73,7 @@ def optimize(traced: BoundGraph, target: Target, name: str) -> tuple[BoundGraph,
 
 
 def rename(bound: BoundGraph) -> None:
-    """Numbers what has no name of its own, and forgets axes that are expressions: both depend on the sizes traced with."""
+    """Numbers what has no name of its own and forgets axes that are expressions: both depend on the traced sizes."""
     graph = bound.model.graph
     ports = {value.name for value in (*graph.inputs, *graph.outputs)}
     read = (value for node in graph.all_nodes() for value in node.inputs if value is not None)

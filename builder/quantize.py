@@ -79,14 +79,10 @@ def fill(bound: BoundGraph, checkpoint: Checkpoint, path: Path, written: dict[st
 
 
 def _check_complete(checkpoint: Checkpoint, runtime: str, used: set[str]) -> None:
-    left = sorted(set(checkpoint.tensors) - used - {_tied_head(checkpoint)})
+    left = sorted(set(checkpoint.tensors) - used)
     if left:
         raise WeightError(
             f"{len(left)} checkpoint tensors are in no graph of the target {runtime}",
             expected="every tensor in at least one graph",
             found=", ".join(left[:5]) + (" …" if len(left) > 5 else ""),
         )
-
-
-def _tied_head(checkpoint: Checkpoint) -> str | None:
-    return "lm_head.weight" if checkpoint.text.tied else None

@@ -59,8 +59,9 @@ class Reference:
             raise MissingPackageError(
                 f"comparing with PyTorch needs {error.name}", next='pip install "qwen3vl-onnx[build]"'
             ) from error
-        transformers.utils.logging.disable_progress_bar()
-        transformers.utils.logging.set_verbosity_error()
+        logging: Any = transformers.utils.logging
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()
         self.torch, self.transformers = torch, transformers
 
     @cached_property

@@ -54,13 +54,13 @@ class Stage:
 
 _ONNX = ("onnx", "onnx-ir")
 _RUNNING = ("torch", "transformers", "onnxruntime", "onnxruntime-genai", "tokenizers", "pillow", "numpy")
-_UPSTREAM = "transformers/models/qwen3_vl/*.py"
+_UPSTREAM = ("transformers/models/qwen3_vl/*.py", "transformers/vision_utils.py", "transformers/modeling_rope_utils.py")
 _DIGESTS = "patches/*.toml"
 
 # fmt: off
 STAGES: tuple[Stage, ...] = (
     Stage("fetch", ("source",), (), ()),
-    Stage("patch", (), ("targets",), ("transformers", "torch"), (_DIGESTS, _UPSTREAM)),
+    Stage("patch", (), ("targets",), ("transformers", "torch"), (_DIGESTS, *_UPSTREAM)),
     Stage("export", ("config", "patch"), ("targets",),
           ("torch", "transformers", *_ONNX, "onnxscript"), (_DIGESTS,)),
     Stage("optimize", ("export",), ("targets",), _ONNX),

@@ -51,7 +51,8 @@ def traced(checkpoint: Checkpoint, target: Target) -> dict[str, BoundGraph]:
 
 
 def written(graph: BoundGraph) -> bytes:
-    return ir.to_proto(graph.model).SerializeToString(deterministic=True)
+    content: bytes = ir.to_proto(graph.model).SerializeToString(deterministic=True)
+    return content
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=lambda t: t.runtime)

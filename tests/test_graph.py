@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import onnxruntime
 import pytest
 
 from builder.errors import WeightError
-from builder.graph import UNBOUND, Binding, bind, bindings_file, load, save, unbound
-from tests.small_graphs import bound_graph, drawn
+from builder.graph import UNBOUND, Binding, BoundGraph, bind, bindings_file, load, save, unbound
+from tests.small_graphs import bound_graph, drawn, run
 
 WEIGHTS = {"down": drawn(3, 4), "up": drawn(4, 3)}
 TEXT = "two (float[seq, 3] x) => (float[seq, 3] y) { h = MatMul(x, down) y = MatMul(h, up) }"
@@ -105,3 +107,46 @@ def test_a_stand_in_has_type_and_shape_and_no_bytes(dtype: str, kind: str) -> No
     assert tensor.shape == (5, 2)
     with pytest.raises(FileNotFoundError):
         tensor.numpy()
+
+
+TRACE = 'File "/home/someone/checkout/builder/modules.py", line 43, in forward'
+
+
+def littered() -> BoundGraph:
+    """A graph with the exporter's notes everywhere, one node of it in a subgraph."""
+    text = """notes (float[n, 4] x, bool really) => (float[n, 5] y) {
+        turned = Transpose <perm = [1, 0]> (weight)
+        linear = MatMul(x, turned)
+        y = If (really) <
+            then_branch = yes () => (float[n, 5] then_out) { then_out = Neg(linear) },
+            else_branch = no () => (float[n, 5] else_out) { else_out = Exp(linear) }
+        >
+    }"""
+    noted = bound_graph(text, {"weight": drawn(5, 4)})
+    model = noted.model
+    model.producer_version, model.doc_string, model.graph.doc_string = "2.13.0+cpu", TRACE, TRACE
+    things: list[Any] = [
+        model,
+        model.graph,
+        *model.graph.subgraphs(),
+        *model.graph.inputs,
+        *model.graph.initializers.values(),
+    ]
+    for node in model.graph.all_nodes():
+        node.doc_string = TRACE
+        things += [node, *node.outputs]
+    for thing in things:
+        thing.metadata_props["pkg.torch.onnx.stack_trace"] = TRACE
+    return noted
+
+
+def test_no_path_of_the_machine_is_left(tmp_path: Path) -> None:
+    noted, weights = littered(), {"weight": drawn(5, 4)}
+    feed = {"x": drawn(3, 4), "really": np.array(True)}
+    before = run(noted, weights, **feed)
+    assert TRACE.encode() in ir.to_proto(noted.model).SerializeToString()
+    save(noted, tmp_path / "after.onnx")
+    content = (tmp_path / "after.onnx").read_bytes()
+    for trace in (b"/home/", b"stack_trace", b"2.13.0"):
+        assert trace not in content
+    np.testing.assert_array_equal(run(load(tmp_path / "after.onnx"), weights, **feed), before)

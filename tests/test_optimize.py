@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 
-from builder import graph
 from builder.errors import PassError
 from builder.optimize import optimize
 from builder.passes import PASSES
@@ -140,13 +137,3 @@ def test_an_operator_that_was_not_lowered_is_foreign_to_every_target() -> None:
     with pytest.raises(PassError) as caught:
         optimize(bound_graph(text, None, ["qwen3vl"]), GENAI, "embeddings")
     assert caught.value.found == "qwen3vl::SegmentAttention"
-
-
-def test_a_graph_without_passes_keeps_no_path_of_the_machine_either(tmp_path: Path) -> None:
-    text = "lookup (int64[n] ids) => (float[n, 8] y) { y = Gather <axis = 0> (up, ids) }"
-    traced = bound_graph(text, {"up": WEIGHTS["up"]})
-    traced.model.graph.node(0).metadata_props["pkg.torch.onnx.stack_trace"] = 'File "/home/someone/x.py"'
-    optimized, matches = optimize(traced, PLAIN, "embeddings")
-    graph.save(optimized, tmp_path / "embeddings.onnx")
-    assert b"/home/" not in (tmp_path / "embeddings.onnx").read_bytes()
-    assert matches == {}

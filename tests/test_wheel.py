@@ -6,7 +6,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 import tomllib
 import zipfile
 from collections.abc import Callable, Iterable
@@ -19,7 +18,6 @@ from packaging.requirements import Requirement
 
 from builder.cases import Case, held_out
 from builder.checkpoint import open_checkpoint
-from builder.stage import STAGES
 from tests.processes import ROOT, artifacts, checkout, environment, own_packages, python
 
 TARGETS = ("genai", "onnxruntime")
@@ -113,8 +111,8 @@ def test_a_bundle_runs_without_torch(base: Path, bundle: Callable[[str], Path], 
 def test_what_needs_torch_says_how_to_get_it(
     base: Path, bundle: Callable[[str], Path], arguments: list[str], tmp_path: Path
 ) -> None:
-    asked = [one.replace("{bundle}", str(bundle("genai"))) for one in arguments]
-    done = without_extra(base, *asked, cwd=tmp_path)
+    folder = str(bundle("genai"))
+    done = without_extra(base, *(one.replace("{bundle}", folder) for one in arguments), cwd=tmp_path)
     assert done.returncode == 22, done.stderr
     assert 'pip install "qwen3vl-onnx[build]"' in done.stderr
     assert "Traceback" not in done.stderr
