@@ -63,7 +63,7 @@ STAGES: tuple[Stage, ...] = (
     Stage("patch", (), ("targets",), ("transformers", "torch"), (_DIGESTS, *_UPSTREAM)),
     Stage("export", ("config", "patch"), ("targets",),
           ("torch", "transformers", *_ONNX, "onnxscript"), (_DIGESTS,)),
-    Stage("optimize", ("export",), ("targets",), _ONNX),
+    Stage("optimize", ("export",), ("targets",), (*_ONNX, "onnxscript")),
     Stage("quantize", ("optimize", "fetch"), ("targets", "precision"), (*_ONNX, "numpy", "ml-dtypes")),
     Stage("configure", ("quantize", "fetch"), ("targets", "max_length"),
           ("jinja2", "tokenizers"), ("builder/pipeline.py",)),
