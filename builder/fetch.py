@@ -50,7 +50,8 @@ def identity(source: Source, *, rehash: bool = False) -> dict[str, str]:
         rehash: tell weight files apart by all their bytes, rather than by size, time and header.
 
     Returns:
-        of the hub, its id and commit; of a folder, each file that a build needs → what tells it from another.
+        of the hub, its id and commit; of a folder, its name and each file that a build needs → what tells it from
+        another.
 
     Raises:
         BuildError: the folder is no checkpoint, see `builder.checkpoint`.
@@ -58,7 +59,8 @@ def identity(source: Source, *, rehash: bool = False) -> dict[str, str]:
     if source.folder is None:
         return {"repository": str(source.repo), "revision": str(source.revision)}
     folder = source.folder
-    return {file: _mark(folder / file, rehash) for file in open_checkpoint(folder).files}
+    marks = {file: _mark(folder / file, rehash) for file in open_checkpoint(folder).files}
+    return {"checkpoint name": source.name, **marks}
 
 
 def run(build: Build, out: Path) -> dict[str, Any]:
@@ -94,14 +96,17 @@ def run(build: Build, out: Path) -> dict[str, Any]:
     return {**facts, "files": len(files), "bytes": sum(size for size, _ in digests.values()), **report}
 
 
-def fetched(out: Path) -> Checkpoint:
+def fetched(out: Path, moved: Path | None = None) -> Checkpoint:
     """The checkpoint that an earlier `run` fetched, opened again.
+
+    Args:
+        moved: the folder where the same files lie by now; None for where they were.
 
     Raises:
         CheckpointError: `run` did not end, or its folder is gone.
     """
     record = read_json(out / FETCHED)
-    folder = Path(record["folder"])
+    folder = moved or Path(record["folder"])
     if not folder.is_dir():
         raise CheckpointError(
             f"the checkpoint that was fetched is gone from {folder}",

@@ -105,4 +105,5 @@ class Build:
         """The fetched checkpoint; there from the end of the stage `fetch` on."""
         from builder.fetch import fetched
 
-        return fetched(self.folder("fetch"))
+        # A local folder that was moved is the same checkpoint: no path enters a key.
+        return fetched(self.folder("fetch"), self.source.folder and self.source.folder.absolute())

@@ -30,7 +30,7 @@ def python(
     cwd: Path,
     root: Path | None = ROOT,
     executable: Path | str = sys.executable,
-    **settings: str,
+    settings: Mapping[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Run Python with `arguments`.
 
@@ -46,7 +46,7 @@ def python(
     return subprocess.run(
         [str(executable), *map(str, arguments)],
         cwd=cwd,
-        env=environment | settings,
+        env={**environment, **(settings or {})},
         capture_output=True,
         text=True,
         check=False,

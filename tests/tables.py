@@ -1,7 +1,7 @@
 """In: what a build or a test run left behind. Out: the same as a Markdown table, on stdout.
 
 python -m tests.tables stages outputs/bench      # stage.json of each stage
-python -m tests.tables results results.xml       # JUnit XML of pytest
+python -m tests.tables results results.xml …     # JUnit XML of pytest, of one run or of its parts
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ def stages(output: Path) -> str:
     return "\n".join(["| stage | s | peak MB | artifacts MB |", "|---|--:|--:|--:|", *rows])
 
 
-def results(file: Path) -> str:
+def results(*files: Path) -> str:
     """Tests, failures and seconds a test file, under a line that says on what."""
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     seconds: dict[str, float] = defaultdict(float)
-    for case in ElementTree.parse(file).iter("testcase"):
+    for case in (case for file in files for case in ElementTree.parse(file).iter("testcase")):
         name = ".".join(case.get("classname", "").split(".")[:2]) or case.get("name", "")
         outcome = {child.tag for child in case} & {"failure", "error", "skipped"}
         counts[name].update(["tests", *outcome])
@@ -56,5 +56,5 @@ def results(file: Path) -> str:
 
 
 if __name__ == "__main__":
-    kind, path = sys.argv[1:]
-    print({"stages": stages, "results": results}[kind](Path(path)))
+    kind, *paths = sys.argv[1:]
+    print({"stages": stages, "results": results}[kind](*map(Path, paths)))

@@ -31,7 +31,7 @@ def test_a_small_checkpoint_in_another_process(built: Built, checkpoint: Callabl
     moved = Path(shutil.copytree(checkpoint(SMALLEST), tmp_path / "moved here"))
     (tmp_path / "one.toml").write_text('precision = "fp32"\ntargets = ["genai"]\n')
     arguments = ("build", moved, "--recipe", "one.toml", "--until", "configure", "--output", "out")
-    done = python("-m", "builder", *arguments, cwd=tmp_path, **OTHER)
+    done = python("-m", "builder", *arguments, cwd=tmp_path, settings=OTHER)
     assert done.returncode == 0, done.stderr
     assert len([name for name in expected if name.endswith((".onnx", ".onnx.data"))]) > 6
     assert artifacts(tmp_path / "out") == expected
@@ -56,7 +56,7 @@ def test_the_whole_miniature_from_another_checkout_and_environment(whole: Path, 
     """Graphs, data, settings and manifest, to the last byte."""
     root = checkout(tmp_path / "another checkout")
     executable = environment(tmp_path / "another environment")
-    done = python("-m", "builder", "build", "--json", cwd=tmp_path, root=root, executable=executable, **OTHER)
+    done = python("-m", "builder", "build", cwd=tmp_path, root=root, executable=executable, settings=OTHER)
     assert done.returncode == 0, done.stderr
     output = tmp_path / "outputs" / "miniature-fp32"
     code = json.loads((output / "3-export" / "stage.json").read_text())["components"]["code"]

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,24 @@ def test_fetched_says_how_to_go_on_when_the_folder_is_gone(sharded: Path, out: P
     with pytest.raises(CheckpointError, match="gone") as caught:
         fetched(out)
     assert "--force fetch" in str(caught.value.next)
+
+
+def test_a_folder_that_was_moved_is_the_same_checkpoint(sharded: Path, out: Path, tmp_path: Path) -> None:
+    before = Build(parse_source(str(sharded)), load_recipe(), out.parent)
+    fetch_into(before.source, out)
+    known = identity(before.source)
+    (tmp_path / "elsewhere").mkdir()
+    moved = Path(shutil.move(sharded, tmp_path / "elsewhere" / sharded.name))
+    after = replace(before, source=parse_source(str(moved)))
+    assert identity(after.source) == known
+    assert after.checkpoint.folder == moved
+
+
+def test_a_folder_of_another_name_is_another_checkpoint(sharded: Path, tmp_path: Path) -> None:
+    """The name stands in the manifest."""
+    first = identity(parse_source(str(sharded)))
+    renamed = identity(parse_source(str(shutil.move(sharded, tmp_path / "renamed"))))
+    assert {name for name in first if first[name] != renamed[name]} == {"checkpoint name"}
 
 
 def test_resolve_leaves_a_folder_alone(sharded: Path) -> None:

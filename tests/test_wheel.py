@@ -77,7 +77,7 @@ def required(asked: Iterable[Requirement]) -> list[Distribution]:
 
 def without_extra(base: Path, *arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
     """`python -m builder` where only the base install is: -S leaves this environment's packages out."""
-    return python("-S", "-m", "builder", *arguments, cwd=cwd, PYTHONPATH=f"{ROOT}{os.pathsep}{base}")
+    return python("-S", "-m", "builder", *arguments, cwd=cwd, settings={"PYTHONPATH": f"{ROOT}{os.pathsep}{base}"})
 
 
 def question() -> Case:
@@ -92,6 +92,7 @@ def test_the_base_install_is_small_and_whole(base: Path) -> None:
     assert {"onnxruntime", "onnxruntime_genai", "onnx", "typer"} <= names
 
 
+@pytest.mark.torch  # to build the bundle
 @pytest.mark.parametrize("target", TARGETS)
 def test_a_bundle_runs_without_torch(base: Path, bundle: Callable[[str], Path], target: str, tmp_path: Path) -> None:
     case = question()
@@ -99,6 +100,7 @@ def test_a_bundle_runs_without_torch(base: Path, bundle: Callable[[str], Path], 
     assert (done.returncode, done.stdout) == (0, f"{case.answer}\n"), done.stderr
 
 
+@pytest.mark.torch  # to build the bundle
 @pytest.mark.parametrize(
     "arguments",
     [
