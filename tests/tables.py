@@ -57,4 +57,4 @@ def results(*files: Path) -> str:
 
 if __name__ == "__main__":
     kind, *paths = sys.argv[1:]
-    print({"stages": stages, "results": results}[kind](*map(Path, paths)))
+    print(stages(Path(*paths)) if kind == "stages" else results(*map(Path, paths)))
