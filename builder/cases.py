@@ -1,14 +1,18 @@
 """What a bundle is verified on: prompts and the pictures that come with the package.
 
-In: nothing but package data (and a held-out set beside the checkpoint). Out: `Case`s.
+In: package data, the checkpoint's sizes, and a held-out set beside it. Out: `Case`s.
 Guaranteed: every case names files that exist; the same cases for every checkpoint.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
+from PIL import Image
 
 from builder.checkpoint import Checkpoint
 
@@ -39,9 +43,20 @@ class Suite:
     tokens: int = TOKENS
 
 
-def whole_suite(checkpoint: Checkpoint) -> Suite:
-    """Every shipped case, and the checkpoint's held-out set."""
-    return Suite(shipped_cases(), held_out(checkpoint))
+def whole_suite(checkpoint: Checkpoint, folder: Path) -> Suite:
+    """Every shipped case, one whose picture is drawn into `folder`, and the checkpoint's held-out set."""
+    return Suite((*shipped_cases(), own_size(checkpoint, folder)), held_out(checkpoint))
+
+
+def own_size(checkpoint: Checkpoint, folder: Path) -> Case:
+    """Noise that this checkpoint need not resize, whatever its patch, merge and picture sizes."""
+    unit = checkpoint.vision.patch_size * checkpoint.vision.merge_size
+    least, most = (checkpoint.preprocessor["size"][key] for key in ("shortest_edge", "longest_edge"))
+    rows = math.ceil(math.sqrt(least) / unit)
+    columns = rows + 2 if rows * (rows + 2) * unit**2 <= most else rows
+    pixels = np.random.default_rng(0).integers(0, 256, (rows * unit, columns * unit, 3), np.uint8)
+    Image.fromarray(pixels).save(folder / "own_size.png")
+    return Case("own size", "What is in the picture?", (folder / "own_size.png",))
 
 
 def shipped_cases() -> tuple[Case, ...]:

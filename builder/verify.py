@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -94,7 +95,9 @@ def verify(folder: Path, target: str, reference: Reference, suite: Suite | None 
         BundleError: a graph or a setting that its runtime cannot open.
     """
     checkpoint = reference.checkpoint
-    suite = suite or whole_suite(checkpoint)
+    if suite is None:
+        with TemporaryDirectory() as drawn:
+            return verify(folder, target, reference, whole_suite(checkpoint, Path(drawn)))
     graphs = Graphs.load(folder, target == "genai", checkpoint.text.hidden)
     player = open_player(folder, target)
     gates: list[Gate] = []

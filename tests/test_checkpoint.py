@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,11 +27,9 @@ FIRST, LAST = "model-00001-of-00003.safetensors", "model-00003-of-00003.safetens
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_every_shape_opens_within_a_second(checkpoint: Callable[[str], Path], shape: str) -> None:
+def test_every_shape_opens_with_its_facts(checkpoint: Callable[[str], Path], shape: str) -> None:
     folder = checkpoint(shape)
-    begin = time.process_time()
     opened = open_checkpoint(folder)
-    assert time.process_time() - begin < 1
     arguments = SHAPES[shape]
     assert opened.text.tied is arguments.get("tied", True)
     assert opened.text.rope_type == arguments.get("rope", {}).get("rope_type", "default")

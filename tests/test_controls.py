@@ -75,7 +75,7 @@ def test_what_is_broken_fails_where_it_is_broken(
 def test_the_command_exits_with_20_and_names_the_place(
     bundle: Callable[[str], Path], miniature: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(verify, "whole_suite", lambda checkpoint: SMALL)
+    monkeypatch.setattr(verify, "whole_suite", lambda checkpoint, folder: SMALL)
     whole = bundle("onnxruntime")
     passed = CliRunner().invoke(app, ["verify", str(whole), "--reference", str(miniature)])
     assert passed.exit_code == 0, passed.output

@@ -10,11 +10,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
-from builder.cases import Case, Suite, shipped_cases
+from builder.cases import Suite, shipped_cases
 from builder.checkpoint import open_checkpoint
 from builder.gates import Report
 from builder.recipe import Target, load_recipe
@@ -35,15 +33,6 @@ def compared(folder: Path, target: str, checkpoint: Path, suite: Suite | None = 
     return verify(folder / target, target, Reference(open_checkpoint(checkpoint)), suite)
 
 
-def own_size(checkpoint: Path, folder: Path) -> Case:
-    """A picture that needs no resize for this checkpoint, whatever its patch and merge sizes."""
-    vision = open_checkpoint(checkpoint).vision
-    unit = vision.patch_size * vision.merge_size
-    pixels = np.random.default_rng(0).integers(0, 256, (5 * unit, 7 * unit, 3), np.uint8)
-    Image.fromarray(pixels).save(folder / "own_size.png")
-    return Case("own size", "What is in the picture?", (folder / "own_size.png",))
-
-
 def test_the_smallest_shape_on_genai(built: Built, checkpoint: Callable[[str], Path]) -> None:
     folder = checkpoint(SMALLEST)
     recipe = replace(load_recipe("fp32"), targets=(Target("genai", "fused"),))
@@ -54,10 +43,9 @@ def test_the_smallest_shape_on_genai(built: Built, checkpoint: Callable[[str], P
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["genai", "onnxruntime"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_every_shape(built: Built, checkpoint: Callable[[str], Path], tmp_path: Path, shape: str, target: str) -> None:
+def test_every_shape(built: Built, checkpoint: Callable[[str], Path], shape: str, target: str) -> None:
     folder = checkpoint(shape)
-    suite = Suite((*shipped_cases(), own_size(folder, tmp_path)))
-    report = compared(built(folder, load_recipe("fp32")), target, folder, suite)
+    report = compared(built(folder, load_recipe("fp32")), target, folder)
     print(report.table())
     assert report.ok, report.table()
     places = {gate.place for gate in report.gates if gate.case == "own size"}

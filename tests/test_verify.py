@@ -34,7 +34,7 @@ SUITE = Suite(tuple(case for case in shipped_cases() if case.name == "one pictur
 
 @pytest.fixture
 def _few(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verify, "whole_suite", lambda checkpoint: SUITE)
+    monkeypatch.setattr(verify, "whole_suite", lambda checkpoint, folder: SUITE)
 
 
 def files(folder: Path) -> Mapping[str, tuple[int, str]]:
@@ -55,10 +55,11 @@ def command(bundle: Path, reference: Path) -> tuple[int, dict[str, Any]]:
     return result.exit_code, payload
 
 
-def test_the_whole_suite_is_every_case_and_the_held_out_set(miniature: Path) -> None:
+def test_the_whole_suite_is_every_case_and_the_held_out_set(miniature: Path, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(miniature)
-    suite = whole_suite(checkpoint)
-    assert suite.cases == shipped_cases()
+    suite = whole_suite(checkpoint, tmp_path)
+    assert suite.cases[:-1] == shipped_cases()
+    assert suite.cases[-1].name == "own size"
     assert suite.tasks == held_out(checkpoint)
     assert suite.tokens == 64
     assert len({case.name for case in suite.cases}) == len(suite.cases) >= 10
