@@ -125,7 +125,7 @@ def runtime_gates(
     """`create_multimodal_processor()` with our vision_processor.json.
 
     Pixels are gated where upstream and the runtime see the same bytes: an RGB PNG that needs no resize. Elsewhere the
-    decoders and resizers differ (docs: Preprocessing), and tokens are compared with PyTorch fed the same pixels.
+    decoders and resizers differ (README: Ask a bundle), and tokens are compared with PyTorch fed the same pixels.
     """
     tensors, inputs = player.runtime_inputs(case.prompt, case.images)
     gates = []

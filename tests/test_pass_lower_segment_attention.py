@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -165,3 +167,31 @@ def test_fused_holds_no_scores(tmp_path: Path) -> None:
     largest = largest_results(lowered(fused=True), lengths, tmp_path)
     assert largest["MultiHeadAttention"] == max(lengths) * HIDDEN
     assert max(largest.values()) == sum(lengths) * HIDDEN
+
+
+LARGE = """
+import sys
+import numpy as np
+from builder.memory import peak_rss
+from builder.passes.lower_segment_attention import lower_segment_attention
+from tests.small_graphs import bound_graph, session
+patches, hidden, heads, fused = 16384, 1024, 16, sys.argv[1] == "fused"
+text = f'''large (float[p, {hidden}] q, float[p, {hidden}] k, float[p, {hidden}] v, int64[p] begin, int64[p] end)
+    => (float[p, {hidden}] out)
+    {{ out = qwen3vl.SegmentAttention <num_heads = {heads}, scale = 0.125> (q, k, v, begin, end) }}'''
+graph = lower_segment_attention(bound_graph(text, None, ["qwen3vl", "com.microsoft"]), fused=fused).graph
+feed = {name: np.random.default_rng(0).standard_normal((patches, hidden), np.float32) for name in "qkv"}
+feed |= {"begin": np.zeros(patches, np.int64), "end": np.full(patches, patches, np.int64)}
+assert np.isfinite(session(graph, {}).run(None, feed)[0]).all()
+print(peak_rss())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attention", ["eager", "fused"])
+def test_a_layer_over_16384_patches_stays_within_2_gigabytes(attention: str) -> None:
+    """16 heads: the scores alone would take 17 GB at once. Peak memory of the whole process."""
+    root = Path(__file__).parents[1]
+    command = [sys.executable, "-c", LARGE, attention]
+    told = subprocess.run(command, check=True, capture_output=True, text=True, cwd=root)
+    assert int(told.stdout) < 2 * 10**9
