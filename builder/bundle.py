@@ -80,7 +80,7 @@ def manifest(build: Build, target: Target, folder: Path) -> dict[str, Any]:
         "opset": runtime.opset,
         "patches": {name: patches[name] for name in sorted(SETS[target.attention])},
         "versions": {"qwen3vl-onnx": version("qwen3vl-onnx"), **{name: version(name) for name in BUILT_WITH}},
-        "files": {file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in files},
+        "files": {file.name: {"size": file.stat().st_size, "sha256": sha256(file)} for file in files},
     }
 
 

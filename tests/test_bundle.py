@@ -51,7 +51,7 @@ def test_every_file_is_listed_with_its_bytes(bundled: Path, target: str) -> None
     folder = bundled / "out" / target
     there = {file.name: file for file in folder.iterdir() if file.is_file() and file.name != "manifest.json"}
     assert manifest(bundled, target)["files"] == {
-        name: {"bytes": file.stat().st_size, "sha256": sha256(file)} for name, file in sorted(there.items())
+        name: {"size": file.stat().st_size, "sha256": sha256(file)} for name, file in sorted(there.items())
     }
     configured = bundled / "output" / "6-configure" / target
     assert set(there) == set(os.listdir(configured))
