@@ -43,7 +43,7 @@ test: setup ## every test that takes seconds
 	$(PY) -m pytest -q
 
 test-full: setup ## every test; the results go to docs/test-full.md
-	@mkdir -p docs outputs
+	@mkdir -p docs outputs && rm -f $(RESULTS)
 	status=0; $(PY) -m pytest -q -m "" --junitxml=$(RESULTS) || status=$$?; \
 	$(PY) -m tests.tables results $(RESULTS) > docs/test-full.md && exit $$status
 
