@@ -15,14 +15,16 @@ class BuildError(Exception):
         what: one sentence: what happened, naming the file, tensor, key or graph.
         expected: what would have been right.
         found: what is there instead.
-        next: the command (or the edit) that gets the user on.
+        next: the command (or the edit) that gets the user on; the kind's own `otherwise` if None.
     """
 
     exit_code = 1
+    otherwise: str | None = None
 
     def __init__(self, what: str, *, expected: Any = None, found: Any = None, next: str | None = None) -> None:
         super().__init__(what)
-        self.what, self.expected, self.found, self.next = what, expected, found, next
+        self.what, self.expected, self.found = what, expected, found
+        self.next = self.otherwise if next is None else next
 
     def __str__(self) -> str:
         lines = [self.what]
@@ -46,81 +48,95 @@ class CheckpointError(BuildError):
     """Not a checkpoint, a file missing, truncated, or contradicting the config."""
 
     exit_code = 10
+    otherwise = "fetch the checkpoint again, or save it again with `save_pretrained`"
 
 
 class UnsupportedError(BuildError):
     """A checkpoint that is whole but of a kind that cannot be exported."""
 
     exit_code = 11
+    otherwise = "README, «Build a checkpoint», says what can be exported"
 
 
 class UnsafeError(BuildError):
     """Pickle weights, remote code demanded, or a path that leaves its folder."""
 
     exit_code = 12
+    otherwise = "save the checkpoint again with `save_pretrained`, which writes safetensors and no code"
 
 
 class RecipeError(BuildError):
     """An unknown key, a wrong type, or a combination that no target can run."""
 
     exit_code = 13
+    otherwise = "edit the recipe; README, «Build a checkpoint», lists its keys"
 
 
 class DownloadError(BuildError):
     """The hub could not be reached, or does not have what was asked for."""
 
     exit_code = 14
+    otherwise = "run the same command again"
 
 
 class PatchError(BuildError):
     """Upstream source that no patch was verified on, or a patch that never ran."""
 
     exit_code = 15
+    otherwise = "`python -m builder patches` shows every patch and its state"
 
 
 class WeightError(BuildError):
     """A graph initializer without a checkpoint tensor, or a tensor that no graph uses."""
 
     exit_code = 16
+    otherwise = "save the checkpoint again with `save_pretrained`; if it is right, see `python -m builder patches`"
 
 
 class PassError(BuildError):
     """A graph pass that the recipe expects to match and that did not."""
 
     exit_code = 17
+    otherwise = "`python -m builder patches`: an upstream change alters what is traced"
 
 
 class ImageError(BuildError):
     """A file that is no picture, or a picture the model cannot take."""
 
     exit_code = 18
+    otherwise = "give another file: PNG, JPEG, WebP …"
 
 
 class OutputError(BuildError):
     """An output folder that holds something else, is in use, or cannot be written."""
 
     exit_code = 19
+    otherwise = "give another --output"
 
 
 class VerificationError(BuildError):
     """A gate that does not hold."""
 
     exit_code = 20
+    otherwise = "read the report in `evidence/`"
 
 
 class BundleError(BuildError):
     """A folder that is no bundle, or whose files differ from its manifest."""
 
     exit_code = 21
+    otherwise = "build it again with `python -m builder build`"
 
 
 class MissingPackageError(BuildError):
     """A package that this command needs and that is not installed."""
 
     exit_code = 22
+    otherwise = 'pip install "qwen3vl-onnx[build]"'
 
 
 class PromptError(BuildError):
     """A prompt that the model or the runtime cannot take."""
 
     exit_code = 23
+    otherwise = "shorten or change the prompt; a chat template must be one of Qwen3-VL's kind"

@@ -76,11 +76,7 @@ def empty_model(checkpoint: Checkpoint) -> Any:
 def _recompute_frequencies(model: Any) -> None:
     text, visual = model.model.language_model, model.model.visual
     text.rotary_emb = type(text.rotary_emb)(config=model.config.text_config)
-    kind, vision = type(visual.rotary_pos_emb), model.config.vision_config
-    if "dim" in inspect.signature(kind.__init__).parameters:  # transformers before 5.x's config-built rotary
-        visual.rotary_pos_emb = kind(vision.hidden_size // vision.num_heads // 2)
-    else:
-        visual.rotary_pos_emb = kind(vision)
+    visual.rotary_pos_emb = type(visual.rotary_pos_emb)(model.config.vision_config)
 
 
 def export(checkpoint: Checkpoint, model: Any, target: Target, component: Component) -> graph.BoundGraph:
