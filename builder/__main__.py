@@ -12,12 +12,13 @@ import sys
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from builder.arguments import Bundle, Checkpoint, Force, Json, Output, RecipeOption, Rehash, Until
+from builder.arguments import Bundle, Checkpoint, DryRun, Force, Json, Memory, Output, RecipeOption, Rehash, Until
 from builder.errors import BuildError, MissingPackageError, VerificationError
 from builder.recipe import DEFAULT
 
@@ -60,6 +61,8 @@ def build(
     until: Until = None,
     force: Force = None,
     rehash: Rehash = False,
+    memory: Memory = None,
+    dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
     """Build, verify and bundle a checkpoint; the last line printed is the first target's bundle."""
@@ -67,7 +70,10 @@ def build(
         from builder.loop import execute
         from builder.terminal import watching
 
-        plan = _prepared(checkpoint, recipe, output, until, force or [], rehash)
+        plan = replace(_prepared(checkpoint, recipe, output, until, force or [], rehash), memory=memory)
+        _refuse_what_cannot_fit(plan, until, force or [], shown=dry_run, as_json=as_json)
+        if dry_run:
+            return
         with watching(plan) as on_event:
             done = execute(plan, until, force or [], on_event)
         if all(step.state == "cached" for step, _ in done):
@@ -113,6 +119,13 @@ def explain(
 def verify(
     bundle: Bundle,
     reference: Annotated[str, typer.Option(help="The checkpoint: a folder, or a hub id.")],
+    memory: Memory = None,
+    store: Annotated[
+        Path | None,
+        typer.Option(
+            help="Keep the reference's outputs in this folder, and use those that are there.", show_default=False
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Compare a bundle with PyTorch; exits with 0 only when every gate holds."""
@@ -120,7 +133,7 @@ def verify(
         from builder.prepare import reference_folder
         from builder.verify import failed, verify_bundle
 
-        report = verify_bundle(bundle, reference_folder(reference))
+        report = verify_bundle(bundle, reference_folder(reference), memory, store)
         if as_json:
             _emit({**report.as_dict(), "ok": report.ok})
             raise typer.Exit(0 if report.ok else VerificationError.exit_code)
@@ -165,8 +178,6 @@ def patches(
 ) -> None:
     """List the patches of upstream, and their state against the installed transformers."""
     with _reported(as_json):
-        from dataclasses import asdict
-
         from builder import patch
 
         recorded = [asdict(one) for one in patch.record()] if record else []
@@ -205,6 +216,24 @@ def _prepared(
     return prepared(checkpoint, recipe, output, rehash=rehash, settle_again="fetch" in force)
 
 
+def _refuse_what_cannot_fit(build: Build, until: str | None, force: list[str], *, shown: bool, as_json: bool) -> None:
+    """The figures of `--dry-run` are `shown` on stdout; a build that fits is silent."""
+    from builder.loop import plan
+
+    steps = plan(build, until, force)
+    if not shown and all(step.state == "cached" for step in steps):
+        return
+    from builder.dry_run import estimated
+    from builder.figures import tables
+
+    estimate = estimated(build, steps)
+    if shown and not as_json:
+        print(tables(estimate))
+    estimate.refuse()
+    if shown and as_json:
+        _emit({**_head(build), "estimate": estimate.as_dict()})
+
+
 def _head(build: Build) -> dict[str, Any]:
     return {"ok": True, "checkpoint": str(build.source), "output": str(build.output)}
 
@@ -216,8 +245,7 @@ def _stage_facts(build: Build, step: Step, record: Record) -> dict[str, Any]:
         "why": step.why,
         "folder": str(build.folder(step.stage.name)),
         "key": record.key,
-        "wall_s": record.wall_s,
-        "peak_rss": record.peak_rss,
+        **asdict(record.cost),
     }
 
 

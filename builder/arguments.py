@@ -6,6 +6,7 @@ with the nearest spelling.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -28,6 +29,14 @@ def _stages(names: list[str] | None) -> list[str]:
     return [name for name in map(_stage, names or []) if name]
 
 
+def _bytes(text: str) -> int:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", text.strip(), re.IGNORECASE)
+    if not found:
+        raise typer.BadParameter(f"{text!r} is no amount of memory; write 4GB, or 800MB")
+    power = " KMGT".index(found[2].upper() or " ")
+    return round(float(found[1]) * 1000.0**power)
+
+
 Checkpoint = Annotated[
     str | None,
     typer.Argument(
@@ -44,6 +53,20 @@ Force = Annotated[
     typer.Option(
         help="Run this stage, and what is made from it, although nothing changed; repeatable.",
         callback=_stages,
+    ),
+]
+DryRun = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Say what it would write, download, need and take, and whether it fits; no more."),
+]
+Memory = Annotated[
+    int | None,
+    typer.Option(
+        help="Memory that verification may use, e.g. 4GB: what does not fit is compared slice by slice. "
+        "Default: all that this process may have.",
+        show_default=False,
+        parser=_bytes,
+        metavar="SIZE",
     ),
 ]
 Rehash = Annotated[bool, typer.Option("--rehash", help="Compare a local checkpoint by all its bytes.")]

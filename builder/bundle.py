@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Any
 import onnx_ir as ir
 
 from builder.contract import components
+from builder.fetch import FETCHED
 from builder.files import link, sha256
 from builder.optimize import operator
+from builder.quantize import DIGESTS
 from builder.targets import TARGETS
 from patches import SETS
 
@@ -59,8 +61,10 @@ def manifest(build: Build, target: Target, folder: Path) -> dict[str, Any]:
     """What is in the bundle and what it was made from; no time, no path, no measurement."""
     checkpoint, runtime = build.checkpoint, TARGETS[target.runtime]
     patches = json.loads((build.folder("patch") / "patches.json").read_text(encoding="utf-8"))["patches"]
-    fetched = json.loads((build.folder("fetch") / "checkpoint.json").read_text(encoding="utf-8"))
+    fetched = json.loads((build.folder("fetch") / FETCHED).read_text(encoding="utf-8"))["files"]
+    digests = json.loads((build.folder("quantize") / DIGESTS).read_text(encoding="utf-8"))
     files = sorted(file for file in folder.iterdir() if file.is_file() and file.name != MANIFEST)
+    written = {file: digests["data"].get(f"{target.runtime}/{file.name}", {}).get("sha256") for file in files}
     return {
         "format": 1,
         "target": target.runtime,
@@ -74,13 +78,16 @@ def manifest(build: Build, target: Target, folder: Path) -> dict[str, Any]:
             "name": checkpoint.name,
             "revision": checkpoint.revision,
             "config_sha256": checkpoint.config_digest,
-            "files": fetched["files"],
+            "files": {
+                name: {"size": one["size"], "sha256": digests["checkpoint"].get(name) or one["sha256"]}
+                for name, one in fetched.items()
+            },
         },
         "graphs": {c.file: _graph(folder / c.file, c.as_dict()) for c in components(checkpoint, target.runtime)},
         "opset": runtime.opset,
         "patches": {name: patches[name] for name in sorted(SETS[target.attention])},
         "versions": {"qwen3vl-onnx": version("qwen3vl-onnx"), **{name: version(name) for name in BUILT_WITH}},
-        "files": {file.name: {"size": file.stat().st_size, "sha256": sha256(file)} for file in files},
+        "files": {file.name: {"size": file.stat().st_size, "sha256": written[file] or sha256(file)} for file in files},
     }
 
 

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
 from builder.architecture import Text, Vision, read_architecture, token_id
@@ -36,7 +35,7 @@ from builder.checkpoint_files import (
 from builder.errors import CheckpointError, WeightError
 from builder.json_file import read_json
 from builder.preprocessor import read_preprocessor
-from builder.safetensors_index import Tensor, index_tensors, map_bytes, weight_files
+from builder.safetensors_index import NUMPY_TYPES, Tensor, index_tensors, map_bytes, weight_files
 from builder.weight_names import check_tensors, expected_tensors, nearest
 
 __all__ = ["Checkpoint", "Tensor", "Text", "Vision", "expected_tensors", "open_checkpoint"]
@@ -83,11 +82,8 @@ class Checkpoint:
         """
         if name not in self.tensors:
             raise WeightError(f"the checkpoint has no weight {name}", expected=nearest(name, self.tensors))
-        import ml_dtypes  # only building needs it
-
         tensor = self.tensors[name]
-        types = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32}
-        values: npt.NDArray[Any] = map_bytes(self.folder, tensor).view(types[tensor.dtype])
+        values: npt.NDArray[Any] = map_bytes(self.folder, tensor).view(NUMPY_TYPES[tensor.dtype])
         return values.reshape(tensor.shape)
 
     @property

@@ -15,6 +15,7 @@ from builder.checkpoint import Checkpoint
 Dim = int | str
 VISION, EMBEDDINGS, DECODER = "vision_encoder", "embeddings", "model"
 CONTRIB, STANDARD = "com.microsoft", ""
+RESIDUAL = "residual"  # `residual.N` is the residual stream behind layer N, no port but a name that every graph keeps
 
 
 @dataclass(frozen=True)

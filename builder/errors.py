@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 
@@ -140,3 +141,30 @@ class PromptError(BuildError):
 
     exit_code = 23
     otherwise = "shorten or change the prompt; a chat template must be one of Qwen3-VL's kind"
+
+
+class ResourceError(BuildError):
+    """A build that needs more disk or memory than there is.
+
+    Args:
+        estimate: every figure, as `build --dry-run --json` shows them (see `builder.dry_run`).
+    """
+
+    exit_code = 24
+    otherwise = "`build --dry-run` shows what is needed: give another --output, or a machine with more memory"
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        expected: Any = None,
+        found: Any = None,
+        next: str | None = None,
+        estimate: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(what, expected=expected, found=found, next=next)
+        self.estimate = estimate
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same, and the estimate."""
+        return {**super().as_dict(), "estimate": self.estimate}

@@ -1,4 +1,4 @@
-"""Stage 3: trace the three graphs of each target on empty weights.
+"""Stage 3: trace the three graphs of each target on empty weights, one layer of each kind.
 
 In: the checkpoint's config alone and the patches. Out: `<target>/<graph>.onnx` with bindings (builder/graph.py).
 Guaranteed: no weight is read and no weight page touched; every initializer is bound to a checkpoint tensor or is one of
@@ -11,6 +11,7 @@ import inspect
 import logging
 import warnings
 from collections.abc import Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +20,11 @@ import onnx_ir as ir
 from builder import graph
 from builder.checkpoint import Checkpoint
 from builder.console import progress
-from builder.contract import Component, Port, components
+from builder.contract import DECODER, VISION, Component, Port, components
 from builder.errors import WeightError
 from builder.graph import Binding
 from builder.targets import TARGETS
+from builder.unroll import decoder_kinds, shortened, unroll, vision_kinds
 
 if TYPE_CHECKING:
     from builder.recipe import Target
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 
 RECOMPUTED = ("rotary_emb.inv_freq", "rotary_pos_emb.inv_freq")  # non-persistent: no checkpoint has them
 TRACED_CONSTANT = "lifted_tensor"  # the exporter's name for a tensor that the traced code wrote out
+KINDS = {VISION: vision_kinds, DECODER: decoder_kinds}
 # What is traced with leaves no trace in the graph. No two axes are of one size, so that none is taken for another.
 EXAMPLE_SIZES = {"batch": 2, "seq": 5, "past": 7, "total": 12}
 EXAMPLE_GRIDS = ((1, 4, 6), (2, 2, 2))  # height and width in merge blocks
@@ -41,7 +44,7 @@ def run(build: Build, out: Path) -> Mapping[str, object]:
     from patches.registry import applied
 
     facts: dict[str, object] = {}
-    model = empty_model(build.checkpoint)
+    model = empty_model(shortened(build.checkpoint))
     with progress("export", 3 * len(build.recipe.targets)) as advance:
         for target in build.recipe.targets:
             with applied(patches_for(target.attention)):
@@ -61,7 +64,7 @@ def empty_model(checkpoint: Checkpoint) -> Any:
     import torch
     from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
-    config = Qwen3VLConfig.from_pretrained(checkpoint.folder)
+    config = Qwen3VLConfig.from_dict(deepcopy(dict(checkpoint.config)))
     config._attn_implementation = "eager"
     with torch.device("meta"):
         kind: Any = Qwen3VLForConditionalGeneration
@@ -81,6 +84,23 @@ def _recompute_frequencies(model: Any) -> None:
 
 def export(checkpoint: Checkpoint, model: Any, target: Target, component: Component) -> graph.BoundGraph:
     """One graph of one target, bound. Call under `patches.registry.applied`.
+
+    Args:
+        model: the empty model of `shortened(checkpoint)`, one layer of each kind.
+
+    Raises:
+        WeightError: an initializer is neither a checkpoint tensor nor a recomputed buffer.
+    """
+    short = shortened(checkpoint)
+    few = next(one for one in components(short, target.runtime) if one.name == component.name)
+    traced = trace(short, model, target, few)
+    if component.name not in KINDS:
+        return traced
+    return unroll(traced, KINDS[component.name](checkpoint), component)
+
+
+def trace(checkpoint: Checkpoint, model: Any, target: Target, component: Component) -> graph.BoundGraph:
+    """The graph of `model` as it is, marks of its layers included, bound.
 
     Raises:
         WeightError: an initializer is neither a checkpoint tensor nor a recomputed buffer.

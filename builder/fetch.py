@@ -1,9 +1,9 @@
 """The stage `fetch`: the checkpoint's files, on this disk, whole, and what each is.
 
-In: a resolved `Source`. Out: `checkpoint.json` with the folder, the revision, and the size and SHA-256 of
-every file that a build needs. Guaranteed: a local folder is used in place and never written to; a download
-is of one commit, and its bytes are those that the hub names; the checkpoint opens (see
-`builder.checkpoint`).
+In: a resolved `Source`. Out: `checkpoint.json` with the folder, the revision, and what tells every file that a
+build needs from another. Guaranteed: a local folder is used in place and never written to, and its weights are not
+read: `builder.quantize` takes their SHA-256 as they pass; a download is of one commit, and its bytes are those that
+the hub names; the checkpoint opens (see `builder.checkpoint`).
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ from builder.source import Source, parse_source
 if TYPE_CHECKING:
     from builder.stage import Build
 
-__all__ = ["Source", "fetched", "identity", "parse_source", "resolve", "run"]
+__all__ = ["Source", "check_unchanged", "fetched", "identity", "parse_source", "resolve", "run"]
 
 FETCHED = "checkpoint.json"
+WEIGHTS = ".safetensors"
 BLOCK = 8 * MEGABYTE
 
 
@@ -59,12 +60,12 @@ def identity(source: Source, *, rehash: bool = False) -> dict[str, str]:
     if source.folder is None:
         return {"repository": str(source.repo), "revision": str(source.revision)}
     folder = source.folder
-    marks = {file: _mark(folder / file, rehash) for file in open_checkpoint(folder).files}
+    marks = {file: mark(folder / file, rehash) for file in open_checkpoint(folder).files}
     return {"checkpoint name": source.name, **marks}
 
 
 def run(build: Build, out: Path) -> dict[str, Any]:
-    """Fetch `build.source`, hash it, and write `checkpoint.json` into `out`.
+    """Fetch `build.source`, and write `checkpoint.json` into `out`.
 
     Returns:
         for the record: the folder, the number of files, their bytes, the command that pins this state; of a
@@ -82,18 +83,23 @@ def run(build: Build, out: Path) -> dict[str, Any]:
         checkpoint = open_checkpoint(folder, name=source.name, revision=source.revision)
     else:
         checkpoint = open_checkpoint(source.folder.absolute(), name=source.name)
-        digests = _digests(checkpoint.folder, checkpoint.files)
+        read = [file for file in checkpoint.files if build.rehash or not file.endswith(WEIGHTS)]
+        digests = _digests(checkpoint.folder, read)
     facts = {
         "folder": str(checkpoint.folder),
         "name": checkpoint.name,
         "revision": checkpoint.revision,
         "command": source.command,
     }
-    files = {file: {"size": size, "sha256": digest} for file, (size, digest) in digests.items()}
+    stats = {file: (checkpoint.folder / file).stat() for file in checkpoint.files}
+    files = {
+        file: {"size": stat.st_size, "time": stat.st_mtime_ns, "sha256": digests.get(file, (0, None))[1]}
+        for file, stat in stats.items()
+    }
     text = json.dumps({**facts, "files": files}, indent=2, sort_keys=True)
     (out / FETCHED).write_text(text + "\n", encoding="utf-8")
     report = {} if source.repo is None else {"report": f"pinned: {source.command}"}
-    return {**facts, "files": len(files), "bytes": sum(size for size, _ in digests.values()), **report}
+    return {**facts, "files": len(files), "bytes": sum(stat.st_size for stat in stats.values()), **report}
 
 
 def fetched(out: Path, moved: Path | None = None) -> Checkpoint:
@@ -117,8 +123,31 @@ def fetched(out: Path, moved: Path | None = None) -> Checkpoint:
     return open_checkpoint(folder, name=record["name"], revision=record["revision"])
 
 
-def _mark(path: Path, rehash: bool) -> str:
-    if rehash or path.suffix != ".safetensors":
+def check_unchanged(build: Build, shards: Mapping[str, str]) -> None:
+    """That the weights are those that `run` saw.
+
+    Args:
+        shards: SHA-256 (hex) of each safetensors file, as it has been read since.
+
+    Raises:
+        CheckpointError: a file has other bytes, or, where `run` did not read it, another size or time.
+    """
+    known = read_json(build.folder("fetch") / FETCHED)["files"]
+    for file, digest in shards.items():
+        stat = (build.checkpoint.folder / file).stat()
+        found = {"size": stat.st_size, "time": stat.st_mtime_ns, "sha256": digest}
+        if differ := [kind for kind, value in known[file].items() if value is not None and value != found[kind]]:
+            raise CheckpointError(
+                f"{build.checkpoint.folder / file} changed since it was fetched",
+                expected=", ".join(f"{kind} {known[file][kind]}" for kind in differ),
+                found=", ".join(f"{kind} {found[kind]}" for kind in differ),
+                next="let whatever writes it finish, then run the same command again",
+            )
+
+
+def mark(path: Path, rehash: bool = False) -> str:
+    """What tells a checkpoint's file from another: SHA-256; of weights, unless `rehash`, size, time and header."""
+    if rehash or path.suffix != WEIGHTS:
         return f"sha256 {_sha256(path)}"
     stat = path.stat()
     with path.open("rb") as file:

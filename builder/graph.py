@@ -9,10 +9,13 @@ the same inputs.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import ml_dtypes  # noqa: F401 – numpy learns the name bfloat16
+import numpy as np
 import onnx_ir as ir
 
 from builder.errors import WeightError
@@ -37,6 +40,16 @@ class Binding:
     def stored_shape(self) -> tuple[int, ...]:
         """The initializer's shape in the graph."""
         return self.shape[::-1] if self.transpose else self.shape
+
+    @property
+    def content(self) -> Binding:
+        """The binding under no name: equal where the bytes are."""
+        return replace(self, initializer="")
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the initializer."""
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
     def transposed(self) -> Binding:
         """The same tensor, its two axes swapped."""

@@ -79,6 +79,25 @@ def download(source: Source) -> tuple[Path, dict[str, Remote]]:
         CheckpointError: a file missing.
         UnsafeError: an index that names a file outside the repository.
     """
+    folder, files = needed(source)
+    with _hub_errors(source):
+        megabytes = sum(remote.size or 0 for remote in files.values()) // MEGABYTE
+        with progress(f"{source.repo}, MB", total=megabytes) as advance:
+            bar = _bar(advance)
+            for file in files:
+                _fetch_file(source, file, bar)
+    return folder, files
+
+
+def needed(source: Source) -> tuple[Path, dict[str, Remote]]:
+    """What `download` brings; fetches no more of it than the config and the index.
+
+    Returns:
+        the folder of the snapshot, and the needed files with what the hub says of each.
+
+    Raises:
+        BuildError: as `download`.
+    """
     with _hub_errors(source):
         remotes = _listing(source)
         refuse_names(remotes, str(source))
@@ -86,15 +105,17 @@ def download(source: Source) -> tuple[Path, dict[str, Remote]]:
         if INDEX in remotes:
             _fetch_file(source, INDEX)
         files = needed_files(remotes, weight_files(folder, remotes))
-        for file in files:
-            if file not in remotes:
-                raise CheckpointError(f"{file} is missing from {source}", expected=f"{file}, as {INDEX} says")
-        megabytes = sum(remotes[file].size or 0 for file in files) // MEGABYTE
-        with progress(f"{source.repo}, MB", total=megabytes) as advance:
-            bar = _bar(advance)
-            for file in files:
-                _fetch_file(source, file, bar)
+    for file in files:
+        if file not in remotes:
+            raise CheckpointError(f"{file} is missing from {source}", expected=f"{file}, as {INDEX} says")
     return folder, {file: remotes[file] for file in files}
+
+
+def cache() -> Path:
+    """The folder that downloads go to."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE)
 
 
 def _repo(source: Source) -> str:

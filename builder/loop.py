@@ -8,47 +8,56 @@ changed, or it was forced; each run says why in words; a folder that bears a sta
 from __future__ import annotations
 
 import errno
-import time
+import os
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Literal
 
-from builder import memory
+from builder.cost import Meter
 from builder.errors import MissingPackageError
 from builder.key import MISSING, UNKNOWN, Components, code_digests, plain, reasons, version
 from builder.output import (
     Record,
     claimed,
     damage,
+    linked,
     part,
     put_in_place,
     read_record,
     recover,
     remove_part,
     sizes,
+    twin,
     unwritable,
     write_record,
 )
 from builder.stage import Build, Stage
 
-_DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
+_DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG})
+_PERMISSION = frozenset({errno.EACCES, errno.EPERM})
 
 
 @dataclass(frozen=True)
 class Step:
-    """A stage, and whether it has to run: `why` is empty when it does not."""
+    """A stage, and whether it has to run: `why` is empty when it does not.
+
+    `link` is for a stage that another build beside this one has whole, in the folder `twin`.
+    """
 
     stage: Stage
-    state: Literal["cached", "run"]
+    state: Literal["cached", "link", "run"]
     why: str
     components: Components
     record: Record | None = None
+    twin: Path | None = None
 
     @property
     def text(self) -> str:
-        """`cached`, or `run: recipe.max_length changed (4096 → 2048)`."""
-        return f"run: {self.why}" if self.state == "run" else self.state
+        """`cached`, `link: …`, or `run: recipe.max_length changed (4096 → 2048)`."""
+        return f"{self.state}: {self.why}" if self.why else self.state
 
 
 @dataclass(frozen=True)
@@ -127,6 +136,9 @@ def _step(
     except ValueError:
         return Step(stage, "run", "record unreadable", components)
     if record is None:
+        other = twin(folder, components.key) if stage.shared and stage.name not in force else None
+        if other is not None:
+            return Step(stage, "link", f"the same as in {other.parent.name}", components, twin=other)
         return Step(stage, "run", "first time", components)
     if stage.name in force:
         return Step(stage, "run", "forced", components)
@@ -191,13 +203,12 @@ def _require_packages(steps: list[Step]) -> None:
 
 
 def _made(build: Build, step: Step, after: Mapping[str, str]) -> Record:
-    """Run the stage in its `.part` folder and put that in place."""
+    """Run the stage in its `.part` folder and put that in place; where the disk is at fault, it gets its space back."""
     folder = build.folder(step.stage.name)
-    started, begin = datetime.now(UTC).isoformat(timespec="microseconds"), time.perf_counter()
-    memory.reset_peak()
+    started, meter = datetime.now(UTC).isoformat(timespec="microseconds"), Meter()
     try:
         fresh = part(folder)
-        facts = step.stage.run(build, fresh)
+        facts = step.stage.run(build, fresh) if step.twin is None else linked(step.twin, fresh)
         record = Record(
             stage=step.stage.name,
             key=step.components.key,
@@ -206,13 +217,21 @@ def _made(build: Build, step: Step, after: Mapping[str, str]) -> Record:
             facts=facts,
             files=sizes(fresh),
             started=started,
-            wall_s=round(time.perf_counter() - begin, 3),
-            peak_rss=memory.peak_rss(),
+            cost=meter.cost(),
         )
         write_record(fresh, record)
         put_in_place(fresh, folder)
     except OSError as error:
-        if error.errno not in _DISK:
+        if not _of_the_output(error, build.output):
             raise
+        with suppress(OSError):
+            remove_part(folder)
         raise unwritable(build.output, error) from error
     return record
+
+
+def _of_the_output(error: OSError, output: Path) -> bool:
+    """Whether the output folder's disk, or its permissions, are to blame: files are written nowhere else."""
+    named = [os.path.abspath(os.fsdecode(name)) for name in (error.filename, error.filename2) if name]
+    inside = any(Path(name).is_relative_to(os.path.abspath(output)) for name in named)
+    return error.errno in _DISK or (error.errno in _PERMISSION and inside)

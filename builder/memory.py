@@ -30,9 +30,18 @@ def peak_rss() -> int | None:
                 return int(line.split()[1]) * 1024
     except OSError:
         pass
+    return _maxrss(children=False)
+
+
+def peak_of_children() -> int | None:
+    """Bytes: the largest peak of a process that this one started and waited for, ever; None where nobody tells."""
+    return _maxrss(children=True)
+
+
+def _maxrss(*, children: bool) -> int | None:
     try:
         import resource
     except ModuleNotFoundError:
         return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN if children else resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from patches.operators import layer_mark
 from patches.text_attention import causal_bias, fused_mask
 
 
@@ -91,10 +92,12 @@ class TextDecoder(nn.Module):
         mask = fused_mask(attention_mask) if self.fused else causal_bias(attention_mask, seq, hidden.dtype)
         rotary = self.language_model.rotary_emb(hidden, position_ids)
         kv = list(zip(past[::2], past[1::2], strict=True))
+        hidden = layer_mark(hidden)
         for index, layer in enumerate(self.language_model.layers):
             hidden = layer(hidden, position_embeddings=rotary, attention_mask=mask, kv=kv)
             if index < len(deepstack):
                 hidden = hidden + deepstack[index]
+            hidden = layer_mark(hidden)
         if self.packed:
             hidden = hidden[:, -1:]
         logits = self.lm_head(self.language_model.norm(hidden))

@@ -13,7 +13,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from builder import graph
-from builder.contract import components
+from builder.contract import RESIDUAL, components
 from builder.errors import PassError
 from builder.graph import BoundGraph
 from builder.passes import PASSES
@@ -73,7 +73,7 @@ def optimize(traced: BoundGraph, target: Target, name: str) -> tuple[BoundGraph,
 
 
 def rename(bound: BoundGraph) -> None:
-    """Numbers what has no name of its own and forgets axes that are expressions: both depend on the traced sizes."""
+    """Numbers what has no name that anyone reads, and forgets axes that are expressions: the traced sizes made both."""
     graph = bound.model.graph
     ports = {value.name for value in (*graph.inputs, *graph.outputs)}
     read = (value for node in graph.all_nodes() for value in node.inputs if value is not None)
@@ -85,7 +85,7 @@ def rename(bound: BoundGraph) -> None:
     for number, node in enumerate(graph.all_nodes()):
         node.name = f"{node.op_type}_{number}"
         for index, value in enumerate(node.outputs):
-            if value.name not in ports:
+            if value.name not in ports and not str(value.name).startswith(f"{RESIDUAL}."):
                 value.name = f"{node.name}.{index}" if index else node.name
             if value.shape is not None:
                 value.shape = ir.Shape(

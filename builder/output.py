@@ -18,7 +18,9 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from pydantic import TypeAdapter, ValidationError
 
+from builder.cost import Cost
 from builder.errors import OutputError
+from builder.files import link
 from builder.key import Components
 
 MARKER = "build.json"
@@ -40,8 +42,7 @@ class Record:
         facts: what the stage's `run` returned.
         files: every artifact but `evidence/`, relative → size in bytes.
         started: UTC, ISO 8601 to the microsecond.
-        wall_s: seconds.
-        peak_rss: bytes, or None where the system does not tell.
+        cost: see `builder.cost`.
     """
 
     stage: str
@@ -51,8 +52,7 @@ class Record:
     facts: Mapping[str, object]
     files: Mapping[str, int]
     started: str
-    wall_s: float
-    peak_rss: int | None
+    cost: Cost
 
 
 def read_record(folder: Path) -> Record | None:
@@ -73,6 +73,27 @@ def write_record(folder: Path, record: Record) -> None:
     """Write `stage.json`, readable."""
     text = json.dumps(asdict(record), indent=2, ensure_ascii=False)
     (folder / RECORD).write_text(text + "\n", encoding="utf-8")
+
+
+def twin(folder: Path, key: str) -> Path | None:
+    """A whole folder of the same stage and key, of another build beside this one."""
+    for other in sorted(folder.parent.parent.glob(f"*/{folder.name}")):
+        try:
+            record = read_record(other)
+        except ValueError:
+            continue
+        if record and record.key == key and not damage(other, record) and read_marker(other.parent):
+            return other
+    return None
+
+
+def linked(folder: Path, fresh: Path) -> Mapping[str, object]:
+    """Links every artifact of the whole `folder` into `fresh`; returns its facts."""
+    record = read_record(folder)
+    assert record is not None
+    for name in record.files:
+        link(folder / name, fresh / name)
+    return record.facts
 
 
 def sizes(folder: Path) -> dict[str, int]:

@@ -1,16 +1,16 @@
 """Stage 5: write the weights, at the recipe's precision.
 
-In: optimized graphs with bindings, and the checkpoint. Out: each `<graph>.onnx` with its `<graph>.onnx.data`.
-Guaranteed: fp32 is the identity but for the cast; every checkpoint tensor is used by every target, and none is missing;
-equal data files (two targets, one architecture) are written once and linked.
+In: optimized graphs with bindings, and the checkpoint. Out: each `<graph>.onnx`, the `.onnx.data` files that they refer
+to, and `digests.json`. Guaranteed: fp32 is the identity but for the cast; every checkpoint tensor is used by every
+target, and none is missing; no two graphs of a target hold the same bytes (the embeddings refer to the decoder's file
+where its head is tied to them), and equal data files of two targets are one file.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,64 +21,126 @@ from builder.checkpoint import Checkpoint
 from builder.console import progress
 from builder.contract import components
 from builder.errors import WeightError
+from builder.fetch import check_unchanged
 from builder.files import link
-from builder.graph import BoundGraph
+from builder.graph import Binding, BoundGraph
 from builder.weights import DataFile, write_data
 
 if TYPE_CHECKING:
     from builder.stage import Build
 
+DIGESTS = "digests.json"
+MEGABYTE = 10**6
+
+
+@dataclass(frozen=True)
+class DataFiles:
+    """Where the contents of several graphs lie.
+
+    Args:
+        wanted: data file → what is to be written there.
+        twins: data file → the equal one that is written in its place.
+    """
+
+    wanted: Mapping[Path, Sequence[Binding]]
+    twins: Mapping[Path, Path]
+
 
 def run(build: Build, out: Path) -> Mapping[str, object]:
-    """Returns size and SHA-256 of every data file."""
-    facts: dict[str, object] = {}
-    written: dict[str, tuple[Path, DataFile]] = {}
-    jobs = [(t, c) for t in build.recipe.targets for c in components(build.checkpoint, t.runtime)]
-    used: dict[str, set[str]] = {}
-    with progress("weights", len(jobs)) as advance:
-        for target, component in jobs:
-            name = f"{target.runtime}/{component.file}"
-            bound = graph.load(build.folder("optimize") / name)
-            used.setdefault(target.runtime, set()).update(b.tensor for b in bound.bindings.values())
-            data = fill(bound, build.checkpoint, out / name, written)
-            facts[f"{name}.data"] = {"bytes": data.size, "sha256": data.sha256}
-            advance()
-    for runtime, tensors in used.items():
-        _check_complete(build.checkpoint, runtime, tensors)
-    return facts
+    """Returns size and SHA-256 of every data file, by its path under `out`."""
+    checkpoint = build.checkpoint
+    targets = {
+        target.runtime: {
+            out / target.runtime / one.file: graph.load(build.folder("optimize") / target.runtime / one.file)
+            for one in components(checkpoint, target.runtime)
+        }
+        for target in build.recipe.targets
+    }
+    for runtime, graphs in targets.items():
+        _check_complete(checkpoint, runtime, graphs.values())
+    with progress("weights, MB", sum(tensor.nbytes for tensor in checkpoint.tensors.values()) // MEGABYTE) as advance:
+        files, shards = fill(list(targets.values()), checkpoint, lambda count: advance(count // MEGABYTE))
+    check_unchanged(build, shards)
+    facts = {
+        path.relative_to(out).as_posix(): {"bytes": data.size, "sha256": data.sha256} for path, data in files.items()
+    }
+    text = json.dumps({"data": facts, "checkpoint": shards}, indent=1, sort_keys=True)
+    (out / DIGESTS).write_text(text + "\n", encoding="utf-8")
+    return dict(facts)
 
 
-def fill(bound: BoundGraph, checkpoint: Checkpoint, path: Path, written: dict[str, tuple[Path, DataFile]]) -> DataFile:
-    """Writes the graph at `path` and its data beside it, or links the data of an equal graph in `written`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    data_path = path.with_name(path.name + ".data")
-    bindings = [bound.bindings[name] for name in sorted(bound.bindings)]
-    rows = [{**asdict(binding), "initializer": index} for index, binding in enumerate(bindings)]
-    key = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
-    if key in written:
-        source, data = written[key]
-        link(source, data_path)
-    else:
-        data = write_data(bindings, checkpoint, data_path)
-        written[key] = data_path, data
-    for binding, placement in zip(bindings, data.placements, strict=True):
+def fill(
+    targets: Sequence[Mapping[Path, BoundGraph]],
+    checkpoint: Checkpoint,
+    on_read: Callable[[int], None] = lambda _: None,
+) -> tuple[Mapping[Path, DataFile], Mapping[str, str]]:
+    """Writes each target's graphs at their paths, and the data that they refer to beside them.
+
+    Returns every data file, and the SHA-256 of every checkpoint file that was read.
+    """
+    plan = shared_out(targets)
+    for path in plan.wanted:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    written = write_data(plan.wanted, checkpoint, on_read)
+    files = dict(written.files)
+    for path, twin in plan.twins.items():
+        link(twin, path)
+        files[path] = files[twin]
+    for graphs in targets:
+        folder = {path: files[path] for path in map(data_path, graphs) if path in files}
+        for path, bound in graphs.items():
+            _refer(bound, path, folder)
+    return files, written.shards
+
+
+def shared_out(targets: Sequence[Mapping[Path, BoundGraph]]) -> DataFiles:
+    """Which content lies in which file: that of the last graph of its target which reads it."""
+    wanted: dict[Path, Sequence[Binding]] = {}
+    twins: dict[Path, Path] = {}
+    known: dict[frozenset[Binding], Path] = {}
+    for graphs in targets:
+        placed: set[Binding] = set()
+        for path, bound in reversed(list(graphs.items())):
+            own = {binding.content for binding in bound.bindings.values()} - placed
+            placed |= own
+            if not own:
+                continue
+            if (twin := known.setdefault(frozenset(own), data_path(path))) == data_path(path):
+                wanted[twin] = sorted(own, key=lambda content: content.tensor)
+            else:
+                twins[data_path(path)] = twin
+    return DataFiles(wanted, twins)
+
+
+def data_path(path: Path) -> Path:
+    """Where the data of the graph at `path` lies, as far as it is its own."""
+    return path.with_name(path.name + ".data")
+
+
+def _refer(bound: BoundGraph, path: Path, folder: Mapping[Path, DataFile]) -> None:
+    """Writes the graph, its initializers pointing into the data files of its folder."""
+    for binding in bound.bindings.values():
+        data, (offset, length) = next(
+            (data, one.placements[binding.content]) for data, one in folder.items() if binding.content in one.placements
+        )
         value = bound.model.graph.initializers[binding.initializer]
         stand_in = value.const_value
         assert isinstance(stand_in, ir.ExternalTensor)
         value.const_value = ir.ExternalTensor(
-            data_path.name,
-            placement.offset,
-            placement.length,
+            data.name,
+            offset,
+            length,
             stand_in.dtype,
             shape=ir.Shape(binding.stored_shape),
             name=binding.initializer,
             base_dir=path.parent,
         )
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(ir.to_proto(bound.model).SerializeToString(deterministic=True))
-    return data
 
 
-def _check_complete(checkpoint: Checkpoint, runtime: str, used: set[str]) -> None:
+def _check_complete(checkpoint: Checkpoint, runtime: str, graphs: Iterable[BoundGraph]) -> None:
+    used = {binding.tensor for bound in graphs for binding in bound.bindings.values()}
     left = sorted(set(checkpoint.tensors) - used)
     if left:
         raise WeightError(

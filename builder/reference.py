@@ -7,6 +7,7 @@ Guaranteed: nothing of builder/modules.py, patches/ or builder/pipeline.py is us
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -46,11 +47,34 @@ class Answer:
     margins: tuple[float, ...]
 
 
-class Reference:
-    """Upstream's model, tokenizer and PIL image processor of one checkpoint."""
+@dataclass(frozen=True)
+class Trace:
+    """What one forward pass went through, fp32.
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self.checkpoint = checkpoint
+    Args:
+        vision: [patches, vision hidden] behind each vision block; empty without pictures.
+        features: [tokens, H]: the main features, then each DeepStack level; empty without pictures.
+        decoder: [1, seq, H] behind each decoder layer and the DeepStack addition that follows it: what the next
+            layer (or the final norm) is given.
+        logits: [positions, vocab].
+    """
+
+    vision: tuple[Array, ...]
+    features: tuple[Array, ...]
+    decoder: tuple[Array, ...]
+    logits: Array
+
+
+class Reference:
+    """Upstream's model, tokenizer and PIL image processor of one checkpoint.
+
+    Args:
+        checkpoint: whose weights are loaded when they are first needed.
+        streamed: hold one layer at a time (builder/streamed.py) instead of all, and read all for every token.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, streamed: bool = False) -> None:
+        self.checkpoint, self.streamed = checkpoint, streamed
         self.image_token_id = checkpoint.image_token_id
         try:
             import torch
@@ -67,6 +91,10 @@ class Reference:
     @cached_property
     def model(self) -> Any:
         """Qwen3VLForConditionalGeneration in fp32, upstream's default attention."""
+        if self.streamed:
+            from builder.streamed import streamed_model
+
+            return streamed_model(self.checkpoint)
         kind: Any = self.transformers.Qwen3VLForConditionalGeneration
         return kind.from_pretrained(self.checkpoint.folder, dtype=self.torch.float32, use_safetensors=True).eval()
 
@@ -132,10 +160,39 @@ class Reference:
 
     def logits(self, prompt: Prompt, answer: Sequence[int]) -> Array:
         """[seq + len(answer), vocab]: one forward pass over the prompt and the given answer."""
-        torch = self.torch
+        return self._forward(prompt, answer, None)
+
+    def hidden_states(self, prompt: Prompt, answer: Sequence[int] = (), keep: int | None = None) -> Trace:
+        """The same forward pass, and what it went through on the way.
+
+        Args:
+            keep: how many positions, counted from the last, get logits (1 or more); None for all.
+        """
+        vision: list[Array] = []
+        features: list[Array] = []
+        decoder: list[Array] = []
+        visual, text = self.model.model.visual, self.model.model.language_model
+        with ExitStack() as hooks:
+            for block in visual.blocks:
+                hook = block.register_forward_hook(lambda _block, _args, out: vision.append(out.numpy()))
+                hooks.enter_context(hook)
+            hook = visual.register_forward_hook(
+                lambda _visual, _args, out: features.extend(
+                    level.numpy() for level in (out.pooler_output, *out.deepstack_features)
+                )
+            )
+            hooks.enter_context(hook)
+            for module in (*list(text.layers)[1:], text.norm):
+                hook = module.register_forward_pre_hook(lambda _module, args: decoder.append(args[0].numpy()))
+                hooks.enter_context(hook)
+            logits = self._forward(prompt, answer, keep)
+        return Trace(tuple(vision), tuple(features), tuple(decoder), logits)
+
+    def _forward(self, prompt: Prompt, answer: Sequence[int], keep: int | None) -> Array:
         ids = np.concatenate([prompt.input_ids, np.asarray(answer, np.int64)[None]], axis=1)
-        with torch.no_grad():
-            out = self.model(use_cache=False, **self._inputs(ids, prompt))
+        with self.torch.no_grad():
+            # To upstream, 0 means all.
+            out = self.model(use_cache=False, logits_to_keep=keep or 0, **self._inputs(ids, prompt))
         result: Array = out.logits[0].numpy()
         return result
 

@@ -8,11 +8,12 @@ https://github.com/huggingface/safetensors#format
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
@@ -21,7 +22,8 @@ from builder.json_file import parse_object, read_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
+NUMPY_TYPES: Mapping[str, type] = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32}
+ITEM_BYTES = {name: np.dtype(kind).itemsize for name, kind in NUMPY_TYPES.items()}
 MAX_HEADER_BYTES = 100_000_000  # the reference implementation's own bound
 
 

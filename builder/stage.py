@@ -32,6 +32,7 @@ class Stage:
         fields: of the recipe that it reads.
         packages: distributions whose version can change its result.
         files: patterns of files that it reads rather than imports, see `builder.key.code_digests`.
+        shared: whether another build's folder of the same key will do: it says nothing of the checkpoint's weights.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Stage:
     packages: tuple[str, ...]
     files: tuple[str, ...] = ()
     module: str = ""
+    shared: bool = False
 
     @property
     def module_name(self) -> str:
@@ -60,16 +62,16 @@ _DIGESTS = "patches/*.toml"
 # fmt: off
 STAGES: tuple[Stage, ...] = (
     Stage("fetch", ("source",), (), ()),
-    Stage("patch", (), ("targets",), ("transformers", "torch"), (_DIGESTS, *_UPSTREAM)),
+    Stage("patch", (), ("targets",), ("transformers", "torch"), (_DIGESTS, *_UPSTREAM), shared=True),
     Stage("export", ("config", "patch"), ("targets",),
-          ("torch", "transformers", *_ONNX, "onnxscript"), (_DIGESTS,)),
-    Stage("optimize", ("export",), ("targets",), (*_ONNX, "onnxscript")),
+          ("torch", "transformers", *_ONNX, "onnxscript"), (_DIGESTS,), shared=True),
+    Stage("optimize", ("export",), ("targets",), (*_ONNX, "onnxscript"), shared=True),
     Stage("quantize", ("optimize", "fetch"), ("targets", "precision"), (*_ONNX, "numpy", "ml-dtypes")),
     Stage("configure", ("quantize", "fetch"), ("targets", "max_length"),
           ("jinja2", "tokenizers"), ("builder/pipeline.py",)),
     Stage("verify", ("configure", "fetch"), ("targets", "precision"),
           _RUNNING, ("builder/pictures/*", "builder/miniature/heldout/*")),
-    Stage("bundle", ("configure", "verify", "fetch", "patch"),
+    Stage("bundle", ("quantize", "configure", "verify", "fetch", "patch"),
           ("name", "targets", "precision", "max_length"), ("qwen3vl-onnx",)),
 )
 # fmt: on
@@ -84,6 +86,7 @@ class Build:
         recipe: what to build.
         output: folder that takes one folder a stage.
         rehash: compare a local checkpoint by all its bytes, not by size and time.
+        memory: bytes that verification may use; None for all that this process may have.
         asked: what the user wrote for it, when that is not `source`; an unpinned hub id, say.
         stages: the pipeline, in order.
     """
@@ -92,6 +95,7 @@ class Build:
     recipe: Recipe
     output: Path
     rehash: bool = False
+    memory: int | None = None
     asked: str = ""
     stages: tuple[Stage, ...] = STAGES
 

@@ -24,8 +24,9 @@ def line(build: Build, step: Step, record: Record | None = None) -> str:
     text = f"{build.folder(step.stage.name).name:<12} {step.text}"
     if record is None or step.state == "cached":
         return text
-    memory = "" if record.peak_rss is None else f", {record.peak_rss / 1e6:,.0f} MB"
-    return f"{text} … {record.wall_s:.1f} s{memory}"
+    cost = record.cost
+    memory = "" if cost.peak_rss is None else f", {cost.peak_rss / 1e6:,.0f} MB"
+    return f"{text} … {cost.wall_s:.1f} s{memory}"
 
 
 @contextmanager

@@ -16,52 +16,77 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from builder import machine
 from builder.cases import Case, Suite, whole_suite
-from builder.checkpoint import open_checkpoint
+from builder.checkpoint import Checkpoint, open_checkpoint
 from builder.console import progress
 from builder.errors import BundleError, VerificationError
+from builder.estimate import verify_mode
 from builder.files import write_text
-from builder.gates import Gate, Report, attempted, close, exact
+from builder.gates import FP32, Gate, Report, attempted, close, exact
 from builder.graphs import Graphs, merged
 from builder.json_file import read_json
 from builder.reference import Prompt, Reference
+from builder.verify_sliced import verify_sliced
 from builder.verify_tokens import Player, Ties, open_player, token_gates
 
 if TYPE_CHECKING:
     from builder.stage import Build
 
-FP32 = 1e-4  # of the output's standard deviation; 2e-5 is what is seen
+STORE = "reference"
 RUNNING = ("torch", "transformers", "onnxruntime", "onnxruntime-genai", "tokenizers", "pillow", "numpy")
 
 
 def run(build: Build, out: Path) -> Mapping[str, object]:
     """Verifies every target; the report of one that fails stays in the stage's `.part` folder for reading."""
     facts: dict[str, object] = {}
-    reference = Reference(build.checkpoint)
+    compared = comparison(build.checkpoint, build.memory, build.output / STORE)
     tables = []
     for target in build.recipe.targets:
-        report = verify(build.folder("configure") / target.runtime, target.runtime, reference)
+        report = compared(build.folder("configure") / target.runtime, target.runtime)
         write_report(report, out / target.runtime)
         if not report.ok:
             raise failed(report, out / target.runtime)
-        facts[target.runtime] = {"gates": len(report.gates), **report.facts}
+        facts[target.runtime] = {"verdict": report.verdict, "gates": len(report.gates), **report.facts}
         tables.append(report.table())
     return {**facts, "report": "\n\n".join(tables)}
 
 
-def verify_bundle(bundle: Path, reference: Path) -> Report:
-    """Compares a finished bundle with a checkpoint folder and writes the report into its `evidence/`, nowhere else.
+def comparison(checkpoint: Checkpoint, limit: int | None, store: Path) -> Callable[[Path, str], Report]:
+    """(folder, target) → its report: whole where PyTorch and ONNX Runtime fit in memory together, else sliced.
+
+    Args:
+        limit: bytes of memory that may be used; None for all that this process may have.
+        store: where a sliced comparison keeps the reference's outputs.
+    """
+    memory = machine.memory_limit() if limit is None else limit
+    if verify_mode(checkpoint, memory) == "whole":
+        whole = Reference(checkpoint)
+        return lambda folder, target: verify(folder, target, whole)
+    streamed = Reference(checkpoint, streamed=True)
+    return lambda folder, target: verify_sliced(folder, target, streamed, memory, store)
+
+
+def verify_bundle(bundle: Path, reference: Path, limit: int | None = None, store: Path | None = None) -> Report:
+    """Compares a finished bundle with a checkpoint folder and writes the report into its `evidence/`.
+
+    Args:
+        limit: see `comparison`.
+        store: where the reference's outputs are kept for the next time; None keeps nothing.
 
     Raises:
         BundleError: the folder is no bundle.
     """
+    if store is None:
+        with TemporaryDirectory() as passing:
+            return verify_bundle(bundle, reference, limit, Path(passing))
     manifest = bundle / "manifest.json"
     if not manifest.is_file():
         raise BundleError(
             f"{bundle} is not a bundle", expected="manifest.json in it", next="python -m builder build prints the path"
         )
     target = str(read_json(manifest).get("target"))
-    report = verify(bundle, target, Reference(open_checkpoint(reference)))
+    report = comparison(open_checkpoint(reference), limit, store)(bundle, target)
     write_report(report, bundle / "evidence")
     return report
 

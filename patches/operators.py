@@ -1,10 +1,10 @@
-"""Two operators that the patched attention modules call.
+"""Operators that the patched modules call.
 
-In: query, key and value of one attention layer, already normalised and rotated.
-Out: the attention's output (and, for the text, the grown key/value cache).
+In: query, key and value of one attention layer, already normalised and rotated, or a residual stream.
+Out: the attention's output (and, for the text, the grown key/value cache), or the stream.
 Guaranteed: run in PyTorch they compute what upstream computes; while an ONNX export is traced each becomes one node,
-`qwen3vl::SegmentAttention`, which builder/passes/lower_segment_attention.py lowers for the target, or
-`com.microsoft::GroupQueryAttention`.
+`qwen3vl::SegmentAttention`, which builder/passes/lower_segment_attention.py lowers for the target,
+`com.microsoft::GroupQueryAttention`, or `qwen3vl::Layer`, which builder/unroll.py takes out.
 """
 
 from __future__ import annotations
@@ -15,7 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-SEGMENT_ATTENTION = "qwen3vl::SegmentAttention"
+SEGMENT_ATTENTION, LAYER = "qwen3vl::SegmentAttention", "qwen3vl::Layer"
+
+
+def layer_mark(hidden: Tensor) -> Tensor:
+    """`hidden` as it is. In a traced graph: where a layer ends, or the first one begins (builder/unroll.py)."""
+    if not torch.onnx.is_in_onnx_export():
+        return hidden
+    mark: Tensor = torch.onnx.ops.symbolic(LAYER, (hidden,), {}, dtype=hidden.dtype, shape=hidden.shape, version=1)
+    return mark
 
 
 def segment_attention(

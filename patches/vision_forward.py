@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from patches import vision_attention
+from patches.operators import layer_mark
 from patches.registry import Patch, applied
 from patches.text_attention import MODELING
 from patches.tiny import assert_close, tiny_model
@@ -84,11 +85,13 @@ def _make(original: Callable[..., Any]) -> Callable[..., Any]:
         angles = torch.cat((angles, angles), dim=1)  # (patches, head_dim)
         rotary = (angles.cos(), angles.sin())
         deepstack = []
+        hidden = layer_mark(hidden)
         for depth, block in enumerate(self.blocks):
             hidden = block(hidden, cu_seqlens=place.segments, position_embeddings=rotary)
             if depth in self.deepstack_visual_indexes:
                 level = list(self.deepstack_visual_indexes).index(depth)
                 deepstack.append(self.deepstack_merger_list[level](hidden))
+            hidden = layer_mark(hidden)
         return VisionFeatures(self.merger(hidden), deepstack)
 
     return forward

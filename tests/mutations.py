@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from builder.contract import DECODER, EMBEDDINGS, VISION
+from builder.contract import DECODER, EMBEDDINGS, RESIDUAL, VISION
 from builder.files import write_text
 
 Mutation = Callable[[Path, str], None]
@@ -53,6 +53,23 @@ def image_features_shifted(bundle: Path, target: str) -> None:
         else:
             features = _port(graph.outputs, "pooled_embeds")
             _as_output(graph, features, *_rolled(graph, features))
+
+
+def mlp_scaled(bundle: Path, target: str, layer: int = 3) -> None:
+    """What the feed-forward network of one decoder layer adds to the residual stream, 1 % too large."""
+    with edited(bundle, DECODER) as graph:
+        (node,) = [node for node in graph if any(value.name == f"{RESIDUAL}.{layer}" for value in node.outputs)]
+        _into_input(graph, node, 1, ir.node("Mul", [node.inputs[1], _constant(graph, "more", np.float32(1.01))]))
+
+
+def layers_swapped(bundle: Path, target: str, layers: tuple[int, int] = (1, 2)) -> None:
+    """Two decoder layers read each other's down projection."""
+    with edited(bundle, DECODER) as graph:
+        one, two = (
+            next(v for n, v in graph.initializers.items() if n.endswith(f"layers.{layer}.mlp.down_proj.weight"))
+            for layer in layers
+        )
+        one.const_value, two.const_value = two.const_value, one.const_value
 
 
 def attention_mask_off_by_one(bundle: Path, target: str) -> None:

@@ -12,6 +12,7 @@ from builder.graph import BoundGraph
 from builder.passes.fold_weight_transposes import fold_weight_transposes
 from builder.passes.fuse_rms_norm import fuse_rms_norm
 from builder.passes.fuse_skip_rms_norm import fuse_skip_rms_norm
+from builder.passes.gemm_head import gemm_head
 from builder.passes.lower_segment_attention import lower_segment_attention
 from builder.passes.outcome import Outcome
 from builder.passes.simplify import simplify
@@ -19,6 +20,7 @@ from builder.passes.simplify import simplify
 PASSES: dict[str, Callable[[BoundGraph], Outcome]] = {
     "simplify": simplify,
     "fold_weight_transposes": fold_weight_transposes,
+    "gemm_head": gemm_head,
     "fuse_rms_norm": fuse_rms_norm,
     "fuse_skip_rms_norm": fuse_skip_rms_norm,
     "lower_segment_attention_eager": partial(lower_segment_attention, fused=False),

@@ -24,7 +24,7 @@ def _passes(graph: str, fused: bool) -> tuple[str, ...]:
         return ("simplify", f"lower_segment_attention_{'fused' if fused else 'eager'}")
     if graph == EMBEDDINGS:
         return ("simplify",)
-    return ("simplify", "fold_weight_transposes", "fuse_rms_norm", "fuse_skip_rms_norm")
+    return ("simplify", "gemm_head", "fold_weight_transposes", "fuse_rms_norm", "fuse_skip_rms_norm")
 
 
 def _module(checkpoint: Checkpoint, model: Any, graph: str, fused: bool) -> Any:

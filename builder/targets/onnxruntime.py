@@ -18,7 +18,7 @@ from builder.targets.settings import pipeline_settings, vision_processor
 PASSES = {
     VISION: ("simplify", "lower_segment_attention_eager"),
     EMBEDDINGS: (),
-    DECODER: ("simplify", "fold_weight_transposes"),
+    DECODER: ("simplify", "gemm_head", "fold_weight_transposes"),
 }
 
 

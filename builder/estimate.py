@@ -1,0 +1,195 @@
+"""What a build would write, hold in memory and take, from a checkpoint's config and tensor index alone.
+
+In: `Facts` about a checkpoint, runtimes, stages. Out: bytes and seconds. Guaranteed: no weight is read; sizes of data
+files are exact, all other figures are an order of magnitude on the safe side (see the constants).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from builder.contract import DECODER, EMBEDDINGS, VISION
+from builder.safetensors_index import INDEX, Tensor
+from builder.weight_names import EMBEDDINGS as EMBEDDING_MATRIX
+from builder.weight_names import LM_HEAD
+from builder.weights import BLOCK, QUEUED, STRIP, padded
+
+if TYPE_CHECKING:
+    from builder.architecture import Text, Vision
+    from builder.checkpoint import Checkpoint
+
+Mode = Literal["whole", "sliced"]
+
+ITEM = 4  # bytes of an element in a data file, and in PyTorch: fp32
+LAYERS = EMBEDDING_MATRIX.removesuffix("embed_tokens.weight") + "layers."
+VISUAL = "model.visual."
+
+# Measured, unless they say otherwise, on 2 x86-64 cores with other work on them: builds of the miniature and of a
+# checkpoint of 141 million weights.
+LAYER_BYTES = 20_000  # of a graph and its bindings, a layer or vision block: 10,000 (filled) to 23,000 (traced)
+RECORD_BYTES = 200_000  # what a stage writes beside that: records, diffs, settings, reports
+# Peak bytes; what earlier stages of the same process have imported stays.
+STAGE_MEMORY: Mapping[str, int] = {
+    "fetch": 200_000_000,
+    "patch": 400_000_000,
+    "export": 600_000_000,
+    "optimize": 600_000_000,
+    "quantize": 500_000_000,  # and what `_quantize_memory` adds
+    "configure": 600_000_000,
+    "bundle": 600_000_000,
+}
+# The runtimes' and PyTorch's own, activations and logits: whole came to 2.68 GB where this makes it 2.70.
+VERIFY_MEMORY = 1_000_000_000
+STAGE_SECONDS: Mapping[str, float] = {"fetch": 1, "patch": 5, "optimize": 1, "quantize": 1, "configure": 1, "bundle": 2}
+TRACE_SECONDS = 22.5  # a target, whatever its depth; two of the small ones took 24 to 34 together
+WRITE_RATE = 0.35e9  # bytes a second of a data file, cast, hashed and flushed, on a slow disk
+HASH_RATE = 0.35e9  # not measured: a download read back from the same disk; SHA-256 alone does 2e9
+VERIFY_SECONDS = 30  # a target
+# Seconds a target and a gigabyte of fp32 weights, all cases with 64 tokens each: from 242 s for two targets at 0.57 GB.
+WHOLE_SECONDS = 180
+# Not measured: no tokens, so some five passes over the weights for each of 13 cases.
+SLICED_SECONDS = 60
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a checkpoint before a weight is read.
+
+    Args:
+        text, vision: see `builder.architecture`.
+        tensors: by name, exactly those of `builder.weight_names.expected_tensors`; places in files do not matter.
+        files: every file that a build needs → bytes.
+        missing: those of them that are to be downloaded.
+    """
+
+    text: Text
+    vision: Vision
+    tensors: Mapping[str, Tensor]
+    files: Mapping[str, int]
+    missing: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class GraphBytes:
+    """One graph of one target.
+
+    Args:
+        graph: its file.
+        graph_bytes: of that file, about.
+        data: the data file that it reads.
+        data_bytes: of that file, exactly, where this graph brings it along; 0 where it is another's.
+    """
+
+    target: str
+    graph: str
+    graph_bytes: int
+    data: str
+    data_bytes: int
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """Bytes that a stage writes into the output folder, its peak of memory in bytes, and its seconds."""
+
+    written: int
+    memory: int
+    seconds: float
+
+
+def graph_bytes(facts: Facts, runtimes: Iterable[str]) -> tuple[GraphBytes, ...]:
+    """Every graph of every target; equal data files are on disk once, and count for the first target."""
+    vision = [name for name in facts.tensors if name.startswith(VISUAL)]
+    embeddings = [] if facts.text.tied else [EMBEDDING_MATRIX]
+    decoder = [name for name in facts.tensors if name not in {*vision, *embeddings}]
+    rows = []
+    for position, runtime in enumerate(runtimes):
+        for graph, names, depth in (
+            (VISION, vision, facts.vision.depth),
+            (EMBEDDINGS, embeddings, 1),
+            (DECODER, decoder, facts.text.layers),
+        ):
+            data = f"{graph if names else DECODER}.onnx.data"
+            size = 0 if position else data_bytes(facts.tensors[name] for name in names)
+            rows.append(GraphBytes(runtime, f"{graph}.onnx", depth * LAYER_BYTES, data, size))
+    return tuple(rows)
+
+
+def data_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the data file that holds these tensors in fp32 (`builder.weights.layout`)."""
+    return sum(padded(math.prod(tensor.shape) * ITEM) for tensor in tensors)
+
+
+def stage_cost(stage: str, facts: Facts, runtimes: Sequence[str], mode: Mode) -> StageCost:
+    """What one run of a stage costs.
+
+    Args:
+        stage: its name.
+        runtimes: of the recipe's targets.
+        mode: how `verify` would run.
+    """
+    return StageCost(
+        written=_written(stage, facts, runtimes),
+        memory=_memory(stage, facts, mode),
+        seconds=_seconds(stage, facts, runtimes, mode),
+    )
+
+
+def verify_memory(checkpoint: Checkpoint | Facts) -> tuple[int, int]:
+    """Peak bytes of `verify`: whole (PyTorch and two sessions in memory), and sliced (a layer at a time)."""
+    elements = {name: math.prod(tensor.shape) for name, tensor in checkpoint.tensors.items()}
+    layers: Counter[str] = Counter()
+    for name, count in elements.items():
+        if name.startswith(LAYERS):
+            layers[name.removeprefix(LAYERS).partition(".")[0]] += count
+    head = elements.get(LM_HEAD, elements[EMBEDDING_MATRIX])
+    whole = VERIFY_MEMORY + 3 * ITEM * sum(elements.values())
+    return whole, VERIFY_MEMORY + 2 * ITEM * max(*layers.values(), head)
+
+
+def verify_mode(checkpoint: Checkpoint | Facts, limit: int) -> Mode:
+    """Whole where that fits in `limit` bytes of memory."""
+    return "whole" if verify_memory(checkpoint)[0] <= limit else "sliced"
+
+
+def _written(stage: str, facts: Facts, runtimes: Sequence[str]) -> int:
+    filled = graph_bytes(facts, runtimes)
+    graphs = sum(row.graph_bytes for row in filled)
+    small = sum(size for name, size in facts.files.items() if not name.endswith(".safetensors") and name != INDEX)
+    own = {
+        "export": graphs,
+        "optimize": graphs,
+        "quantize": graphs + sum(row.data_bytes for row in filled),
+        "configure": len(runtimes) * small,
+    }
+    return own.get(stage, 0) + RECORD_BYTES
+
+
+def _memory(stage: str, facts: Facts, mode: Mode) -> int:
+    if stage == "verify":
+        whole, sliced = verify_memory(facts)
+        return whole if mode == "whole" else sliced
+    return STAGE_MEMORY.get(stage, 0) + (_quantize_memory(facts) if stage == "quantize" else 0)
+
+
+def _quantize_memory(facts: Facts) -> int:
+    """The strip that is turned, and the blocks on their way to the disk."""
+    turned = (one.nbytes for one in facts.tensors.values() if one.name.startswith(LAYERS) and len(one.shape) == 2)
+    return min(STRIP, max(turned)) + (QUEUED + 3) * BLOCK
+
+
+def _seconds(stage: str, facts: Facts, runtimes: Sequence[str], mode: Mode) -> float:
+    if stage == "export":
+        return len(runtimes) * TRACE_SECONDS
+    if stage == "verify":
+        gigabytes = ITEM * sum(math.prod(tensor.shape) for tensor in facts.tensors.values()) / 1e9
+        rate = WHOLE_SECONDS if mode == "whole" else SLICED_SECONDS
+        return len(runtimes) * (VERIFY_SECONDS + rate * gigabytes)
+    passing = {
+        "fetch": sum(facts.missing.values()) / HASH_RATE,
+        "quantize": sum(row.data_bytes for row in graph_bytes(facts, runtimes)) / WRITE_RATE,
+    }
+    return STAGE_SECONDS.get(stage, 0) + passing.get(stage, 0)
