@@ -25,6 +25,7 @@ from builder.errors import WeightError
 from builder.graph import Binding
 from builder.targets import TARGETS
 from builder.unroll import decoder_kinds, shortened, unroll, vision_kinds
+from builder.upstream import recompute_frequencies
 
 if TYPE_CHECKING:
     from builder.recipe import Target
@@ -72,14 +73,8 @@ def empty_model(checkpoint: Checkpoint) -> Any:
     model = model.to_empty(device="cpu").eval()
     if checkpoint.text.tied:
         model.lm_head.weight = model.model.language_model.embed_tokens.weight
-    _recompute_frequencies(model)
+    recompute_frequencies(model)
     return model
-
-
-def _recompute_frequencies(model: Any) -> None:
-    text, visual = model.model.language_model, model.model.visual
-    text.rotary_emb = type(text.rotary_emb)(config=model.config.text_config)
-    visual.rotary_pos_emb = type(visual.rotary_pos_emb)(model.config.vision_config)
 
 
 def export(checkpoint: Checkpoint, model: Any, target: Target, component: Component) -> graph.BoundGraph:

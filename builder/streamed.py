@@ -22,6 +22,7 @@ from transformers import GenerationConfig, Qwen3VLConfig, Qwen3VLForConditionalG
 from builder.checkpoint import Checkpoint
 from builder.errors import CheckpointError, WeightError
 from builder.safetensors_index import Tensor
+from builder.upstream import recompute_frequencies
 from builder.weight_names import EMBEDDINGS, LM_HEAD, nearest
 
 READ_BYTES = 2**20  # of a tensor as it is stored, at a time: it stays in the processor's cache while it is cast
@@ -90,7 +91,7 @@ def streamed_model(checkpoint: Checkpoint) -> Any:
     model.eval().requires_grad_(False)
     if checkpoint.generation:
         model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
-    _recompute_frequencies(model)
+    recompute_frequencies(model)
     _demand_the_same({name for name, _ in model.named_parameters()}, checkpoint.tensors)
     head = EMBEDDINGS if checkpoint.text.tied else LM_HEAD
     model.model.language_model.embed_tokens = EmbeddingRows(checkpoint.folder, checkpoint.tensors[EMBEDDINGS])
@@ -98,13 +99,6 @@ def streamed_model(checkpoint: Checkpoint) -> Any:
     for name, part in _parts(model):
         _stream(name, part, checkpoint)
     return model
-
-
-def _recompute_frequencies(model: Any) -> None:
-    """No checkpoint has the rotary frequencies, and those made on the meta device are none."""
-    text, visual = model.model.language_model, model.model.visual
-    text.rotary_emb = type(text.rotary_emb)(config=model.config.text_config)
-    visual.rotary_pos_emb = type(visual.rotary_pos_emb)(model.config.vision_config)
 
 
 def _demand_the_same(parameters: Collection[str], tensors: Collection[str]) -> None:

@@ -35,7 +35,8 @@ from builder.verify_tokens import TIE, Ties, open_player
 CASES = ("text", "one picture", "wide, tall")
 TOKENS = 16
 SLICE = 10**9  # bytes of weights in one slice, if the memory allows as much
-TWICE = 2  # ONNX Runtime packs a weight while it still holds the one it read
+TWICE = 2  # a slice's peak over its weights: ONNX Runtime packs some while it still holds those that it read
+RUNNING = 1.25  # a whole bundle's peak over its data files (2B: 9.9 GB over 8.5 GB)
 
 
 @dataclass(frozen=True)
@@ -224,7 +225,7 @@ def _tokens(
     folder: Path, target: str, reference: Reference, asked: Sequence[Asked], gates: Sequence[Gate], limit: int
 ) -> tuple[list[Gate], dict[str, str]]:
     """Greedy tokens of the bundle's own runtime, each of which PyTorch must give after those before it."""
-    needed = TWICE * sum(file.stat().st_size for file in folder.glob("*.data"))
+    needed = VERIFY_MEMORY + round(RUNNING * sum(file.stat().st_size for file in folder.glob("*.data")))
     if needed > limit:
         return [], {"tokens": f"needs {size(needed)} of memory, there are {size(limit)}"}
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
