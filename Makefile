@@ -8,6 +8,7 @@ BUNDLES := outputs/miniature-fp32/8-bundle
 PICTURE := builder/miniature/heldout/pic002.png
 # Results of `test-full`, on their way into docs/test-full.md.
 RESULTS := outputs/test-full.xml
+SIZE ?= 2b 4b
 
 .PHONY: help setup build explain verify check test test-full bench clean
 .DEFAULT_GOAL := help
@@ -45,13 +46,11 @@ test: setup ## every test that takes seconds
 test-full: setup ## every test; the results go to docs/test-full.md
 	@mkdir -p docs outputs && rm -f $(RESULTS)
 	status=0; $(PY) -m pytest -q -m "" --junitxml=$(RESULTS) || status=$$?; \
-	$(PY) -m tests.tables results $(RESULTS) > docs/test-full.md && exit $$status
+	$(PY) -m tests.tables $(RESULTS) > docs/test-full.md && exit $$status
 
-bench: setup ## time and memory of each stage, the miniature built from nothing
-	rm -rf outputs/bench
-	$(PY) -m builder build --output outputs/bench
-	$(PY) -m tests.tables stages outputs/bench
+bench: setup ## time, memory and bytes of builds at real sizes, beside others; SIZE=8b for the largest; docs/bench.md
+	$(PY) -m bench $(addprefix --size ,$(SIZE))
 
 clean: ## remove outputs and caches; .venv stays
 	rm -rf outputs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
-	find builder patches tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find bench builder patches tests -name __pycache__ -type d -prune -exec rm -rf {} +

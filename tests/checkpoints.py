@@ -52,6 +52,10 @@ TOKEN_IDS = {
     "vision_start_token_id": "<|vision_start|>",
     "vision_end_token_id": "<|vision_end|>",
 }
+# No random model may answer with a special token, or one that the tokenizer does not have: the rows of these matrices
+# from the first special token on are scaled down.
+SPECIAL_ROWS = frozenset({EMBEDDINGS, LM_HEAD})
+SPECIAL_SCALE = 0.1
 
 # The shapes that every parity test goes through: arguments of `write_checkpoint`.
 SHAPES: Mapping[str, Mapping[str, Any]] = {
@@ -145,11 +149,46 @@ def write_checkpoint(
         tokenizer: the miniature's, or the real one with its 151,936 embeddings.
         legacy: rope parameters and dtype under the names of transformers 4.
     """
+    shapes, first_special = write_settings(
+        folder,
+        text=text,
+        vision=vision,
+        tied=tied,
+        deepstack=deepstack,
+        dtype=dtype,
+        rope=rope,
+        tokenizer=tokenizer,
+        legacy=legacy,
+    )
+    rng = np.random.default_rng(seed)
+    tensors = {name: _draw(name, shape, rng) for name, shape in shapes.items()}
+    for name in SPECIAL_ROWS & set(tensors):
+        tensors[name][first_special:] *= np.float32(SPECIAL_SCALE)
+    _write_weights(folder, {name: tensor.astype(DTYPES[dtype]) for name, tensor in tensors.items()}, shards)
+    return folder
+
+
+def write_settings(
+    folder: Path,
+    *,
+    text: Mapping[str, Any] = TEXT,
+    vision: Mapping[str, Any] = VISION,
+    tied: bool = True,
+    deepstack: tuple[int, ...] = (1, 2, 3),
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16",
+    rope: Mapping[str, Any] = ROPE,
+    tokenizer: Literal["mini", "qwen3"] = "mini",
+    legacy: bool = False,
+) -> tuple[dict[str, tuple[int, ...]], int]:
+    """All of `write_checkpoint`, whose arguments these are, but the weights.
+
+    Returns:
+        name → shape of every weight that is missing, and the first special token's id (see `SPECIAL_ROWS`).
+    """
     folder.mkdir(parents=True)
     tokens = _write_tokenizer(folder, tokenizer)
     config = _config(tokens, text, vision, deepstack, rope, tied=tied, dtype=dtype, legacy=legacy)
     config["text_config"]["vocab_size"] = 151936 if tokenizer == "qwen3" else 4096
-    facts = read_architecture(config)
     _write_json(folder / "config.json", config)
     _write_generation(folder, tokens)
     for file in ("preprocessor_config.json", "video_preprocessor_config.json"):
@@ -158,13 +197,27 @@ def write_checkpoint(
         settings["merge_size"] = config["vision_config"]["spatial_merge_size"]
         settings["temporal_patch_size"] = config["vision_config"]["temporal_patch_size"]
         _write_json(folder / file, settings)
-    rng = np.random.default_rng(seed)
-    tensors = {name: _draw(name, shape, rng) for name, shape in expected_tensors(config, *facts).items()}
-    for name in {EMBEDDINGS, LM_HEAD} & set(tensors):
-        # No random model may answer with a special token, or one that the tokenizer does not have.
-        tensors[name][min(tokens.values()) :] *= np.float32(0.1)
-    _write_weights(folder, {name: tensor.astype(DTYPES[dtype]) for name, tensor in tensors.items()}, shards)
-    return folder
+    return expected_tensors(config, *read_architecture(config)), min(tokens.values())
+
+
+def spread(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
+    """Mean and standard deviation of a weight's values."""
+    if name.endswith(".bias"):
+        return 0.0, 0.05
+    if name.endswith(("q_norm.weight", "k_norm.weight")):
+        # Attention that is sharp enough for positions to matter, and not so sharp, where heads are wide and layers
+        # many, that each layer multiplies the rounding of the one before.
+        return 1.8 * (32 / shape[0]) ** 0.25, 0.1
+    if "norm" in name:
+        return 1.0, 0.1
+    if name.endswith("embed_tokens.weight"):
+        # Small beside what the layers add, or the likeliest next token would be the last one.
+        return 0.0, 0.15
+    if name.endswith("pos_embed.weight"):
+        return 0.0, 0.5
+    # A picture's many tokens would drown the last one, and with it the difference between two steps.
+    gain = 0.6 if name.endswith("o_proj.weight") else 1.0
+    return 0.0, gain / math.sqrt(math.prod(shape[1:]))
 
 
 def _config(
@@ -237,22 +290,9 @@ def _write_weights(folder: Path, tensors: Mapping[str, npt.NDArray[Any]], shards
 
 
 def _draw(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> npt.NDArray[np.float32]:
-    noise = rng.standard_normal(shape, dtype=np.float32)
-    if name.endswith(".bias"):
-        return noise * np.float32(0.05)
-    if name.endswith(("q_norm.weight", "k_norm.weight")):
-        # Attention that is sharp enough for positions to matter.
-        return np.float32(1.8) + np.float32(0.1) * noise
-    if "norm" in name:
-        return np.float32(1.0) + np.float32(0.1) * noise
-    if name.endswith("embed_tokens.weight"):
-        # Small beside what the layers add, or the likeliest next token would be the last one.
-        return noise * np.float32(0.15)
-    if name.endswith("pos_embed.weight"):
-        return noise * np.float32(0.5)
-    # A picture's many tokens would drown the last one, and with it the difference between two steps.
-    gain = 0.6 if name.endswith("o_proj.weight") else 1.0
-    return noise * np.float32(gain / math.sqrt(math.prod(shape[1:])))
+    mean, deviation = spread(name, shape)
+    noise = np.float32(deviation) * rng.standard_normal(shape, dtype=np.float32)
+    return noise + np.float32(mean) if mean else noise  # + 0 would turn a -0 around, and with it the bytes
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -1,12 +1,10 @@
-"""In: what a build or a test run left behind. Out: the same as a Markdown table, on stdout.
+"""In: JUnit XML of pytest, of one run or of its parts. Out: the same as a Markdown table, on stdout.
 
-python -m tests.tables stages outputs/bench      # stage.json of each stage
-python -m tests.tables results results.xml …     # JUnit XML of pytest, of one run or of its parts
+python -m tests.tables results.xml …
 """
 
 from __future__ import annotations
 
-import json
 import platform
 import sys
 from collections import Counter, defaultdict
@@ -15,17 +13,6 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 SHOWN = ("torch", "transformers", "onnx", "onnxruntime", "onnxruntime-genai")
-
-
-def stages(output: Path) -> str:
-    """Seconds, peak memory and bytes of artifacts a stage."""
-    records = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(output.glob("*/stage.json"))]
-    rows = [
-        f"| {one['stage']} | {one['wall_s']:.1f} | {(one['peak_rss'] or 0) / 1e6:,.0f} "
-        f"| {sum(one['files'].values()) / 1e6:,.1f} |"
-        for one in records
-    ]
-    return "\n".join(["| stage | s | peak MB | artifacts MB |", "|---|--:|--:|--:|", *rows])
 
 
 def results(*files: Path) -> str:
@@ -56,5 +43,4 @@ def results(*files: Path) -> str:
 
 
 if __name__ == "__main__":
-    kind, *paths = sys.argv[1:]
-    print(stages(Path(*paths)) if kind == "stages" else results(*map(Path, paths)))
+    print(results(*map(Path, sys.argv[1:])))

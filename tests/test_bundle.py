@@ -11,10 +11,13 @@ from typing import Any
 import pytest
 
 from builder import bundle
+from builder.checkpoint import open_checkpoint
+from builder.contract import packed_width
 from builder.files import sha256
 from builder.recipe import load_recipe
 from builder.source import parse_source
 from builder.stage import Build
+from builder.weight_names import EMBEDDINGS
 from patches import SETS
 from tests.checkpoints import MINIATURE
 from tests.processes import copied
@@ -28,7 +31,8 @@ TARGETS = {"genai": "fused", "onnxruntime": "eager"}
 def bundled(miniature_built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bundles of the miniature, with a report that no verification wrote."""
     folder = tmp_path_factory.mktemp("bundled")
-    build = Build(parse_source(str(MINIATURE)), load_recipe(), copied(miniature_built.parent, folder / "output"))
+    copied(miniature_built.parent, folder / "output")
+    build = build_in(folder)
     verified = build.folder("verify")
     for target in TARGETS:
         (verified / target).mkdir(parents=True)
@@ -39,6 +43,10 @@ def bundled(miniature_built: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         manifest = folder / "out" / target / "manifest.json"
         assert facts[target] == {"path": str(build.folder("bundle") / target), "manifest sha256": sha256(manifest)}
     return folder
+
+
+def build_in(folder: Path) -> Build:
+    return Build(parse_source(str(MINIATURE)), load_recipe(), folder / "output")
 
 
 def manifest(bundled: Path, target: str) -> dict[str, Any]:
@@ -69,6 +77,50 @@ def test_it_tells_what_it_was_made_from(bundled: Path, target: str, attention: s
     assert weights["sha256"] == sha256(MINIATURE / "model.safetensors")
     assert set(found["patches"]) == set(SETS[attention])
     assert all(len(one["digest"]) == 12 for one in found["patches"].values())
+
+
+def test_every_file_of_the_checkpoint_is_listed_with_its_bytes(bundled: Path) -> None:
+    """The digests of the weights were taken when they were written, those of the rest when they were fetched."""
+    for target in TARGETS:
+        files = manifest(bundled, target)["checkpoint"]["files"]
+        assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(files)
+        assert files == {
+            name: {"size": (MINIATURE / name).stat().st_size, "sha256": sha256(MINIATURE / name)} for name in files
+        }
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_no_weight_is_read_again(bundled: Path, target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed: list[str] = []
+
+    def noted(path: Path) -> str:
+        hashed.append(path.name)
+        return sha256(path)
+
+    monkeypatch.setattr(bundle, "sha256", noted)
+    build, folder = build_in(bundled), bundled / "out" / target
+    (asked,) = [one for one in build.recipe.targets if one.runtime == target]
+    assert bundle.manifest(build, asked, folder) == manifest(bundled, target)
+    data = {file.name for file in folder.glob("*.data")}
+    assert data == {"model.onnx.data", "vision_encoder.onnx.data"}
+    assert set(hashed) == {file.name for file in folder.iterdir() if file.is_file()} - data - {"manifest.json"}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_tied_embeddings_are_read_from_the_decoders_file(bundled: Path, target: str) -> None:
+    """In plain ONNX Runtime, from the bundle as it lies there."""
+    import numpy as np
+    import onnxruntime
+
+    opened = open_checkpoint(MINIATURE)
+    assert opened.text.tied
+    session = onnxruntime.InferenceSession(str(bundled / "out" / target / "embeddings.onnx"))
+    ids = np.array([[0, opened.text.vocab - 1, 7]])
+    feed = {"input_ids": ids}
+    if target == "genai":
+        feed["image_features"] = np.zeros((0, packed_width(opened)), np.float32)
+    (rows,) = session.run(None, feed)
+    np.testing.assert_array_equal(rows[..., : opened.text.hidden], opened.read(EMBEDDINGS)[ids].astype(np.float32))
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -230,10 +230,10 @@ class Report:
 
 @pytest.mark.parametrize(("ok", "code"), [(True, 0), (False, 20)])
 def test_verify_exits_by_the_gates(monkeypatch: pytest.MonkeyPatch, ok: bool, code: int) -> None:
-    asked: list[tuple[Path, Path]] = []
+    asked: list[tuple[object, ...]] = []
 
-    def verify_bundle(bundle: Path, reference: Path) -> Report:
-        asked.append((bundle, reference))
+    def verify_bundle(*arguments: object) -> Report:
+        asked.append(arguments)
         return Report(ok)
 
     def failed(report: Report, folder: Path) -> VerificationError:
@@ -244,10 +244,11 @@ def test_verify_exits_by_the_gates(monkeypatch: pytest.MonkeyPatch, ok: bool, co
     assert plain.exit_code == code
     assert plain.stdout == "vision  1e-6 [ok]\n"
     assert ("first difference: image features" in plain.stderr) is not ok
-    as_json = invoke("verify", "there", "--reference", MINIATURE, "--json")
+    limits = ("--memory", "4GB", "--store", "kept")
+    as_json = invoke("verify", "there", "--reference", MINIATURE, *limits, "--json")
     assert as_json.exit_code == code
     assert json.loads(as_json.stdout) == {"ok": ok, "target": "genai", "gates": []}
-    assert asked == [(Path("there"), MINIATURE)] * 2
+    assert asked == [(Path("there"), MINIATURE, None, None), (Path("there"), MINIATURE, 4 * 10**9, Path("kept"))]
 
 
 def test_verify_against_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 
 from builder.errors import CheckpointError
-from builder.fetch import Source, fetched, identity, parse_source, resolve, run
+from builder.fetch import Source, check_unchanged, fetched, identity, parse_source, resolve, run
 from builder.recipe import load_recipe
 from builder.stage import Build
 
@@ -28,10 +29,10 @@ def out(tmp_path: Path) -> Path:
     return tmp_path / "1-fetch"
 
 
-def fetch_into(source: Source, out: Path) -> dict[str, Any]:
+def fetch_into(source: Source, out: Path, *, rehash: bool = False) -> dict[str, Any]:
     """Run the stage."""
     out.mkdir(exist_ok=True)
-    return run(Build(source=source, recipe=load_recipe(), output=out.parent), out)
+    return run(Build(source=source, recipe=load_recipe(), output=out.parent, rehash=rehash), out)
 
 
 def sha256(path: Path) -> str:
@@ -71,9 +72,11 @@ def test_neither_folder_nor_hub_id(text: str) -> None:
 # A local folder
 
 
-def test_local_folder_is_used_in_place(sharded: Path, out: Path) -> None:
+@pytest.mark.parametrize("rehash", [False, True])
+def test_local_folder_is_used_in_place(sharded: Path, out: Path, rehash: bool) -> None:
+    """Weights are read to tell them apart by their bytes only where that is asked for."""
     before = {path: path.stat().st_mtime_ns for path in sharded.iterdir()}
-    facts = fetch_into(parse_source(str(sharded)), out)
+    facts = fetch_into(parse_source(str(sharded)), out, rehash=rehash)
     checkpoint = fetched(out)
     assert checkpoint.folder == sharded
     assert {path: path.stat().st_mtime_ns for path in sharded.iterdir()} == before
@@ -81,7 +84,11 @@ def test_local_folder_is_used_in_place(sharded: Path, out: Path) -> None:
     assert set(record["files"]) == set(checkpoint.files)
     assert SHARD in record["files"]
     for file, entry in record["files"].items():
-        assert entry == {"size": (sharded / file).stat().st_size, "sha256": sha256(sharded / file)}
+        assert entry == {
+            "size": (sharded / file).stat().st_size,
+            "time": (sharded / file).stat().st_mtime_ns,
+            "sha256": sha256(sharded / file) if rehash or not file.endswith(".safetensors") else None,
+        }
     assert facts["files"] == len(record["files"])
     assert facts["bytes"] == sum((sharded / file).stat().st_size for file in checkpoint.files)
 
@@ -155,3 +162,56 @@ def test_rehash_sees_bytes_rather_than_times(sharded: Path) -> None:
     command = [sys.executable, "-c", code, str(sharded), SHARD]
     anew = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     assert anew == f"sha256 {sha256(sharded / SHARD)}" != full[SHARD]
+
+
+# What has been read since
+
+
+def read_since(folder: Path) -> dict[str, str]:
+    return {file.name: sha256(file) for file in folder.glob("*.safetensors")}
+
+
+@pytest.mark.parametrize("rehash", [False, True])
+def test_weights_that_stayed_as_they_were(sharded: Path, out: Path, rehash: bool) -> None:
+    build = Build(parse_source(str(sharded)), load_recipe(), out.parent)
+    fetch_into(build.source, out, rehash=rehash)
+    check_unchanged(build, read_since(sharded))
+
+
+def shorten(path: Path) -> None:
+    os.truncate(path, 1000)
+    os.utime(path, ns=(1, 1))
+
+
+def rename_into(path: Path) -> None:
+    """Another file with the same bytes and size, written later."""
+    shutil.copyfile(path, path.with_name("other"))
+    os.utime(path.with_name("other"), ns=(1, path.stat().st_mtime_ns + 1))
+    os.replace(path.with_name("other"), path)
+
+
+@pytest.mark.parametrize(
+    ("rehash", "change", "differs"),
+    [
+        pytest.param(False, shorten, ["size", "time"], id="shorter"),
+        pytest.param(False, lambda path: os.utime(path, ns=(1, 1)), ["time"], id="at another time"),
+        pytest.param(False, rename_into, ["time"], id="replaced"),
+        pytest.param(True, flip_last_byte, ["sha256"], id="other bytes of the same size and time"),
+    ],
+)
+def test_weights_that_changed_are_told_by_what_differs(
+    sharded: Path, out: Path, rehash: bool, change: Callable[[Path], None], differs: list[str]
+) -> None:
+    build = Build(parse_source(str(sharded)), load_recipe(), out.parent)
+    fetch_into(build.source, out, rehash=rehash)
+    assert SHARD in build.checkpoint.files  # opened before it changes, as the stage that reads it has it
+    before = sha256(sharded / SHARD)
+    change(sharded / SHARD)
+    with pytest.raises(CheckpointError, match=SHARD) as caught:
+        check_unchanged(build, read_since(sharded))
+    for side in (caught.value.expected, caught.value.found):
+        assert [part.split()[0] for part in str(side).split(", ")] == differs
+    if differs == ["sha256"]:
+        assert caught.value.expected == f"sha256 {before}"
+        assert caught.value.found == f"sha256 {sha256(sharded / SHARD)}"
+    assert caught.value.next is not None

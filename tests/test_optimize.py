@@ -6,17 +6,20 @@ import numpy as np
 import pytest
 
 from builder.errors import PassError
+from builder.graph import BoundGraph
 from builder.optimize import optimize
 from builder.passes import PASSES
 from builder.recipe import Target
 from builder.targets import TARGETS
+from builder.weight_names import LM_HEAD
 from tests.small_graphs import bound_graph, drawn, operators, run
+from tests.test_pass_gemm_head import bound_to
 
 GENAI, PLAIN = Target("genai", "fused"), Target("onnxruntime", "eager")
-WEIGHTS = {"up": drawn(8, 8), "down": drawn(8, 8, seed=1), "gain": 1 + 0.1 * drawn(8)}
-# A decoder layer in small: a residual sum, its norm, a linear layer; shape arithmetic and a copy to fold.
+WEIGHTS = {"up": drawn(8, 8), "down": drawn(8, 8, seed=1), "gain": 1 + 0.1 * drawn(8), "top": drawn(9, 8, seed=2)}
+# A decoder layer in small, and a head: a residual sum, its norm, linear layers; shape arithmetic and a copy to fold.
 LAYER = """
-layer (float[batch, seq, 8] x) => (float[batch, seq, 8] y) {
+layer (float[batch, seq, 8] x) => (float[batch, seq, 9] y) {
     one = Constant <value = int64[1] {1}> ()
     two = Constant <value = int64[1] {2}> ()
     last = Sub(one, two)
@@ -35,9 +38,16 @@ layer (float[batch, seq, 8] x) => (float[batch, seq, 8] y) {
     copy = Identity(normed)
     back = Transpose <perm = [1, 0]> (down)
     again = MatMul(copy, back)
-    y = Add(sum, again)
+    stream = Add(sum, again)
+    head = Transpose <perm = [1, 0]> (top)
+    y = MatMul(stream, head)
 }
 """
+
+
+def decoder(text: str = LAYER, *domains: str) -> BoundGraph:
+    """As it is traced: its last weight is the head."""
+    return bound_to(bound_graph(text, WEIGHTS, ["com.microsoft", *domains]), top=LM_HEAD)
 
 
 def test_every_target_lists_passes_that_exist() -> None:
@@ -48,10 +58,11 @@ def test_every_target_lists_passes_that_exist() -> None:
 
 
 def test_the_passes_of_a_decoder_in_a_row() -> None:
-    traced, x = bound_graph(LAYER, WEIGHTS, ["com.microsoft", "qwen3vl"]), drawn(2, 5, 8)
-    before = run(bound_graph(LAYER, WEIGHTS), WEIGHTS, x=x)
+    traced, x = decoder(LAYER, "qwen3vl"), drawn(2, 5, 8)
+    before = run(decoder(), WEIGHTS, x=x)
     optimized, matches = optimize(traced, GENAI, "model")
     assert {name: matches[name] for name in list(matches)[1:]} == {
+        "gemm_head": 1,
         "fold_weight_transposes": 2,
         "fuse_rms_norm": 1,
         "fuse_skip_rms_norm": 1,
@@ -60,16 +71,20 @@ def test_the_passes_of_a_decoder_in_a_row() -> None:
         "MatMul": 2,
         "com.microsoft::SkipSimplifiedLayerNormalization": 1,
         "Add": 1,
+        "Gemm": 1,
+        "Reshape": 2,
+        "Shape": 1,
+        "Concat": 1,
     }
     assert optimized.model.graph.opset_imports == {"": 18, "com.microsoft": 1}
     np.testing.assert_allclose(run(optimized, WEIGHTS, x=x), before, rtol=1e-5, atol=1e-5)
 
 
 def test_the_plain_target_keeps_to_standard_operators() -> None:
-    traced, x = bound_graph(LAYER, WEIGHTS, ["com.microsoft"]), drawn(2, 5, 8)
+    traced, x = decoder(), drawn(2, 5, 8)
     before = run(traced, WEIGHTS, x=x)
     optimized, matches = optimize(traced, PLAIN, "model")
-    assert list(matches) == ["simplify", "fold_weight_transposes"]
+    assert list(matches) == ["simplify", "gemm_head", "fold_weight_transposes"]
     assert optimized.model.graph.opset_imports == {"": 18}
     np.testing.assert_allclose(run(optimized, WEIGHTS, x=x), before, rtol=1e-5, atol=1e-5)
 
@@ -77,13 +92,20 @@ def test_the_plain_target_keeps_to_standard_operators() -> None:
 def test_a_listed_pass_that_matches_nowhere_is_an_error_that_says_why() -> None:
     """The weight is read as it is stored, too: folding it would change the other reader."""
     text = LAYER.replace(
-        "y = Add(sum, again)", "other = MatMul(again, up) third = MatMul(other, down) y = Add(sum, third)"
+        "stream = Add(sum, again)", "other = MatMul(again, up) third = MatMul(other, down) stream = Add(sum, third)"
     )
     with pytest.raises(PassError) as caught:
-        optimize(bound_graph(text, WEIGHTS), PLAIN, "model")
+        optimize(decoder(text), PLAIN, "model")
     assert "fold_weight_transposes matched nowhere in onnxruntime/model.onnx" in caught.value.what
     assert "up: not a plain transposition, or read elsewhere as well" in str(caught.value.found)
     assert caught.value.next is not None
+
+
+def test_a_decoder_without_a_head_is_an_error_that_says_what_there_is() -> None:
+    with pytest.raises(PassError) as caught:
+        optimize(bound_graph(LAYER, WEIGHTS), PLAIN, "model")
+    assert "gemm_head matched nowhere in onnxruntime/model.onnx" in caught.value.what
+    assert str(caught.value.found).count("no transposed head") == 3
 
 
 @pytest.mark.parametrize(
@@ -96,13 +118,16 @@ def test_a_listed_pass_that_matches_nowhere_is_an_error_that_says_why() -> None:
     ],
 )
 def test_without_a_candidate_the_pass_is_named(target: Target, name: str, step: str) -> None:
-    text = """linear (float[n, 8] x) => (float[n, 8] y) {
+    text = """linear (float[n, 8] x) => (float[n, 9] y) {
         copy = Identity(x)
         turned = Transpose <perm = [1, 0]> (up)
-        y = MatMul(copy, turned)
+        hidden = MatMul(copy, turned)
+        head = Transpose <perm = [1, 0]> (top)
+        y = MatMul(hidden, head)
     }"""
+    weights = {name: WEIGHTS[name] for name in ("up", "top")}
     with pytest.raises(PassError) as caught:
-        optimize(bound_graph(text, {"up": WEIGHTS["up"]}), target, name)
+        optimize(bound_to(bound_graph(text, weights), top=LM_HEAD), target, name)
     assert f"pass {step} matched nowhere in {target.runtime}/{name}.onnx" in caught.value.what
     assert caught.value.found == "no candidate"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import signal
@@ -148,8 +149,9 @@ def test_the_record_says_what_was_made_from_what(build: Build) -> None:
     code = ["demo/__init__.py", "demo/deepest.py", "demo/first.py", "demo/shared.py"]
     assert sorted(first["components"]["code"]) == code
     assert first["files"] == {"one.txt": len("length 4096")}
-    assert first["peak_rss"] > 10e6
-    assert first["wall_s"] >= 0
+    assert first["cost"]["peak_rss"] > 10e6
+    assert first["cost"]["written"] >= len("length 4096")
+    assert all(first["cost"][name] >= 0 for name in ("wall_s", "cpu_s", "read"))
     assert second.components.inputs == {"first": first["key"]}
     assert second.after == {"first": first["started"]}
     assert read_record(build.folder("second")) == second
@@ -373,11 +375,86 @@ def test_an_output_that_cannot_be_a_folder_is_refused(build: Build, tmp_path: Pa
         execute(replace(build, output=tmp_path / place))
 
 
-def test_a_full_disk_is_the_users_to_mend(build: Build, demo: Path) -> None:
-    (demo / "third.py").write_text("def run(build, out):\n    raise OSError(28, 'No space left on device')\n")
-    with pytest.raises(OutputError, match="No space left on device"):
+@pytest.fixture
+def third_raises(demo: Path, tmp_path: Path) -> Callable[[str], None]:
+    """`third_raises(error)`: it does, half way, as long as there is a file `full`."""
+
+    def write(error: str) -> None:
+        lines = (
+            "import errno, os",
+            "def run(build, out):",
+            "    (out / 'large').write_text('half')",
+            "    if (build.output.parent / 'full').exists():",
+            f"        raise {error}",
+            "    return {}",
+        )
+        (demo / "third.py").write_text("\n".join(lines) + "\n")
+        (tmp_path / "full").touch()
+
+    return write
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        "OSError(errno.ENOSPC, 'a reason')",
+        "OSError(errno.EDQUOT, 'a reason')",
+        "OSError(errno.EFBIG, 'a reason')",
+        "OSError(errno.EROFS, 'a reason', '/somewhere')",
+        "OSError(errno.EACCES, 'a reason', str(out / 'large'))",
+        "OSError(errno.EPERM, 'a reason', str(out / 'large').encode())",
+        "OSError(errno.EACCES, 'a reason', '/somewhere', None, str(build.output))",
+        "OSError(errno.EPERM, 'a reason', os.path.relpath(out / 'large'))",
+    ],
+)
+def test_what_the_disk_refuses_is_the_users_to_mend(
+    build: Build, third_raises: Callable[[str], None], tmp_path: Path, error: str
+) -> None:
+    """What the stage has written so far is removed; what is whole stays, and the next run goes on from there."""
+    third_raises(error)
+    with pytest.raises(OutputError, match="cannot be written") as caught:
         execute(build)
-    assert build.folder("second").is_dir()
+    assert str(build.output) in caught.value.what
+    assert (caught.value.found, caught.value.exit_code) == ("a reason", 19)
+    assert caught.value.next is not None
+    assert sorted(path.name for path in build.output.glob("*-*")) == ["1-first", "2-second"]
+    (tmp_path / "full").unlink()
+    assert [step.state for step, _ in execute(build)] == ["cached", "cached", "run"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        "OSError(errno.EACCES, 'a reason', '/somewhere')",
+        "OSError(errno.EPERM, 'a reason')",
+        "OSError(errno.EACCES, 'a reason', str(build.output) + '-beside')",
+        "OSError(errno.EIO, 'a reason', str(out / 'large'))",
+        "FileNotFoundError(errno.ENOENT, 'a reason', str(out / 'large'))",
+    ],
+)
+def test_what_is_not_the_disks_fault_is_not_laid_on_it(
+    build: Build, third_raises: Callable[[str], None], error: str
+) -> None:
+    third_raises(error)
+    with pytest.raises(OSError, match="a reason"):
+        execute(build)
+    assert (build.output / "3-third.part" / "large").exists()
+
+
+def test_a_part_that_cannot_be_removed_either_hides_no_error(
+    build: Build, third_raises: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that has become read-only."""
+    third_raises("OSError(errno.EROFS, 'a reason')")
+
+    def refuse(path: Path, ignore_errors: bool = False) -> None:
+        if not ignore_errors:
+            raise OSError(errno.EROFS, "another reason", str(path))
+
+    monkeypatch.setattr("builder.output.shutil.rmtree", refuse)
+    with pytest.raises(OutputError) as caught:
+        execute(build)
+    assert caught.value.found == "a reason"
 
 
 def test_a_second_build_into_the_same_folder_is_refused(build: Build) -> None:
@@ -399,6 +476,66 @@ def test_a_second_build_into_the_same_folder_is_refused(build: Build) -> None:
     assert "another build is writing" in str(raised[0])
     assert ran(build) == ["first", "second", "third"]
     execute(build)
+
+
+@pytest.fixture
+def beside(build: Build) -> Build:
+    """A build that another one, `outputs/one`, lies beside; their first stage says nothing of the checkpoint."""
+    stages = (replace(TABLE[0], shared=True), *TABLE[1:])
+    one = replace(build, output=build.output.parent / "outputs" / "one", stages=stages)
+    execute(one)
+    ran(one)
+    return replace(one, output=one.output.with_name("two"))
+
+
+def test_a_shared_stage_is_taken_from_the_build_beside(beside: Build) -> None:
+    """Its record says what the other one's did; every other stage runs."""
+    other = beside.output.with_name("one")
+    assert why(beside) == {
+        "first": "link: the same as in one",
+        "second": "run: first time",
+        "third": "run: first time",
+    }
+    done = {step.stage.name: (step.state, record) for step, record in execute(beside)}
+    assert ran(beside) == ["second", "third"]
+    state, record = done["first"]
+    known = read_record(other / "1-first")
+    assert known is not None
+    assert (state, record.key, record.facts, record.files) == ("link", known.key, known.facts, known.files)
+    assert (beside.folder("first") / "one.txt").samefile(other / "1-first" / "one.txt")
+    evidence = "1-first/evidence/times.txt"  # of the run that there was
+    assert artifacts(beside) == {
+        name: content for name, content in artifacts(replace(beside, output=other)).items() if name != evidence
+    }
+    assert set(why(beside).values()) == {"cached"}
+
+
+@pytest.mark.parametrize("spoiled", ["an artifact", "the record", "the marker", "the key", "no one"])
+def test_what_is_not_whole_or_not_the_same_is_not_taken(beside: Build, spoiled: str) -> None:
+    other = beside.output.with_name("one")
+    if spoiled == "an artifact":
+        (other / "1-first" / "one.txt").write_text("cut")
+    elif spoiled == "the record":
+        (other / "1-first" / "stage.json").write_text("{")
+    elif spoiled == "the marker":
+        (other / "build.json").unlink()
+    elif spoiled == "the key":
+        beside = replace(beside, recipe=replace(beside.recipe, max_length=1))
+    assert why(beside)["first"] == ("run: first time" if spoiled != "no one" else "link: the same as in one")
+
+
+def test_a_shared_stage_that_is_forced_runs(beside: Build) -> None:
+    execute(beside, force=["first"])
+    assert ran(beside) == ["first", "second", "third"]
+
+
+def test_a_change_in_one_build_does_not_reach_the_one_beside(beside: Build) -> None:
+    """A stage that runs again makes new files; those that were linked stay as they are elsewhere."""
+    execute(beside)
+    longer = replace(beside, recipe=replace(beside.recipe, max_length=8192))
+    execute(longer)
+    assert (longer.folder("first") / "one.txt").read_text() == "length 8192"
+    assert (beside.output.with_name("one") / "1-first" / "one.txt").read_text() == "length 4096"
 
 
 def test_a_missing_package_is_told_before_anything_runs(build: Build) -> None:

@@ -19,7 +19,7 @@ from builder.cases import Suite, held_out, shipped_cases, whole_suite
 from builder.checkpoint import open_checkpoint
 from builder.errors import BundleError
 from builder.files import sha256
-from builder.gates import Gate, attempted
+from builder.gates import FP32, Gate, attempted
 from builder.graphs import Graphs
 from tests.edits import edit_json, edit_tensors
 from tests.mutations import patch_size_changed, rotary_axes_swapped
@@ -167,8 +167,8 @@ def test_the_error_of_a_broken_decoder_excuses_no_token(bundle: Callable[[str], 
     prompt = reference.prepare(case.prompt, case.images)
     gates, logit_error = verify.graph_gates(case.name, graphs, reference, prompt)
     spread = float(reference.logits(prompt, ()).std())
-    assert max(gate.measured for gate in gates) > verify.FP32
-    assert logit_error == pytest.approx(verify.FP32 * spread)
+    assert max(gate.measured for gate in gates) > FP32
+    assert logit_error == pytest.approx(FP32 * spread)
 
 
 def test_a_user_error_within_a_gate_stays_one() -> None:

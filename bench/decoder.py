@@ -1,0 +1,44 @@
+"""Our text decoder alone, as the bench measures it: traced, optimized, its weights written.
+
+python -m bench.decoder CHECKPOINT OUT
+
+In: a checkpoint. Out: `model.onnx` of the target genai with its data, the same bytes as a build's.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from builder import graph
+from builder.checkpoint import open_checkpoint
+from builder.contract import DECODER, components
+from builder.export import empty_model, export
+from builder.optimize import optimize
+from builder.quantize import fill
+from builder.recipe import load_recipe
+from builder.unroll import shortened
+from patches import patches_for
+from patches.registry import applied
+
+
+def write_decoder(folder: Path, out: Path) -> None:
+    """What the stages export, optimize and quantize do for this one graph."""
+    checkpoint = open_checkpoint(folder)
+    target = next(one for one in load_recipe().targets if one.runtime == "genai")
+    component = next(one for one in components(checkpoint, target.runtime) if one.name == DECODER)
+    # Those of vision would never run here, which is an error.
+    text = [patch for patch in patches_for(target.attention) if patch.name.startswith("text_")]
+    with applied(text):
+        traced = export(checkpoint, empty_model(shortened(checkpoint)), target, component)
+    optimized, _ = optimize(traced, target, component.name)
+    with TemporaryDirectory() as between:
+        # As between two stages: saving leaves out what the exporter noted.
+        graph.save(optimized, Path(between) / component.file)
+        bound = graph.load(Path(between) / component.file)
+    fill([{out / component.file: bound}], checkpoint)
+
+
+if __name__ == "__main__":
+    write_decoder(*map(Path, sys.argv[1:]))
