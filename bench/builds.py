@@ -24,15 +24,6 @@ def build(checkpoint: Path | None, output: Path, *arguments: object) -> Run:
     return run([*BUILDER, "build", *named, "--recipe", "fp32", "--output", output, "--json", *arguments])
 
 
-def verify(bundle: Path, checkpoint: Path, memory: str) -> Run:
-    """`python -m builder verify` in at most `memory` ("4GB"); its peak is also what its own report says."""
-    done = run([*BUILDER, "verify", bundle, "--reference", checkpoint, "--memory", memory, "--json"])
-    said = _json(done).get("facts", {}).get("peak_rss")
-    peak = max(said or 0, done.cost.peak_rss or 0) or None
-    cost = Cost(done.cost.wall_s, done.cost.cpu_s, peak, None, None)
-    return Run(cost, done.failure, done.output)
-
-
 def stages(output: Path) -> dict[str, Cost]:
     """Stage → cost, in the order of the pipeline; only those that are there."""
     folders = sorted(file.parent for file in output.glob(f"*/{RECORD}"))

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from bench import builds, comparators, synthetic
+from bench import comparators, synthetic
 from bench.builds import data_files, seconds_in, stages
 from bench.comparators import Copy, Decoder
 from bench.measure import Run, failed, run, total, typical
@@ -202,14 +202,6 @@ def test_a_verification_that_fails_has_no_figures_that_pass_for_good() -> None:
     assert (peak.ours, peak.wanted) == ("800 MB", "≤ 4,000 MB")
     for row in verify_rows("verify", replace(GOOD, failure="exit 20: no"), "≤ 4,000 MB"):
         assert (row.ours, row.note) == ("–", "exit 20: no (after 10.0 s, at 800 MB)")
-
-
-def test_the_peak_of_a_verification_is_the_larger_of_what_is_seen_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    for said, peak in ((900_000_000, 900_000_000), (1, 800_000_000)):
-        monkeypatch.setattr(
-            builds, "run", lambda _, said=said: replace(GOOD, output=f'{{"facts": {{"peak_rss": {said}}}}}')
-        )
-        assert builds.verify(Path("b"), Path("c"), "4GB").cost.peak_rss == peak
 
 
 def test_decoders_are_compared_by_their_medians_and_highest_peaks() -> None:
