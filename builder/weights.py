@@ -166,6 +166,10 @@ def _strips(tensor: Tensor, shard: Shard, rows: int, columns: int) -> Iterator[A
     """[rows, some columns]: the whole tensor where it fits in `STRIP`, else it is read once for every strip."""
     dtype = np.dtype(NUMPY_TYPES[tensor.dtype])
     step = max(1, STRIP // (rows * dtype.itemsize))
+    if step >= columns:  # all of it, without a copy
+        content = shard.read(tensor.offset, tensor.offset + rows * columns * dtype.itemsize)
+        yield content.view(dtype).reshape(rows, columns)
+        return
     for start in range(0, columns, step):
         stop = min(columns, start + step)
         strip, at = np.empty((rows, stop - start), dtype), 0
