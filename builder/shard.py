@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -20,6 +21,7 @@ import numpy.typing as npt
 from builder.errors import CheckpointError
 
 STEP = 16 << 20  # bytes read at a time where nobody asks for them
+AHEAD = 64 << 20  # bytes that the disk is asked for while those before them are in use
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -27,9 +29,10 @@ Bytes = npt.NDArray[np.uint8]
 class Shard:
     """One open file; what is read for the first time goes into its digest, and so does what is passed over."""
 
-    def __init__(self, path: Path, stream: BinaryIO) -> None:
-        self.path, self._stream = path, stream
+    def __init__(self, path: Path, stream: BinaryIO, hashing: ThreadPoolExecutor) -> None:
+        self.path, self._stream, self._hashing = path, stream, hashing
         self._digest, self._hashed = hashlib.sha256(), 0
+        self._last = hashing.submit(lambda: None)
 
     def read(self, start: int, stop: int) -> Bytes:
         """The bytes from `start` up to `stop`, uint8 [stop - start].
@@ -52,14 +55,18 @@ class Shard:
                 expected=f"at least {stop} bytes",
                 found=f"{stop - rest.nbytes} bytes",
             )
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._stream.fileno(), stop, AHEAD, os.POSIX_FADV_WILLNEED)
         if start == self._hashed:
-            self._digest.update(content.data)
+            self._last.result()  # so that no more than two pieces are held
+            self._last = self._hashing.submit(self._digest.update, content.data)
             self._hashed = stop
         return content
 
     def sha256(self) -> str:
         """Of the whole file (hex); what nobody has asked for is read now."""
         self._pass_over(os.fstat(self._stream.fileno()).st_size)
+        self._last.result()
         return self._digest.hexdigest()
 
     def _pass_over(self, stop: int) -> None:
@@ -79,9 +86,9 @@ def open_shard(path: Path) -> Iterator[Shard]:
         stream = path.open("rb", buffering=0)
     except OSError as error:
         raise _unreadable(path, error) from error
-    with stream:
+    with stream, ThreadPoolExecutor(1) as hashing:
         before = _state(os.fstat(stream.fileno()))
-        yield Shard(path, stream)
+        yield Shard(path, stream, hashing)
         try:
             after = _state(path.stat())
         except OSError as error:
