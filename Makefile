@@ -10,7 +10,7 @@ PICTURE := builder/miniature/heldout/pic002.png
 RESULTS := outputs/test-full.xml
 SIZE ?= 2b 4b
 
-.PHONY: help setup build explain verify check test test-full bench clean
+.PHONY: help setup build explain verify check test test-full bench matrix clean
 .DEFAULT_GOAL := help
 
 help:
@@ -51,6 +51,9 @@ test-full: setup ## every test; the results go to docs/test-full.md
 bench: setup ## time, memory and bytes of builds at real sizes, beside others; SIZE=8b for the largest; docs/bench.md
 	$(PY) -m bench $(addprefix --size ,$(SIZE))
 
+matrix: setup ## build and verify on the oldest and the newest supported releases; docs/matrix.md
+	$(PY) -m ci.matrix --write docs/matrix.md
+
 clean: ## remove outputs and caches; .venv stays
 	rm -rf outputs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
-	find bench builder patches tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find bench builder ci patches tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,17 +1,14 @@
 """The command line: `python -m builder`, or `qwen3vl-onnx`.
 
 In: arguments. Out: results on stdout (a path, a table, an answer, or one JSON object), everything else on
-stderr, and an exit code a kind of error (`builder.errors`). Guaranteed: this is the only place that exits; a
+stderr, and an exit code a kind of error (`builder.errors`). Guaranteed: nothing else in `builder` ends the process; a
 user's error never shows a traceback; nothing heavy is imported before it is needed.
 """
 
 from __future__ import annotations
 
-import json
 import sys
-import traceback
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,15 +16,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from builder.arguments import Bundle, Checkpoint, DryRun, Force, Json, Memory, Output, RecipeOption, Rehash, Until
-from builder.errors import BuildError, MissingPackageError, VerificationError
+from builder.exits import emit, reported
 from builder.recipe import DEFAULT
+from builder.verify_commands import golden, report, verify
 
 if TYPE_CHECKING:
     from builder.loop import Step
     from builder.output import Record
     from builder.stage import Build
-
-INTERRUPTED, BUG = 130, 70
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -66,7 +62,7 @@ def build(
     as_json: Json = False,
 ) -> None:
     """Build, verify and bundle a checkpoint; the last line printed is the first target's bundle."""
-    with _reported(as_json):
+    with reported(as_json):
         from builder.loop import execute
         from builder.terminal import watching
 
@@ -82,7 +78,7 @@ def build(
         whole = done[-1][0].stage == plan.stages[-1]
         bundles = {one.runtime: str(last / one.runtime) for one in plan.recipe.targets} if whole else {}
         if as_json:
-            _emit({**_head(plan), "bundles": bundles, "stages": [_stage_facts(plan, *one) for one in done]})
+            emit({**_head(plan), "bundles": bundles, "stages": [_stage_facts(plan, *one) for one in done]})
             return
         for _, record in done:
             if report := record.facts.get("report"):
@@ -101,7 +97,7 @@ def explain(
     as_json: Json = False,
 ) -> None:
     """Say which stages `build` would run with the same arguments, and why; build nothing."""
-    with _reported(as_json):
+    with reported(as_json):
         from builder.loop import plan
         from builder.terminal import line
 
@@ -109,37 +105,10 @@ def explain(
         steps = plan(asked, until, force or [])
         if as_json:
             stages = [{"stage": one.stage.name, "state": one.state, "why": one.why} for one in steps]
-            _emit({**_head(asked), "stages": stages})
+            emit({**_head(asked), "stages": stages})
             return
         for step in steps:
             print(line(asked, step))
-
-
-@app.command()
-def verify(
-    bundle: Bundle,
-    reference: Annotated[str, typer.Option(help="The checkpoint: a folder, or a hub id.")],
-    memory: Memory = None,
-    store: Annotated[
-        Path | None,
-        typer.Option(
-            help="Keep the reference's outputs in this folder, and use those that are there.", show_default=False
-        ),
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """Compare a bundle with PyTorch; exits with 0 only when every gate holds."""
-    with _reported(as_json):
-        from builder.prepare import reference_folder
-        from builder.verify import failed, verify_bundle
-
-        report = verify_bundle(bundle, reference_folder(reference), memory, store)
-        if as_json:
-            _emit({**report.as_dict(), "ok": report.ok})
-            raise typer.Exit(0 if report.ok else VerificationError.exit_code)
-        print(report.table())
-        if not report.ok:
-            raise failed(report, bundle / "evidence")
 
 
 @app.command()
@@ -151,7 +120,7 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Ask a bundle, greedily; the answer streams to stdout."""
-    with _reported(as_json):
+    with reported(as_json):
         from builder.run import answer
 
         said: list[str] = []
@@ -163,7 +132,7 @@ def run(
 
         answer(bundle, prompt, image or [], max_new_tokens=max_new_tokens, on_text=on_text)
         if as_json:
-            _emit({"ok": True, "bundle": str(bundle), "prompt": prompt, "text": "".join(said)})
+            emit({"ok": True, "bundle": str(bundle), "prompt": prompt, "text": "".join(said)})
         else:
             print()
 
@@ -177,7 +146,7 @@ def patches(
     as_json: Json = False,
 ) -> None:
     """List the patches of upstream, and their state against the installed transformers."""
-    with _reported(as_json):
+    with reported(as_json):
         from builder import patch
 
         recorded = [asdict(one) for one in patch.record()] if record else []
@@ -185,12 +154,16 @@ def patches(
         if diff:
             rows = [{**row, "diff": patch.diff_text(row["name"])} for row in rows]
         if as_json:
-            _emit({"ok": True, "patches": rows, "recorded": recorded})
+            emit({"ok": True, "patches": rows, "recorded": recorded})
             return
         for one in recorded:
             print(f"{one['name']}: checked on {one['release']}, {'recorded' if one['new'] else 'known before'}")
         for row in rows:
             print(row["diff"] if diff else _patch_text(row))
+
+
+for command in (verify, golden, report):
+    app.command()(command)
 
 
 def main() -> None:
@@ -231,7 +204,7 @@ def _refuse_what_cannot_fit(build: Build, until: str | None, force: list[str], *
         print(tables(estimate))
     estimate.refuse()
     if shown and as_json:
-        _emit({**_head(build), "estimate": estimate.as_dict()})
+        emit({**_head(build), "estimate": estimate.as_dict()})
 
 
 def _head(build: Build) -> dict[str, Any]:
@@ -259,46 +232,6 @@ def _patch_text(row: Mapping[str, Any]) -> str:
             f"  verified on  {', '.join(row['verified']) or 'none'}",
         ]
     )
-
-
-@contextmanager
-def _reported(as_json: bool) -> Iterator[None]:
-    """Turn what goes wrong into words and an exit code."""
-    try:
-        yield
-    except (typer.Exit, typer.Abort, typer.BadParameter, BrokenPipeError):
-        raise
-    except KeyboardInterrupt:
-        print("interrupted; what is whole stays, and the same command goes on from there", file=sys.stderr)
-        if as_json:
-            _emit({"ok": False, "error": "KeyboardInterrupt", "exit_code": INTERRUPTED, "what": "interrupted"})
-        raise typer.Exit(INTERRUPTED) from None
-    except BuildError as error:
-        raise _said(error, as_json) from None
-    except Exception as error:
-        absent = error.name or "" if isinstance(error, ModuleNotFoundError) else ""
-        if absent and absent.partition(".")[0] not in ("builder", "patches"):
-            missing = MissingPackageError(
-                f"this command needs {absent}, which is not installed",
-                next='pip install "qwen3vl-onnx[build]"',
-            )
-            raise _said(missing, as_json) from None
-        traceback.print_exc()
-        print("this is a bug: please report it with the lines above", file=sys.stderr)
-        if as_json:
-            _emit({"ok": False, "error": type(error).__name__, "exit_code": BUG, "what": str(error)})
-        raise typer.Exit(BUG) from None
-
-
-def _said(error: BuildError, as_json: bool) -> typer.Exit:
-    print(f"error: {error}", file=sys.stderr)
-    if as_json:
-        _emit({"ok": False, **error.as_dict()})
-    return typer.Exit(error.exit_code)
-
-
-def _emit(payload: Mapping[str, Any]) -> None:
-    print(json.dumps(payload, indent=2))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import isqrt
+from math import isfinite, isqrt
 from typing import Any
 
 from builder.errors import CheckpointError, UnsupportedError
@@ -17,9 +17,18 @@ from builder.errors import CheckpointError, UnsupportedError
 MODEL_TYPE = "qwen3_vl"
 MODEL_CLASS = "Qwen3VLForConditionalGeneration"
 # Counts beyond these are nonsense, which is better said than written out, weight by weight.
-MOST_ELEMENTS, MOST_LAYERS = 2**31 - 1, 1000
+MOST_ELEMENTS, MOST_LAYERS, MOST_NUMBER = 2**31 - 1, 1000, 1e30
 ROPE_TYPES = ("default", "linear", "yarn", "llama3")
-# What each rope type cannot do without (transformers' `modeling_rope_utils.py`).
+# Numbers that a rope may do without, and what each rope type cannot (transformers' `modeling_rope_utils.py`).
+ROPE_OPTIONAL = (
+    "rope_theta",
+    "original_max_position_embeddings",
+    "attention_factor",
+    "beta_fast",
+    "beta_slow",
+    "mscale",
+    "mscale_all_dim",
+)
 ROPE_NUMBERS = {
     "default": (),
     "linear": ("factor",),
@@ -179,6 +188,9 @@ def _rope_type(section: Mapping[str, Any]) -> str:
         )
     for key in ROPE_NUMBERS[name]:
         _number(rope, key, None)
+    for part, key in ((part, key) for part in (rope, section) for key in ROPE_OPTIONAL):
+        if part.get(key) is not None:
+            _number(part, key, None)
     partial = rope.get("partial_rotary_factor", section.get("partial_rotary_factor"))
     if partial not in (None, 1, 1.0):
         raise UnsupportedError("a partial rotary embedding cannot be exported", expected="1.0", found=partial)
@@ -201,8 +213,8 @@ def _read_vision(section: Mapping[str, Any]) -> Vision:
         deepstack=tuple(deepstack) if isinstance(deepstack, (list, tuple)) else (-1,),
     )
     _demand(
-        len(set(vision.deepstack)) == len(vision.deepstack)
-        and all(type(index) is int and 0 <= index < vision.depth for index in vision.deepstack),
+        all(type(index) is int and 0 <= index < vision.depth for index in vision.deepstack)
+        and len(set(vision.deepstack)) == len(vision.deepstack),
         f"deepstack_visual_indexes must be distinct vision layers, 0 to {vision.depth - 1}",
         "deepstack_visual_indexes",
         deepstack,
@@ -261,8 +273,11 @@ def _count(section: Mapping[str, Any], key: str, default: int, *, least: int = 1
 
 def _number(section: Mapping[str, Any], key: str, default: float | None) -> float:
     value = section.get(key, default)
-    if type(value) not in (int, float) or not 0 < value < float("inf"):
-        raise CheckpointError(f"config.json: {key} is no number above 0", expected="a positive number", found=value)
+    # An integer can be larger than any float.
+    if type(value) not in (int, float) or not 0 < value <= MOST_NUMBER or not isfinite(value):
+        raise CheckpointError(
+            f"config.json: {key} is no number above 0", expected=f"a number up to {MOST_NUMBER:g}", found=value
+        )
     return float(value)
 
 

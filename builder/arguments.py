@@ -72,3 +72,7 @@ Memory = Annotated[
 Rehash = Annotated[bool, typer.Option("--rehash", help="Compare a local checkpoint by all its bytes.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Bundle = Annotated[Path, typer.Argument(help="A target's folder, as `build` printed it.", show_default=False)]
+Cases = Annotated[
+    list[Path] | None,
+    typer.Option(help="Cases besides the shipped ones: a .toml file, or a folder of them; repeatable."),
+]

@@ -20,6 +20,7 @@ from builder.fetch import FETCHED
 from builder.files import link, sha256
 from builder.optimize import operator
 from builder.quantize import DIGESTS
+from builder.report import rendered, write_pages
 from builder.targets import TARGETS
 from patches import SETS
 
@@ -50,6 +51,8 @@ def run(build: Build, out: Path) -> Mapping[str, object]:
         text = json.dumps(manifest(build, target, folder), indent=1, ensure_ascii=False) + "\n"
         (folder / MANIFEST).write_text(text, encoding="utf-8", newline="\n")
         _evidence(build, target, folder / EVIDENCE)
+        report, context = rendered(folder)
+        write_pages(report, folder / EVIDENCE, context)  # again: now that the manifest is there, and every time
         facts[target.runtime] = {
             "path": str(build.folder("bundle") / target.runtime),
             "manifest sha256": sha256(folder / MANIFEST),

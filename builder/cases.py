@@ -1,41 +1,69 @@
-"""What a bundle is verified on: prompts and the pictures that come with the package.
+"""What a bundle is verified on: cases that files describe, and a checkpoint's held-out set.
 
-In: package data, the checkpoint's sizes, and a held-out set beside it. Out: `Case`s.
-Guaranteed: every case names files that exist; the same cases for every checkpoint.
+In: the shipped files (builder/suite), files of the user's, the checkpoint's sizes, a held-out set beside it.
+Out: `Case`s. Guaranteed: every case names pictures that exist, and its name is no other case's; the same files give
+the same cases, and for one checkpoint the same pictures.
 """
 
 from __future__ import annotations
 
 import json
-import math
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
-
+from builder.case_file import CHECKS, TOKENS, TOLERANCES, Tolerance, Written, read_file
 from builder.checkpoint import Checkpoint
+from builder.drawn import Limits, draw
+from builder.errors import CasesError
 
-PICTURES = Path(__file__).parent / "pictures"
-TOKENS = 64  # greedy tokens a case
+SUITE = Path(__file__).parent / "suite"
+PICTURES = SUITE / "pictures"
+__all__ = ["CHECKS", "PICTURES", "SUITE", "TOKENS", "Case", "Suite", "held_out", "read_cases", "shipped_cases"]
 
 
 @dataclass(frozen=True)
 class Case:
-    """One question. `answer` is the expected text where there is one (held-out sets)."""
+    """One question.
+
+    Args:
+        answer: the expected text where there is one (held-out sets).
+        checks: what is compared, of `builder.case_file.CHECKS`.
+        tolerance: what decides `limit`.
+        tokens: greedy tokens.
+        lifted: pictures may have more pixels than the checkpoint allows.
+        drawn: which of `images` were drawn for this checkpoint.
+    """
 
     name: str
     prompt: str
     images: tuple[Path, ...] = ()
     answer: str | None = None
+    checks: tuple[str, ...] = CHECKS
+    tolerance: Tolerance = "fp32"
+    tokens: int = TOKENS
+    lifted: bool = False
+    drawn: tuple[bool, ...] = ()
+
+    @property
+    def limit(self) -> float:
+        """Of gates with a tolerance: the largest difference, over the standard deviation of PyTorch's values."""
+        return TOLERANCES[self.tolerance]
+
+    @property
+    def unchecked(self) -> tuple[str, ...]:
+        """What is not compared, and could be: without pictures there are no features."""
+        pictures = ("features", "runtime") if not self.images else ()
+        return tuple(check for check in CHECKS if check not in (*self.checks, *pictures))
 
 
 @dataclass(frozen=True)
 class Suite:
-    """What a verification asks: `cases` compared token by token, `tasks` by the text of their answers.
+    """What a verification asks: `cases` compared place by place, `tasks` by the text of their answers.
 
     Args:
-        tokens: greedy tokens a case.
+        tokens: greedy tokens a case, at most; a case may ask for fewer.
     """
 
     cases: tuple[Case, ...]
@@ -43,41 +71,75 @@ class Suite:
     tokens: int = TOKENS
 
 
-def whole_suite(checkpoint: Checkpoint, folder: Path) -> Suite:
-    """Every shipped case, one whose picture is drawn into `folder`, and the checkpoint's held-out set."""
-    return Suite((*shipped_cases(), own_size(checkpoint, folder)), held_out(checkpoint))
+def whole_suite(checkpoint: Checkpoint, folder: Path, more: Sequence[Path] = ()) -> Suite:
+    """Every shipped case, those of the files `more`, and the checkpoint's held-out set.
+
+    Args:
+        folder: where pictures are drawn.
+        more: files, or folders of them.
+
+    Raises:
+        CasesError: see `read_cases`.
+    """
+    written = read_cases((SUITE, *more))
+    return Suite(placed(written, Limits.of(checkpoint), folder), held_out(checkpoint))
 
 
-def own_size(checkpoint: Checkpoint, folder: Path) -> Case:
-    """Noise that this checkpoint need not resize, whatever its patch, merge and picture sizes."""
-    unit = checkpoint.vision.patch_size * checkpoint.vision.merge_size
-    least, most = (checkpoint.preprocessor["size"][key] for key in ("shortest_edge", "longest_edge"))
-    rows = math.ceil(math.sqrt(least) / unit)
-    columns = rows + 2 if rows * (rows + 2) * unit**2 <= most else rows
-    pixels = np.random.default_rng(0).integers(0, 256, (rows * unit, columns * unit, 3), np.uint8)
-    Image.fromarray(pixels).save(folder / "own_size.png")
-    return Case("own size", "What is in the picture?", (folder / "own_size.png",))
+def read_cases(paths: Sequence[Path]) -> tuple[Written, ...]:
+    """The cases that files, or all `*.toml` files right in folders, describe; in order, folders' files by name.
+
+    Raises:
+        CasesError: a file or folder that holds no cases, a file that says what cannot be carried out, or a name that
+            two cases have.
+    """
+    written = []
+    for path in paths:
+        files = sorted(path.glob("*.toml")) if path.is_dir() else [path]
+        if not files:
+            raise CasesError(f"{path} holds no cases", expected="*.toml files in it", found="none")
+        written += [case for file in files for case in read_file(file)]
+    twice = [name for name, count in Counter(case.name for case in written).items() if count > 1]
+    if twice:
+        where = sorted({str(case.file) for case in written if case.name == twice[0]})
+        raise CasesError(
+            f"two cases are called {twice[0]!r}",
+            expected="a name of its own for each case, those that are shipped included",
+            found=", ".join(where),
+            next="give one of them another name",
+        )
+    return tuple(written)
+
+
+def placed(written: Sequence[Written], limits: Limits, folder: Path) -> tuple[Case, ...]:
+    """The same with every picture in a file: what is drawn is drawn into `folder`.
+
+    Raises:
+        CasesError: a picture of more patches than the checkpoint takes.
+    """
+    cases = []
+    for case in written:
+        paths = []
+        for image in case.images:
+            paths.append(image if isinstance(image, Path) else draw(image, limits, folder, case))
+        cases.append(
+            Case(
+                case.name,
+                case.prompt,
+                tuple(paths),
+                checks=case.checks,
+                tolerance=case.tolerance,
+                tokens=case.max_new_tokens,
+                lifted=case.limits == "lifted",
+                drawn=tuple(not isinstance(image, Path) for image in case.images),
+            )
+        )
+    return tuple(cases)
 
 
 def shipped_cases() -> tuple[Case, ...]:
-    """Text; one, two and three pictures; sizes, orders and file formats that go wrong elsewhere."""
-    table = {
-        "text": ("Repeat: seven 7 blue ünïcode 你好.", ()),
-        "one picture": ("What is in the picture?", ("plain.png",)),
-        "wide, tall": ("Compare the pictures.", ("wide.png", "tall.png")),
-        "tall, wide": ("Compare the pictures.", ("tall.png", "wide.png")),
-        "two of one size": ("Which is larger?", ("plain.png", "plain.png")),
-        "three pictures": ("Describe each.", ("tall.png", "plain.png", "wide.png")),
-        "sides ≡ 16 mod 64": ("Read the number.", ("sixteen.png",)),
-        "JPEG 4:2:0": ("What colour is it?", ("photo.jpg",)),
-        "greyscale": ("Read the number.", ("grey.png",)),
-        "RGBA": ("What shape is it?", ("alpha.png",)),
-        "palette": ("What shape is it?", ("palette.png",)),
-        "EXIF-rotated": ("Where is it?", ("rotated.jpg",)),
-    }
-    return tuple(
-        Case(name, prompt, tuple(PICTURES / file for file in files)) for name, (prompt, files) in table.items()
-    )
+    """Those shipped cases that are the same for every checkpoint: all but the ones with drawn pictures."""
+    same = [case for case in read_cases((SUITE,)) if all(isinstance(image, Path) for image in case.images)]
+    return placed(same, Limits(1, 1, 1, 1), SUITE)
 
 
 def held_out(checkpoint: Checkpoint) -> tuple[Case, ...]:

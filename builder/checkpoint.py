@@ -33,7 +33,8 @@ from builder.checkpoint_files import (
     refuse_remote_code,
 )
 from builder.errors import CheckpointError, WeightError
-from builder.json_file import read_json
+from builder.generation import check_generation
+from builder.json_file import read_json, read_text
 from builder.preprocessor import read_preprocessor
 from builder.safetensors_index import NUMPY_TYPES, Tensor, index_tensors, map_bytes, weight_files
 from builder.weight_names import check_tensors, expected_tensors, nearest
@@ -91,13 +92,13 @@ class Checkpoint:
         """The Jinja source of the chat template, from where transformers looks for it first.
 
         Raises:
-            CheckpointError: the checkpoint has none.
+            CheckpointError: the checkpoint has none, or none that can be read.
         """
         for file in (*CHAT_TEMPLATES, TOKENIZER_CONFIG):
             if file not in self.files:
                 continue
             if file.endswith(".jinja"):
-                return (self.folder / file).read_text(encoding="utf-8")
+                return read_text(self.folder / file)
             template = read_json(self.folder / file).get("chat_template")
             if isinstance(template, str):
                 return template
@@ -154,7 +155,7 @@ def open_checkpoint(folder: Path, *, name: str | None = None, revision: str | No
         vision_start_token_id=token_id(config, "vision_start_token_id", 151652, text.vocab),
         vision_end_token_id=token_id(config, "vision_end_token_id", 151653, text.vocab),
         tensors=check_tensors(folder, tensors, config, expected_tensors(config, text, vision)),
-        generation=read_json(folder / GENERATION) if GENERATION in names else {},
+        generation=_generation(folder, names, config, text),
         preprocessor=preprocessor,
         files=needed_files(names, shards),
     )
@@ -169,14 +170,22 @@ def _image_settings(folder: Path, names: Collection[str]) -> tuple[Mapping[str, 
     return read_json(folder / PREPROCESSOR), PREPROCESSOR
 
 
+def _generation(folder: Path, names: Collection[str], config: Mapping[str, Any], text: Text) -> Mapping[str, Any]:
+    check_generation(config["text_config"], f"{CONFIG}, text_config", text.vocab)
+    return check_generation(read_json(folder / GENERATION), GENERATION, text.vocab) if GENERATION in names else {}
+
+
 def _check_tokenizer(folder: Path, text: Text) -> None:
     """A token without a row in the embedding matrix would read past its end."""
     tokenizer = read_json(folder / TOKENIZER)
     model = tokenizer.get("model")
     vocab = model.get("vocab") if isinstance(model, dict) else None
     try:
-        added = [int(token["id"]) for token in tokenizer.get("added_tokens") or []]
-        largest = max([*(vocab or {}).values(), *added])
+        added = [(token["id"], token["content"]) for token in tokenizer.get("added_tokens") or []]
+        ids = [*(vocab or {}).values(), *(number for number, _ in added)]
+        largest = max(ids)
+        if not all(type(one) is int and one >= 0 for one in ids) or not all(type(text) is str for _, text in added):
+            raise ValueError("an id is no number, or a token no text")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{folder / TOKENIZER} is not a tokenizer's", expected='"vocab" in "model", and "added_tokens"'

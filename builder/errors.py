@@ -5,8 +5,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any
+
+QUOTED = 2000  # characters
 
 
 class BuildError(Exception):
@@ -28,9 +31,9 @@ class BuildError(Exception):
         self.next = self.otherwise if next is None else next
 
     def __str__(self) -> str:
-        lines = [self.what]
-        lines += [f"  expected: {self.expected}"] if self.expected is not None else []
-        lines += [f"  found:    {self.found}"] if self.found is not None else []
+        lines = [shortened(self.what)]
+        lines += [f"  expected: {shortened(self.expected)}"] if self.expected is not None else []
+        lines += [f"  found:    {shortened(self.found)}"] if self.found is not None else []
         lines += [f"  next:     {self.next}"] if self.next is not None else []
         return "\n".join(lines)
 
@@ -40,9 +43,18 @@ class BuildError(Exception):
         return {
             "error": type(self).__name__,
             "exit_code": self.exit_code,
-            "what": self.what,
-            **{key: None if value is None else str(value) for key, value in text.items()},
+            "what": shortened(self.what),
+            **{key: None if value is None else shortened(value) for key, value in text.items()},
         }
+
+
+def shortened(value: Any) -> str:
+    """`value` as an error quotes it: a file can hold names of any length, and integers too long to be written."""
+    try:
+        text = str(value)
+    except ValueError:
+        text = f"a number of more than {sys.get_int_max_str_digits()} digits"
+    return text if len(text) <= QUOTED else f"{text[: QUOTED // 2]} … {text[-QUOTED // 2 :]}"
 
 
 class CheckpointError(BuildError):
@@ -141,6 +153,20 @@ class PromptError(BuildError):
 
     exit_code = 23
     otherwise = "shorten or change the prompt; a chat template must be one of Qwen3-VL's kind"
+
+
+class CasesError(BuildError):
+    """A file of cases that cannot be read, or that asks for what cannot be compared."""
+
+    exit_code = 25
+    otherwise = "edit the file; builder/case_file.py shows all that it may say"
+
+
+class GoldenError(BuildError):
+    """A golden that cannot be read, or that was made from something else."""
+
+    exit_code = 26
+    otherwise = "make it again: python -m builder golden CHECKPOINT --output FILE"
 
 
 class ResourceError(BuildError):

@@ -21,7 +21,7 @@ from builder import graph
 from builder.checkpoint import Checkpoint
 from builder.console import progress
 from builder.contract import DECODER, VISION, Component, Port, components
-from builder.errors import WeightError
+from builder.errors import CheckpointError, WeightError
 from builder.graph import Binding
 from builder.targets import TARGETS
 from builder.unroll import decoder_kinds, shortened, unroll, vision_kinds
@@ -61,15 +61,26 @@ def run(build: Build, out: Path) -> Mapping[str, object]:
 
 
 def empty_model(checkpoint: Checkpoint) -> Any:
-    """Upstream's model in fp32: parameters are allocated, their pages never touched; rotary frequencies are real."""
+    """Upstream's model in fp32: parameters are allocated, their pages never touched; rotary frequencies are real.
+
+    Raises:
+        CheckpointError: upstream does not take the config.
+    """
     import torch
     from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
-    config = Qwen3VLConfig.from_dict(deepcopy(dict(checkpoint.config)))
-    config._attn_implementation = "eager"
-    with torch.device("meta"):
-        kind: Any = Qwen3VLForConditionalGeneration
-        model = kind._from_config(config, dtype=torch.float32)
+    try:
+        config = Qwen3VLConfig.from_dict(deepcopy(dict(checkpoint.config)))
+        config._attn_implementation = "eager"
+        with torch.device("meta"):
+            kind: Any = Qwen3VLForConditionalGeneration
+            model = kind._from_config(config, dtype=torch.float32)
+    except Exception as error:  # what builder/architecture.py does not read, upstream does: an activation's name, say
+        raise CheckpointError(
+            f"transformers does not take the config.json of {checkpoint.folder}",
+            expected="a config that it makes a model of",
+            found=f"{type(error).__name__}: {error}",
+        ) from error
     model = model.to_empty(device="cpu").eval()
     if checkpoint.text.tied:
         model.lm_head.weight = model.model.language_model.embed_tokens.weight

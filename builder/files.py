@@ -26,5 +26,8 @@ def sha256(path: Path) -> str:
 def write_text(path: Path, text: str) -> None:
     """Replaces `path` as a whole: a hard link to the old file elsewhere keeps the old text."""
     part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8", newline="\n")
+    # Made anew: a link that someone laid there would lead the text to another folder.
+    part.unlink(missing_ok=True)
+    with part.open("x", encoding="utf-8", newline="\n") as file:
+        file.write(text)
     os.replace(part, path)

@@ -10,7 +10,7 @@ import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,9 +19,14 @@ from rich.table import Table
 
 from builder.errors import BuildError
 
+if TYPE_CHECKING:
+    from builder.evidence import Exhibit
+
 FP32 = 1e-4  # of the output's standard deviation; 2e-5 is what is seen
+FORMAT = 1  # of parity.json, see builder/report/schema.json
 # The order in which a wrong value travels: what differs first is where it began.
 PLACES = (
+    "decoded picture",
     "pixel values",
     "token ids",
     "position ids",
@@ -71,7 +76,8 @@ class Gate:
 class Report:
     """All gates of one bundle.
 
-    `not_run` says, of each place that could not be compared on this machine, why.
+    `not_run` says, of each place (or case) that could not be compared on this machine, why; `exhibits` are for people
+    to look at.
     """
 
     target: str
@@ -79,6 +85,7 @@ class Report:
     gates: tuple[Gate, ...]
     facts: dict[str, Any]
     not_run: Mapping[str, str] = field(default_factory=dict)
+    exhibits: tuple[Exhibit, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -99,6 +106,7 @@ class Report:
         """For JSON: numbers stay numbers; a figure that is no number is written as text."""
         first = self.first_failure
         return {
+            "format": FORMAT,
             "target": self.target,
             "checkpoint": self.checkpoint,
             "verdict": self.verdict,
@@ -132,6 +140,11 @@ class Report:
                 table.add_row(place, "", "", "", f"not run: {self.not_run[place]}", "")
         console = Console(file=io.StringIO(), width=width, color_system=None, markup=False, emoji=False)
         console.print(table)
+        for what, why in self.not_run.items():
+            if what not in PLACES:
+                console.print(f"{what}: the rest not run: {why}")
+        for what, checks in self.facts.get("not checked", {}).items():
+            console.print(f"case {what}: not compared, by its own choice: {', '.join(checks)}")
         for gate in sorted((g for g in self.gates if not g.ok), key=lambda g: PLACES.index(g.place))[:8]:
             console.print(f"{gate.place}: {gate.case}: {gate.detail or _figure(gate.measured)}")
         assert isinstance(console.file, io.StringIO)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from itertools import zip_longest
@@ -27,6 +28,9 @@ Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
 T = TypeVar("T")
 
+MOST_PIXELS = 89_478_485  # of a picture's file; Pillow's own figure: from there on it warns of decompression bombs
+# Of settings: a picture is made at least min_pixels large, and at least one square of patch_size * merge_size.
+MOST_LEAST, MOST_SIZE = 2**26, 256
 # Pillow opens more than these, some through other programs (EPS).
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
 # The decoder gives logits of every position; in chunks, a long prompt needs no [seq, vocab] array.
@@ -121,9 +125,12 @@ def read_image_settings(path: Path) -> ImageSettings:
         len(settings.mean) != 3
         or len(settings.std) != 3
         or 0 in (*settings.std, settings.divisor)
+        or not all(map(math.isfinite, (*settings.mean, *settings.std, settings.divisor)))
         or min(astuple(settings)[:5]) < 1
+        or max(astuple(settings)[2:5]) > MOST_SIZE
+        or settings.min_pixels > MOST_LEAST
     ):
-        raise SettingsError(f"{path}: mean and std are no three numbers, or a size is below 1: {settings}")
+        raise SettingsError(f"{path}: mean and std are no three numbers, or a size is out of bounds: {settings}")
     return settings
 
 
@@ -135,15 +142,20 @@ def read_settings(path: Path) -> Settings:
     """
     document = _read(path)
     try:
-        return _filled(Settings, {**document.pop("prompt"), **document}, path)
+        settings = _filled(Settings, {**document.pop("prompt"), **document}, path)
     except (KeyError, TypeError, AttributeError) as error:
         raise SettingsError(f"{path} does not say how a prompt is written: {error!r}") from error
+    if not 1 <= settings.spatial_merge_size <= MOST_SIZE or settings.deepstack < 0 or settings.max_length < 1:
+        raise SettingsError(f"{path}: a size is out of bounds: {settings}")
+    if settings.image.count(settings.image_token) != 1 or not settings.image_token or not settings.video_token:
+        raise SettingsError(f"{path}: a picture is not written with one {settings.image_token!r}: {settings.image!r}")
+    return settings
 
 
 def _read(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise SettingsError(f"{path} cannot be read: {error}") from error
 
 
@@ -167,14 +179,22 @@ def load_image(path: Path) -> Image.Image:
     """The picture in `path`, upright, mode RGB: what transformers.image_utils.load_image makes of it.
 
     Raises:
-        PictureError: no picture, damaged, of no format in FORMATS, or of more pixels than Pillow thinks safe
-            (179 million; a small file can claim any number).
+        PictureError: no picture, damaged, of no format in FORMATS, or of more than MOST_PIXELS (a small file can
+            claim any number).
     """
     try:
-        with Image.open(path) as image:
+        if not path.is_file():
+            raise PictureError("No such file, or none that can be read as one")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            opened = Image.open(path)
+        with opened as image:
             if image.format not in FORMATS:
                 raise PictureError(f"it is {image.format}, not one of {', '.join(FORMATS)}")
-            return ImageOps.exif_transpose(image).convert("RGB")
+            if image.width * image.height > MOST_PIXELS:
+                raise PictureError(f"it has {image.width} x {image.height} pixels, more than {MOST_PIXELS}")
+            ImageOps.exif_transpose(image, in_place=True)
+            return image if image.mode == "RGB" else image.convert("RGB")
     except Exception as error:  # Pillow's decoders raise anything at all on a damaged file
         raise PictureError(f"{path} cannot be read as a picture: {error}") from error
 
@@ -341,6 +361,10 @@ class Pipeline:
             onnxruntime.InferenceSession(folder / f"{name}.onnx", providers=["CPUExecutionProvider"])
             for name in ("vision_encoder", "embeddings", "model")
         ]
+        declared = {port.name: port.shape for port in sessions[2].get_inputs()}
+        levels = declared.get("deepstack_embeds", [0])[0]
+        if (levels, declared["inputs_embeds"][-1]) != (settings.deepstack, settings.hidden):
+            raise SettingsError("pipeline.json and model.onnx differ in deepstack or hidden")
         return cls(settings, vision, load_tokenizer(folder / "tokenizer.json"), *sessions)
 
     def prepare(self, text: str, images: Sequence[Path] = ()) -> Inputs:

@@ -8,11 +8,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from builder.fetch import Source, parse_source, resolve
 from builder.output import read_marker, refuse_foreign
 from builder.recipe import load_recipe
 from builder.stage import Build
+
+if TYPE_CHECKING:
+    from builder.checkpoint import Checkpoint
 
 MINIATURE = Path(__file__).parent / "miniature" / "checkpoint"
 OUTPUTS = Path("outputs")
@@ -50,6 +54,20 @@ def reference_folder(checkpoint: str) -> Path:
     from builder.hub import download
 
     return download(source)[0]
+
+
+def reference_checkpoint(checkpoint: str | None) -> Checkpoint:
+    """The same, opened under its own name and revision; None for the embedded miniature.
+
+    Raises:
+        BuildError: no such checkpoint.
+    """
+    from builder.checkpoint import open_checkpoint
+
+    if checkpoint is None:
+        return open_checkpoint(MINIATURE, name="miniature")
+    source = resolve(parse_source(checkpoint))
+    return open_checkpoint(reference_folder(str(source)), name=source.name, revision=source.revision)
 
 
 def _recorded(asked: Source, output: Path) -> Source:

@@ -15,6 +15,8 @@ from builder.architecture import Vision
 from builder.errors import CheckpointError, UnsupportedError
 
 PROCESSORS = ("Qwen2VLImageProcessor", "Qwen2VLImageProcessorFast", "Qwen2VLImageProcessorPil")
+# Every picture is made at least as large as `shortest_edge` says, and has to fit in memory.
+MOST_LEAST, MOST_PIXELS, MOST_LEVEL = 2**26, 2**31 - 1, 1e6
 # Every step of upstream's processor, with the only setting that there is here; 3 is bicubic.
 STEPS = {"do_resize": True, "do_rescale": True, "do_normalize": True, "do_convert_rgb": True, "resample": 3}
 
@@ -55,7 +57,9 @@ def read_preprocessor(raw: Mapping[str, Any], file: str, vision: Vision) -> dict
 
 
 def _check_channels(file: str, key: str, value: Any, channels: int) -> None:
-    numbers = isinstance(value, list) and all(type(number) in (int, float) for number in value)
+    numbers = isinstance(value, list) and all(
+        type(number) in (int, float) and -MOST_LEVEL <= number <= MOST_LEVEL for number in value
+    )
     if not numbers or len(value) != channels or (key == "image_std" and 0 in value):
         raise CheckpointError(f"{file}: {key} is no list of {channels} numbers, one a channel", found=value)
 
@@ -68,7 +72,7 @@ def _pixel_counts(settings: dict[str, Any], file: str) -> dict[str, int]:
         count = settings.pop(older, None)
         found[key] = found.get(key) if count is None else count
     low, high = found["shortest_edge"], found["longest_edge"]
-    if type(low) is not int or type(high) is not int or not 0 < low <= high:
+    if type(low) is not int or type(high) is not int or not 0 < low <= high <= MOST_PIXELS or low > MOST_LEAST:
         raise CheckpointError(
             f"{file}: size does not say how many pixels a picture may have",
             expected='"size": {"shortest_edge": 65536, "longest_edge": 16777216}, for example',

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import cache
 from typing import Any, NoReturn
 
 from jinja2 import TemplateError
@@ -17,6 +18,7 @@ from jinja2.nodes import Node
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from builder.bounded import BoundsError, bounded
 from builder.checkpoint import Checkpoint
 from builder.checkpoint_files import TOKENIZER, TOKENIZER_CONFIG
 from builder.errors import CheckpointError, PromptError
@@ -36,18 +38,30 @@ PROBES = (
     "",
 )
 MOST_IMAGES = 3
+# What splitting may take; it takes some 100 MB and one or two seconds, nearly all of them for imports.
+SECONDS, MEMORY = 10, 400 * 2**20
 SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 def split_template(checkpoint: Checkpoint) -> dict[str, str]:
     """`{"prefix", "image", "suffix"}` of the checkpoint's chat template.
 
+    A template is a program: it runs in a process of its own, under bounds of time and memory.
+
     Raises:
         CheckpointError: no template, or the tokenizer does not have the image token.
-        PromptError: see `split`.
+        PromptError: see `split`; or it takes too long or too much memory.
     """
     image_token = token_text(checkpoint, checkpoint.image_token_id)
-    return split(checkpoint.chat_template, image_token, special_tokens(checkpoint))
+    return dict(_split_apart(checkpoint.chat_template, image_token, tuple(special_tokens(checkpoint).items())))
+
+
+@cache
+def _split_apart(template: str, image_token: str, variables: tuple[tuple[str, str], ...]) -> dict[str, str]:
+    try:
+        return bounded(split, template, image_token, dict(variables), seconds=SECONDS, memory=MEMORY)
+    except BoundsError as error:
+        raise PromptError("the chat template cannot be rendered", found=error) from error
 
 
 def token_text(checkpoint: Checkpoint, token_id: int) -> str:
@@ -56,7 +70,7 @@ def token_text(checkpoint: Checkpoint, token_id: int) -> str:
     Raises:
         CheckpointError: tokenizer.json has no such token.
     """
-    for token in read_json(checkpoint.folder / TOKENIZER).get("added_tokens", ()):
+    for token in read_json(checkpoint.folder / TOKENIZER).get("added_tokens") or ():
         if token["id"] == token_id:
             return str(token["content"])
     raise CheckpointError(
@@ -66,10 +80,20 @@ def token_text(checkpoint: Checkpoint, token_id: int) -> str:
 
 
 def special_tokens(checkpoint: Checkpoint) -> dict[str, str]:
-    """The special tokens that a template may use as variables."""
+    """The special tokens that a template may use as variables.
+
+    Raises:
+        CheckpointError: tokenizer_config.json is missing, or one of them is no text.
+    """
     config = read_json(checkpoint.folder / TOKENIZER_CONFIG)
     tokens = {name: config[name] for name in SPECIAL if config.get(name) is not None}
-    return {name: str(t["content"] if isinstance(t, Mapping) else t) for name, t in tokens.items()}
+    texts: dict[str, str] = {}
+    for name, token in tokens.items():
+        text = token.get("content") if isinstance(token, Mapping) else token
+        if not isinstance(text, str):
+            raise CheckpointError(f"{TOKENIZER_CONFIG}: {name} is no token", expected="a text", found=token)
+        texts[name] = text
+    return texts
 
 
 def split(template: str, image_token: str, variables: Mapping[str, str]) -> dict[str, str]:
@@ -126,8 +150,8 @@ def compile_template(template: str) -> Any:
     environment.globals["strftime_now"] = _strftime_now
     try:
         return environment.from_string(template)
-    except TemplateError as error:
-        raise PromptError("the chat template is no Jinja template", found=error) from error
+    except Exception as error:  # Jinja compiles to Python, which has limits and errors of its own
+        raise PromptError("the chat template is no Jinja template", found=f"{type(error).__name__}: {error}") from error
 
 
 def render(compiled: Any, text: str, images: int, variables: Mapping[str, str]) -> str:

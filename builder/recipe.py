@@ -126,7 +126,7 @@ def _parsed(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         reason, expected = error.strerror or str(error), "a readable TOML file"
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         reason, expected = str(error), "TOML 1.0 in UTF-8"
     raise RecipeError(f"recipe {path} cannot be read", expected=expected, found=reason)
 

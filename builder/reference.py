@@ -20,6 +20,7 @@ from builder.checkpoint import Checkpoint
 from builder.errors import MissingPackageError
 
 Array = npt.NDArray[Any]
+ANY_SIZE = 2**40  # pixels
 
 
 @dataclass(frozen=True)
@@ -109,13 +110,20 @@ class Reference:
 
         return Qwen2VLImageProcessorPil.from_pretrained(self.checkpoint.folder)
 
-    def prepare(self, prompt: str, images: Sequence[Path]) -> Prompt:
-        """Chat template, pictures from their files, token ids, position ids: upstream's path."""
+    def prepare(self, prompt: str, images: Sequence[Path], *, lifted: bool = False) -> Prompt:
+        """Chat template, pictures from their files, token ids, position ids: upstream's path.
+
+        Args:
+            lifted: pictures may have any number of pixels, whatever the checkpoint allows.
+        """
         from transformers.image_utils import load_image
 
         pixels = grid = None
         if images:
-            features = self.image_processor(images=[load_image(str(path)) for path in images], return_tensors="np")
+            least = self.checkpoint.preprocessor["size"]["shortest_edge"]
+            size = {"size": {"shortest_edge": least, "longest_edge": ANY_SIZE}} if lifted else {}
+            pictures = [load_image(str(path)) for path in images]
+            features = self.image_processor(images=pictures, return_tensors="np", **size)
             pixels, grid = features["pixel_values"], features["image_grid_thw"]
         return self.with_pixels(prompt, len(images), pixels, grid)
 

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from builder import pipeline
+from builder.bundle_files import check_bundle
 from builder.errors import (
     BuildError,
     BundleError,
-    CheckpointError,
     ImageError,
     MissingPackageError,
     PromptError,
@@ -77,11 +77,17 @@ def answer(
         MissingPackageError: the bundle's runtime is not installed.
     """
     opened = open_bundle(bundle)
-    inputs = _prepare(opened, prompt, images)
+    with _in_use(bundle, "cannot prepare the prompt"):
+        inputs = _prepare(opened, prompt, images)
     _check_length(inputs.input_ids.shape[1], max_new_tokens, opened.most_tokens)
     tokens: list[int] = []
     pieces: list[str] = []
-    for piece in opened.module.stream(opened.tokenizer, _noted(opened.tokens(inputs, max_new_tokens), tokens)):
+    stream = opened.module.stream(opened.tokenizer, _noted(opened.tokens(inputs, max_new_tokens), tokens))
+    while True:
+        with _in_use(bundle, "fails while it answers"):
+            piece = next(stream, None)
+        if piece is None:
+            break
         pieces.append(piece)
         on_text(piece)
     return Answer("".join(pieces), tuple(tokens), inputs.input_ids.shape[1])
@@ -94,30 +100,13 @@ def open_bundle(folder: Path) -> Opened:
         BundleError: no bundle, an unknown target, or files that the runtime cannot open.
         MissingPackageError: the runtime is not installed.
     """
-    target = read_target(folder)
+    target = check_bundle(folder)
     if target not in OPEN:
         raise BundleError(
             f"{folder} is for a runtime that cannot be run here", expected=" or ".join(OPEN), found=target
         )
-    with _opening(folder):
+    with _in_use(folder, "cannot be opened"):
         return OPEN[target](folder)
-
-
-def read_target(folder: Path) -> str:
-    """The runtime that a bundle is for, from its manifest.
-
-    Raises:
-        BundleError: no bundle.
-    """
-    try:
-        return str(read_json(folder / "manifest.json")["target"])
-    except (CheckpointError, KeyError) as error:
-        raise BundleError(
-            f"{folder} is no bundle",
-            expected="a folder with a manifest.json that names its target",
-            found=f"no {error}" if isinstance(error, KeyError) else error.what,
-            next="`python -m builder build` prints the path of a bundle on its last line",
-        ) from error
 
 
 def _open_genai(folder: Path) -> Opened:
@@ -136,7 +125,7 @@ def _open_genai(folder: Path) -> Opened:
 
 def _open_onnxruntime(folder: Path) -> Opened:
     module = _load_module(folder / "pipeline.py")
-    with _opening(folder):
+    with _in_use(folder, "cannot be opened"):
         bundled = module.Pipeline.load(folder)
     return Opened(
         module=module,
@@ -161,7 +150,8 @@ def _load_module(path: Path) -> Any:
 
 
 @contextmanager
-def _opening(folder: Path) -> Iterator[None]:
+def _in_use(folder: Path, what: str) -> Iterator[None]:
+    """What a bundle's runtime, tokenizer or own code throws, as the bundle's error."""
     try:
         yield
     except BuildError:
@@ -169,9 +159,12 @@ def _opening(folder: Path) -> Iterator[None]:
     except ModuleNotFoundError as error:
         package = str(error.name).partition(".")[0]
         raise MissingPackageError(f"running {folder} needs {package}", next=f"pip install {package}") from error
-    except Exception as error:  # each runtime has errors of its own for a broken graph
+    # Each runtime has errors of its own for a broken graph; those of tokenizers are no `Exception`.
+    except BaseException as error:
+        if isinstance(error, (KeyboardInterrupt, SystemExit, GeneratorExit)):
+            raise
         raise BundleError(
-            f"{folder} cannot be opened",
+            f"{folder} {what}",
             found=f"{type(error).__name__}: {error}",
             next="build it again with `python -m builder build`",
         ) from error

@@ -65,7 +65,7 @@ def sliced(path: Path, budget: int) -> list[Slice]:
 
 
 def run_slices(
-    slices: Sequence[Slice], folder: Path, conversations: Sequence[Sequence[Values]]
+    slices: Sequence[Slice], folder: Path, conversations: Sequence[Sequence[Values]], *, apart: bool = True
 ) -> tuple[list[list[Values]], int]:
     """Runs every conversation through the whole graph.
 
@@ -73,6 +73,7 @@ def run_slices(
         folder: where the data files lie.
         conversations: each a row of calls, whose values are the graph's inputs but for past_key_values; a call's
             past is the present of the one before it, and the first one's is empty.
+        apart: each slice in a process of its own.
 
     Returns:
         the graph's outputs and every `residual.N` of each call; the largest peak of a slice's process, in bytes.
@@ -87,7 +88,7 @@ def run_slices(
     for number, one in enumerate(slices):
         later = {name for other in slices[number + 1 :] for name in other.inputs}
         feeds = [[{name: call[name] for name in one.inputs if name in call} for call in calls] for calls in known]
-        ran = _apart(one, folder, feeds, pasts)
+        ran = (_apart if apart else compute)(one, folder, feeds, pasts)
         peak = max(peak, ran.peak_rss or 0)
         for calls, results, found in zip(known, kept, ran.outputs, strict=True):
             for call, result, values in zip(calls, results, found, strict=True):
@@ -118,7 +119,7 @@ def _apart(one: Slice, folder: Path, conversations: list[list[Values]], pasts: P
 
 
 def compute(one: Slice, folder: Path, conversations: list[list[Values]], pasts: Pasts) -> Ran:
-    """Loads the slice and runs every call; done in a process of its own.
+    """Loads the slice and runs every call.
 
     Raises:
         BundleError: ONNX Runtime does not load or run it.

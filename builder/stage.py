@@ -58,6 +58,7 @@ _ONNX = ("onnx", "onnx-ir")
 _RUNNING = ("torch", "transformers", "onnxruntime", "onnxruntime-genai", "tokenizers", "pillow", "numpy")
 _UPSTREAM = ("transformers/models/qwen3_vl/*.py", "transformers/vision_utils.py", "transformers/modeling_rope_utils.py")
 _DIGESTS = "patches/*.toml"
+_PAGES = ("builder/report/*.j2", "builder/report/*.css")
 
 # fmt: off
 STAGES: tuple[Stage, ...] = (
@@ -70,9 +71,9 @@ STAGES: tuple[Stage, ...] = (
     Stage("configure", ("quantize", "fetch"), ("targets", "max_length"),
           ("jinja2", "tokenizers"), ("builder/pipeline.py",)),
     Stage("verify", ("configure", "fetch"), ("targets", "precision"),
-          _RUNNING, ("builder/pictures/*", "builder/miniature/heldout/*")),
+          (*_RUNNING, "jinja2"), ("builder/suite/**/*", "builder/miniature/heldout/*", *_PAGES)),
     Stage("bundle", ("quantize", "configure", "verify", "fetch", "patch"),
-          ("name", "targets", "precision", "max_length"), ("qwen3vl-onnx",)),
+          ("name", "targets", "precision", "max_length"), ("qwen3vl-onnx", "jinja2"), _PAGES),
 )
 # fmt: on
 

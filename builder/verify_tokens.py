@@ -1,6 +1,6 @@
 """Tokens end to end, in the runtime that a bundle is for, against `generate()`.
 
-In: a bundle's folder, cases, the PyTorch reference. Out: gates on tokens.
+In: a bundle's folder, cases, the PyTorch reference. Out: gates on inputs and tokens.
 Guaranteed: greedy on both sides, stop tokens barred until all tokens are there; a token that differs is a near tie only
 where the reference's own lead is below `TIE` times the measured logit error, and then the rest is compared as well; a
 runtime that throws fails the gate.
@@ -18,6 +18,7 @@ import numpy as np
 
 from builder.cases import TOKENS, Case
 from builder.errors import BuildError, BundleError
+from builder.evidence import show_answers, show_pixels
 from builder.gates import Gate, exact, uncomputed
 from builder.genai import GenaiBundle
 from builder.pipeline import Inputs, Pipeline, SettingsError
@@ -83,6 +84,22 @@ class Ties:
         return Gate("tokens", "near ties", float(len(self.found)), limit, "; ".join(self.found))
 
 
+def input_gates(name: str, inputs: Inputs, prompt: Prompt) -> list[Gate]:
+    """Our own preprocessing against upstream's: token ids, pixel values, positions, all bit for bit."""
+    gates = [exact("token ids", name, inputs.input_ids, prompt.input_ids)]
+    if prompt.pixel_values is not None:
+        assert inputs.pixel_values is not None
+        gates.append(exact("pixel values", name, inputs.pixel_values, prompt.pixel_values))
+        show_pixels(
+            "preprocessing of the bundle",
+            inputs.pixel_values,
+            prompt.pixel_values,
+            inputs.image_grid_thw,
+            prompt.image_grid_thw,
+        )
+    return [*gates, exact("position ids", name, inputs.position_ids, prompt.position_ids)]
+
+
 def token_gates(
     case: Case, prompt: Prompt, player: Player, reference: Reference, logit_error: float, tokens: int = TOKENS
 ) -> tuple[list[Gate], Ties]:
@@ -90,12 +107,15 @@ def token_gates(
 
     Args:
         logit_error: largest absolute difference of a logit in this case's decoder gates.
-        tokens: how many.
+        tokens: how many, at most.
     """
     gates: list[Gate] = []
     ties: list[str] = []
-    ways = [("tokens", partial(file_gates, case, prompt, player, reference, logit_error, tokens))]
-    if isinstance(player, GenaiBundle) and case.images:
+    ways = []
+    tokens = min(tokens, case.tokens)
+    if "tokens" in case.checks:
+        ways.append(("tokens", partial(file_gates, case, prompt, player, reference, logit_error, tokens)))
+    if isinstance(player, GenaiBundle) and case.images and "runtime" in case.checks:
         own = partial(runtime_gates, case, prompt, player, reference, logit_error, tokens)
         ways.append(("tokens of the runtime's pixels", own))
     for place, way in ways:
@@ -114,7 +134,14 @@ def file_gates(
 ) -> tuple[list[Gate], list[str]]:
     """Our own preprocessing, as `builder run` does it."""
     want = reference.generate(prompt, tokens, tokens)
-    play = _from(player, player.prepare(case.prompt, case.images), want)
+    again = answer_from(player, player.prepare(case.prompt, case.images), want)
+
+    def play(given: int) -> list[int]:
+        got = again(given)
+        if not given:
+            show_answers(player.text(got), reference.text(want.tokens))
+        return got
+
     gate, ties = compare(f"{case.name}, {tokens} tokens", play, want, logit_error)
     return [gate], ties
 
@@ -128,6 +155,13 @@ def runtime_gates(
     decoders and resizers differ (README: Ask a bundle), and tokens are compared with PyTorch fed the same pixels.
     """
     tensors, inputs = player.runtime_inputs(case.prompt, case.images)
+    show_pixels(
+        "the runtime's own processor",
+        inputs.pixel_values,
+        prompt.pixel_values,
+        inputs.image_grid_thw,
+        prompt.image_grid_thw,
+    )
     gates = []
     if all(player.at_target_size(path) for path in case.images):
         assert inputs.pixel_values is not None
@@ -136,7 +170,7 @@ def runtime_gates(
     fed = reference.with_pixels(case.prompt, len(case.images), inputs.pixel_values, inputs.image_grid_thw)
     gates.append(exact("token ids", f"{case.name}, runtime's tokenizer", inputs.input_ids, fed.input_ids))
     want = reference.generate(fed, tokens, tokens)
-    again = _from(player, inputs, want)
+    again = answer_from(player, inputs, want)
 
     def play(given: int) -> list[int]:
         return again(given) if given else list(player.tokens_of(tensors, inputs.input_ids.shape[1], tokens, tokens))
@@ -145,7 +179,7 @@ def runtime_gates(
     return [*gates, replace(gate, place="tokens of the runtime's pixels")], ties
 
 
-def _from(player: Player, inputs: Inputs, want: Answer) -> Callable[[int], list[int]]:
+def answer_from(player: Player, inputs: Inputs, want: Answer) -> Callable[[int], list[int]]:
     """Plays the rest of an answer of which the first `given` tokens are the reference's."""
 
     def play(given: int) -> list[int]:

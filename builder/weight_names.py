@@ -20,6 +20,8 @@ LM_HEAD, EMBEDDINGS = "lm_head.weight", "model.language_model.embed_tokens.weigh
 # config.json's names of the dtypes, and which stored ones become them without loss.
 EXACT_IN = {"bfloat16": ("BF16",), "float16": ("F16",), "float32": ("F32", "BF16", "F16")}
 COMPARED_BYTES = 16 * 2**20
+# Comparing spellings takes the square of their length, and time with each: what a hostile file may ask of it.
+MOST_COMPARED, LONGEST_COMPARED = 2000, 200
 
 
 def expected_tensors(config: Mapping[str, Any], text: Text, vision: Vision) -> dict[str, tuple[int, ...]]:
@@ -73,7 +75,10 @@ def check_tensors(
 
 def nearest(name: str, names: Iterable[str]) -> str | None:
     """The closest spelling of `name` among `names`, if one is close."""
-    return next(iter(difflib.get_close_matches(name, list(names), n=1)), None)
+    if len(name) > LONGEST_COMPARED:
+        return None
+    comparable = [other for other in names if len(other) <= LONGEST_COMPARED][:MOST_COMPARED]
+    return next(iter(difflib.get_close_matches(name, comparable, n=1)), None)
 
 
 def _listed(names: list[str]) -> str:

@@ -1,7 +1,7 @@
 """The command line in a process of its own, as a user starts it: elsewhere, with other settings, from other folders.
 
 In: arguments, and what is to be different from this process. Out: what it printed and how it ended; a copy of the
-checkout, a virtual environment, the digests of an output folder. Guaranteed: nothing is written into this checkout.
+checkout, the digests of an output folder. Guaranteed: nothing is written into this checkout.
 """
 
 from __future__ import annotations
@@ -10,8 +10,6 @@ import os
 import shutil
 import subprocess
 import sys
-import sysconfig
-import venv
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -56,19 +54,6 @@ def python(
 def checkout(folder: Path) -> Path:
     """A copy of this checkout, as a clone would be."""
     return Path(shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(*_LEFT_BY_USE)))
-
-
-def environment(folder: Path) -> Path:
-    """The Python of a new virtual environment that reuses the packages of this one; its own go before them."""
-    venv.create(folder, symlinks=True)
-    reused = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
-    (own_packages(folder) / "reused.pth").write_text("\n".join(sorted(reused)) + "\n", encoding="utf-8")
-    return folder / "bin" / "python"
-
-
-def own_packages(folder: Path) -> Path:
-    """The `site-packages` of the virtual environment in `folder`."""
-    return Path(sysconfig.get_path("purelib", "venv", vars={"base": str(folder), "platbase": str(folder)}))
 
 
 def artifacts(output: Path) -> Mapping[str, str]:

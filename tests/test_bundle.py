@@ -14,7 +14,10 @@ from builder import bundle
 from builder.checkpoint import open_checkpoint
 from builder.contract import packed_width
 from builder.files import sha256
+from builder.gates import Gate, Report
 from builder.recipe import load_recipe
+from builder.report import write
+from builder.report.context import Context
 from builder.source import parse_source
 from builder.stage import Build
 from builder.weight_names import EMBEDDINGS
@@ -35,8 +38,7 @@ def bundled(miniature_built: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     build = build_in(folder)
     verified = build.folder("verify")
     for target in TARGETS:
-        (verified / target).mkdir(parents=True)
-        (verified / target / "parity.json").write_text(target)
+        write(Report(target, "miniature", (Gate("tokens", "text", 0, 0),), {}), verified / target, Context())
     (verified / "stage.json").write_text("{}")
     facts = bundle.run(build, folder / "out")
     for target in TARGETS:
@@ -139,7 +141,11 @@ def test_its_graphs_are_described_as_they_are(bundled: Path, target: str) -> Non
 @pytest.mark.parametrize(("target", "attention"), TARGETS.items())
 def test_the_evidence_lies_beside_it(bundled: Path, target: str, attention: str) -> None:
     evidence = bundled / "out" / target / "evidence"
-    assert (evidence / "parity.json").read_text() == target
+    report = bundled / "output" / "7-verify" / target
+    assert (evidence / "parity.json").samefile(report / "parity.json")
+    page = (evidence / "report.html").read_text(encoding="utf-8")
+    assert sha256(bundled / "out" / target / "manifest.json") in page
+    assert "sha256" not in (report / "report.html").read_text(encoding="utf-8")
     assert {file.stem for file in (evidence / "patches").iterdir()} == set(SETS[attention])
     stages = {file.stem for file in (evidence / "stages").iterdir()}
     assert stages == {"fetch", "patch", "export", "optimize", "quantize", "configure", "verify"}

@@ -53,7 +53,7 @@ def failure(result: Result, code: int) -> dict[str, Any]:
 def test_the_verbs_are_those_of_the_manual() -> None:
     result = invoke("--help")
     assert result.exit_code == 0
-    for verb in ("build", "explain", "verify", "run", "patches"):
+    for verb in ("build", "explain", "verify", "golden", "run", "patches"):
         assert f"│ {verb} " in result.stdout
     assert invoke("--version").stdout.startswith("qwen3vl-onnx ")
 
@@ -248,7 +248,10 @@ def test_verify_exits_by_the_gates(monkeypatch: pytest.MonkeyPatch, ok: bool, co
     as_json = invoke("verify", "there", "--reference", MINIATURE, *limits, "--json")
     assert as_json.exit_code == code
     assert json.loads(as_json.stdout) == {"ok": ok, "target": "genai", "gates": []}
-    assert asked == [(Path("there"), MINIATURE, None, None), (Path("there"), MINIATURE, 4 * 10**9, Path("kept"))]
+    assert asked == [
+        (Path("there"), MINIATURE, None, None, []),
+        (Path("there"), MINIATURE, 4 * 10**9, Path("kept"), []),
+    ]
 
 
 def test_verify_against_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:

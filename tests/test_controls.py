@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING
 import pytest
 from typer.testing import CliRunner
 
-from builder import verify
+from builder import mutations, verify
 from builder.__main__ import app
 from builder.cases import Case, Suite, held_out, shipped_cases
 from builder.checkpoint import open_checkpoint
 from builder.errors import VerificationError
 from builder.genai import GenaiBundle
-from tests import mutations
-from tests.mutations import Mutation
+from builder.mutants import Mutation
 
 if TYPE_CHECKING:
     from builder.reference import Reference
@@ -33,13 +32,13 @@ SMALL = Suite(tuple(case for case in shipped_cases() if case.name in ("one pictu
 CONTROLS: tuple[tuple[Mutation, str, str], ...] = (
     (mutations.deepstack_zeroed, "genai", "deepstack features"),
     (mutations.deepstack_zeroed, "onnxruntime", "deepstack features"),
-    (mutations.rotary_axes_swapped, "genai", "decoder prefill"),
-    (mutations.rotary_axes_swapped, "onnxruntime", "decoder prefill"),
+    (mutations.rotary_axes_swapped, "genai", "decoder layers"),
+    (mutations.rotary_axes_swapped, "onnxruntime", "decoder layers"),
     (mutations.image_features_shifted, "genai", "embeddings"),
     # Here the embeddings are a lookup and the client merges: the features themselves are shifted.
     (mutations.image_features_shifted, "onnxruntime", "image features"),
-    (mutations.attention_mask_off_by_one, "genai", "decoder prefill"),
-    (mutations.attention_mask_off_by_one, "onnxruntime", "decoder prefill"),
+    (mutations.attention_mask_off_by_one, "genai", "decoder layers"),
+    (mutations.attention_mask_off_by_one, "onnxruntime", "decoder layers"),
     *((edit, target, "pixel values") for edit in (mutations.mean_changed, mutations.std_changed) for target in TARGETS),
     *((mutations.patch_size_changed, target, "pixel values") for target in TARGETS),
     *((mutations.newline_lost, target, "token ids") for target in TARGETS),
@@ -83,10 +82,10 @@ def test_the_command_exits_with_20_and_names_the_place(
     mutations.rotary_axes_swapped(whole, "onnxruntime")
     failed = CliRunner().invoke(app, ["verify", str(whole), "--reference", str(miniature)])
     assert failed.exit_code == VerificationError.exit_code == 20
-    assert "first difference: decoder prefill" in failed.stderr
+    assert "first difference: decoder layers, one picture, tokens 0–77, layer 0" in failed.stderr
     written = json.loads((whole / "evidence" / "parity.json").read_text())
     assert written["verdict"] == "failed"
-    assert written["first difference"].startswith("decoder prefill")
+    assert written["first difference"].startswith("decoder layers")
 
 
 @pytest.mark.slow

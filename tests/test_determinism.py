@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from builder.recipe import Target, load_recipe
+from ci.environments import environment
 from tests.conftest import Built
-from tests.processes import ROOT, artifacts, checkout, environment, python
+from tests.processes import ROOT, artifacts, checkout, python
 
 pytestmark = pytest.mark.torch
 

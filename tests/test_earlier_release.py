@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
+from ci.environments import with_releases
 from patches import verified
-from tests.processes import ROOT, checkout, environment, own_packages, python
+from tests.processes import ROOT, checkout, python
 
 pytestmark = [pytest.mark.torch, pytest.mark.slow]
 
@@ -24,11 +25,7 @@ TARGETS = ("genai", "onnxruntime")
 def earlier() -> Path:
     """A Python whose transformers is `EARLIER`."""
     folder = ROOT / ".cache" / f"venv-transformers-{EARLIER}"
-    executable = environment(folder)
-    if not list(own_packages(folder).glob(f"transformers-{EARLIER}.dist-info")):
-        options = ("--no-deps", "--disable-pip-version-check", "--quiet", "--target", own_packages(folder))
-        done = python("-m", "pip", "install", *options, f"transformers=={EARLIER}", cwd=folder)
-        assert done.returncode == 0, done.stderr
+    executable = with_releases(folder, {"transformers": EARLIER})
     done = python("-c", "import transformers; print(transformers.__version__)", cwd=folder, executable=executable)
     assert done.stdout.strip() == EARLIER, done.stderr
     return executable

@@ -178,6 +178,14 @@ def test_weights_that_stayed_as_they_were(sharded: Path, out: Path, rehash: bool
     check_unchanged(build, read_since(sharded))
 
 
+def test_weights_of_another_clone_are_the_same_where_all_bytes_were_read(sharded: Path, out: Path) -> None:
+    build = Build(parse_source(str(sharded)), load_recipe(), out.parent)
+    fetch_into(build.source, out, rehash=True)
+    for file in sharded.iterdir():
+        os.utime(file, ns=(1, 1))
+    check_unchanged(build, read_since(sharded))
+
+
 def shorten(path: Path) -> None:
     os.truncate(path, 1000)
     os.utime(path, ns=(1, 1))

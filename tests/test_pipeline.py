@@ -21,7 +21,7 @@ from builder.pipeline import ImageSettings, PictureError, Settings, SettingsErro
 from builder.targets.settings import pipeline_settings, vision_processor
 from tests.checkpoints import MINIATURE, QWEN3_TOKENIZER
 
-FOLDERS = (Path(pipeline.__file__).parent / "pictures", MINIATURE.parent / "heldout")
+FOLDERS = (Path(pipeline.__file__).parent / "suite" / "pictures", MINIATURE.parent / "heldout")
 PICTURES = sorted(path for folder in FOLDERS for path in folder.iterdir() if path.suffix in (".png", ".jpg"))
 OWN = {path.name: path for path in PICTURES}
 # Sides that are halfway between two multiples, smaller than one, out of bounds either way, and primes.
@@ -249,7 +249,7 @@ Edit = Callable[[list[dict[str, Any]]], object]
         (lambda steps: steps[2]["attrs"].update(patch_size=14), "'patch_size': 16.*'patch_size': 14"),
         (lambda steps: steps[2]["attrs"].update(keep_aspect_ratio=1), "keep_aspect_ratio"),
         (lambda steps: steps[-1]["attrs"].update(patch_size="16"), "patch_size must be of type int"),
-        (lambda steps: steps[-1]["attrs"].update(temporal_patch_size=0), "a size is below 1"),
+        (lambda steps: steps[-1]["attrs"].update(temporal_patch_size=0), "a size is out of bounds"),
         (lambda steps: steps[-2]["attrs"].update(std=[0.5, 0.0, 0.5]), "mean and std"),
         (lambda steps: steps[-2]["attrs"].update(mean=[0.5]), "mean and std"),
         (lambda steps: steps[-2]["attrs"].update(mean=["a", "b", "c"]), "mean must be of type"),

@@ -16,7 +16,7 @@ from builder.pipeline import Pipeline, TextError
 from tests.checkpoints import MINIATURE
 from tests.toy_graphs import Toy, toy
 
-PICTURES = Path(pipeline.__file__).parent / "pictures"
+PICTURES = Path(pipeline.__file__).parent / "suite" / "pictures"
 STOPS = (4058, 4056)
 
 

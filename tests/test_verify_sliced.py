@@ -11,17 +11,17 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from builder import slices, stored, verify, verify_sliced
+from builder import mutations, slices, stored, verify, verify_sliced
 from builder.__main__ import app
 from builder.cases import shipped_cases
 from builder.checkpoint import open_checkpoint
 from builder.estimate import verify_memory
 from builder.gates import Report
+from builder.graph_edits import edited
+from builder.mutants import Mutation
 from builder.reference import Reference, Trace
 from builder.verify_sliced import forced
-from tests import mutations
 from tests.checkpoints import MINIATURE
-from tests.mutations import Mutation
 
 pytestmark = pytest.mark.torch
 
@@ -87,8 +87,8 @@ CONTROLS: tuple[tuple[Mutation, str, str, str], ...] = (
     (mutations.layers_swapped, "onnxruntime", "decoder layers", "layer 1"),
     (mutations.rotary_axes_swapped, "genai", "decoder layers", "layer 0"),
     (mutations.attention_mask_off_by_one, "onnxruntime", "decoder layers", "layer 0"),
-    (mutations.deepstack_zeroed, "genai", "deepstack features", "one picture"),
-    (mutations.image_features_shifted, "genai", "embeddings", "one picture"),
+    (mutations.deepstack_zeroed, "genai", "deepstack features", "one picture, level 0"),
+    (mutations.image_features_shifted, "genai", "embeddings", "one picture, main"),
     (mutations.newline_lost, "genai", "token ids", "one picture"),
     (mutations.mean_changed, "onnxruntime", "pixel values", "one picture"),
 )
@@ -120,7 +120,7 @@ def test_what_is_broken_is_named(
 def test_a_graph_that_names_no_stream_fails(bundle: Callable[[str], Path], streamed: Reference, store: Path) -> None:
     """Nothing is skipped silently: another tool's decoder cannot be located in."""
     folder = bundle("genai")
-    with mutations.edited(folder, "model") as graph:
+    with edited(folder, "model") as graph:
         (stream,) = [v for node in graph for v in node.outputs if v.name == "residual.2"]
         stream.name = "stream_2"
     found = report(folder, streamed, store)

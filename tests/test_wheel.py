@@ -18,7 +18,8 @@ from packaging.requirements import Requirement
 
 from builder.cases import Case, held_out
 from builder.checkpoint import open_checkpoint
-from tests.processes import ROOT, artifacts, checkout, environment, own_packages, python
+from ci.environments import environment, own_packages
+from tests.processes import ROOT, artifacts, checkout, python
 
 TARGETS = ("genai", "onnxruntime")
 PICTURE = ROOT / "builder" / "miniature" / "heldout" / "pic002.png"

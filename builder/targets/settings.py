@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from builder.checkpoint import Checkpoint
+from builder.errors import CheckpointError
 from builder.prompt import split_template, token_text
 
 
@@ -51,8 +52,19 @@ def vision_processor(checkpoint: Checkpoint) -> str:
 
 
 def eos_token_ids(checkpoint: Checkpoint) -> list[int]:
-    """Tokens that end an answer: generation_config.json's, else config.json's."""
-    return _ids(checkpoint.generation.get("eos_token_id")) or _ids(text_config(checkpoint).get("eos_token_id"))
+    """Tokens that end an answer: generation_config.json's, else config.json's.
+
+    Raises:
+        CheckpointError: neither names one.
+    """
+    ids = _ids(checkpoint.generation.get("eos_token_id")) or _ids(text_config(checkpoint).get("eos_token_id"))
+    if not ids:
+        raise CheckpointError(
+            f"no token of {checkpoint.folder} ends an answer",
+            expected="eos_token_id in generation_config.json, or in the text_config of config.json",
+            found="neither",
+        )
+    return ids
 
 
 def text_config(checkpoint: Checkpoint) -> Mapping[str, Any]:

@@ -1,0 +1,131 @@
+"""In: the folder of a bundle. Out: the target that its manifest names.
+
+Guaranteed, before a runtime that is written in C sees any of it: the manifest's files are there and of its sizes, no
+name (in the manifest, the settings, a graph's external data) leads out of the folder, not by a link either, and
+what the runtime reads as JSON is JSON of moderate size and depth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from builder.errors import BundleError, CheckpointError, UnsafeError
+from builder.json_file import read_json
+from builder.safetensors_index import leaves_folder
+
+MANIFEST, EVIDENCE = "manifest.json", "evidence"
+MAX_GRAPH = 512 * 2**20  # bytes of a graph file; weights lie beside it
+GENAI = "genai_config.json"
+READ_BY_RUNTIMES = (GENAI, "vision_processor.json", "pipeline.json", "tokenizer.json")
+OTHERWISE = "take the bundle again from where it was built; do not run one that someone changed"
+
+
+def check_bundle(folder: Path) -> str:
+    """The runtime that the bundle in `folder` is for.
+
+    Raises:
+        BundleError: no bundle, or files that are not those of its manifest.
+        UnsafeError: a file that lies outside the folder.
+    """
+    manifest = _read(folder / MANIFEST, "`python -m builder build` prints the path of a bundle on its last line")
+    target = manifest.get("target")
+    if not isinstance(target, str):
+        raise BundleError(f"{folder} is no bundle", expected=f"a {MANIFEST} that names its target", found=target)
+    _check_sizes(folder, manifest.get("files", {}))
+    for name in READ_BY_RUNTIMES:
+        if (folder / name).exists():
+            content = _read(folder / name, None)
+            for file in _file_names(content) if name == GENAI else ():
+                _inside(folder, file, name)
+    for graph in sorted(folder.glob("*.onnx")):
+        _inside(folder, graph.name, MANIFEST)
+        for location in _locations(graph):
+            _inside(folder, location, graph.name)
+    return target
+
+
+def own_evidence(folder: Path) -> Path:
+    """The bundle's folder for reports.
+
+    Raises:
+        UnsafeError: it is a link, which would lead what is written there to another place.
+    """
+    evidence = folder / EVIDENCE
+    if evidence.is_symlink() or (evidence.exists() and not evidence.is_dir()):
+        raise UnsafeError(
+            f"{evidence} is not a folder of this bundle", expected="a folder", found="a link or a file", next=OTHERWISE
+        )
+    return evidence
+
+
+def _read(path: Path, next: str | None) -> Mapping[str, Any]:
+    try:
+        return read_json(path)
+    except CheckpointError as error:
+        what = f"{path.parent} is no bundle" if path.name == MANIFEST else f"the bundle's {path.name} cannot be read"
+        raise BundleError(what, expected=error.expected, found=error.what, next=next) from error
+
+
+def _check_sizes(folder: Path, files: Any) -> None:
+    if not isinstance(files, Mapping):
+        raise BundleError(f'{folder / MANIFEST}: "files" is no table', found=type(files).__name__)
+    for name, facts in files.items():
+        _inside(folder, name, MANIFEST)
+        size = facts.get("size") if isinstance(facts, Mapping) else None
+        found = (folder / name).stat().st_size
+        if found != size:
+            raise BundleError(
+                f"{name} is not the file that {folder / MANIFEST} names",
+                expected=f"{size} bytes",
+                found=f"{found} bytes",
+                next=OTHERWISE,
+            )
+
+
+def _file_names(content: Mapping[str, Any]) -> Iterator[str]:
+    """Every file that genai_config.json names: `filename`, `config_filename` and the like, wherever they stand."""
+    waiting: list[Any] = [content]
+    while waiting:
+        value = waiting.pop()
+        pairs = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, inner in pairs:
+            if isinstance(inner, (dict, list)):
+                waiting.append(inner)
+            elif str(key).endswith("filename"):
+                yield str(inner)
+
+
+def _inside(folder: Path, name: str, where: str) -> None:
+    """That `name` is a file of `folder` itself."""
+    path = folder / name
+    try:
+        inside = not leaves_folder(name) and path.resolve().is_relative_to(folder.resolve())
+        there = inside and path.is_file()
+    except (OSError, RuntimeError, ValueError):  # a name that no system takes; links in a circle
+        inside = there = False
+    if not inside:
+        raise UnsafeError(
+            f"{where} names a file outside the bundle {folder}",
+            expected="a file in it, and no link out of it",
+            found=name,
+            next=OTHERWISE,
+        )
+    if not there:
+        raise BundleError(f"{where} names a file that is not in {folder}", found=name, next=OTHERWISE)
+
+
+def _locations(graph: Path) -> Iterator[str]:
+    """Where a graph's external data lies, each place once."""
+    import onnx
+    from onnx.external_data_helper import _get_all_tensors, uses_external_data
+
+    if graph.stat().st_size > MAX_GRAPH:
+        raise BundleError(f"{graph} is too large", expected=f"at most {MAX_GRAPH} bytes", found=graph.stat().st_size)
+    try:
+        model = onnx.load(graph, load_external_data=False)
+        tensors = [tensor for tensor in _get_all_tensors(model) if uses_external_data(tensor)]
+    except Exception as error:  # protobuf has errors of its own
+        raise BundleError(f"{graph} does not load, in any runtime", found=f"{type(error).__name__}: {error}") from error
+    yield from sorted({entry.value for tensor in tensors for entry in tensor.external_data if entry.key == "location"})

@@ -1,0 +1,85 @@
+"""Every way to break a bundle that a verification must notice, and the place that it must name for it.
+
+In: builder/mutations.py. Out: `MUTANTS`, a table. Guaranteed: names are unique; every kind of gate that compares
+numbers, and every kind of input, has a mutant that it must catch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from builder import mutations
+from builder.gates import Gate
+
+Mutation = Callable[[Path, str], None]
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One way to break a bundle.
+
+    Args:
+        name: short, for a table.
+        what: what is broken, for a person.
+        change: breaks the bundle in a folder; raises InapplicableError where it cannot.
+        places: target → the places at which its first difference may be.
+        at: how the case of the first difference ends, such as "layer 1".
+    """
+
+    name: str
+    what: str
+    change: Mutation
+    places: Mapping[str, frozenset[str]]
+    at: str = ""
+
+    def explains(self, target: str, first: Gate | None) -> bool:
+        """Whether that is the first difference that this mutant must have."""
+        return first is not None and first.place in self.places[target] and first.case.endswith(self.at)
+
+
+def _both(*places: str) -> dict[str, frozenset[str]]:
+    return dict.fromkeys(("genai", "onnxruntime"), frozenset(places))
+
+
+LAYERS = "decoder layers"
+MUTANTS: tuple[Mutant, ...] = (
+    Mutant("pixel mean", "the mean of one channel, 1 % off", mutations.mean_changed, _both("pixel values")),
+    Mutant("pixel std", "the standard deviation of one channel, 1 % off", mutations.std_changed, _both("pixel values")),
+    Mutant("patch size", "patches half as large", mutations.patch_size_changed, _both("pixel values")),
+    Mutant("newline lost", "no line break before the answer", mutations.newline_lost, _both("token ids")),
+    Mutant("vision MLP", "block 1 adds 1 % too much", mutations.vision_mlp_scaled, _both("vision layers"), "layer 1"),
+    Mutant(
+        "features shifted",
+        "each image token takes the next one's features",
+        mutations.image_features_shifted,
+        # The plain target's client merges: there the features themselves are shifted.
+        {"genai": frozenset({"embeddings"}), "onnxruntime": frozenset({"image features"})},
+    ),
+    Mutant("last picture lost", "its features are 0", mutations.last_picture_dropped, _both("image features")),
+    Mutant("DeepStack zeroed", "the usual recipes' fault", mutations.deepstack_zeroed, _both("deepstack features")),
+    Mutant(
+        "DeepStack swapped",
+        "levels 0 and 1",
+        mutations.deepstack_levels_swapped,
+        _both("deepstack features"),
+        "level 0",
+    ),
+    Mutant("attention mask", "off by one token", mutations.attention_mask_off_by_one, _both(LAYERS), "layer 0"),
+    Mutant("causal mask", "a query sees one token ahead", mutations.causal_mask_off_by_one, _both(LAYERS), "layer 0"),
+    Mutant("rotary axes", "height and width swapped", mutations.rotary_axes_swapped, _both(LAYERS), "layer 0"),
+    Mutant(
+        "MRoPE sections",
+        "blocks where they are interleaved",
+        mutations.mrope_sections_permuted,
+        _both(LAYERS),
+        "layer 0",
+    ),
+    Mutant("rotary theta", "1 % off", mutations.rotary_theta_changed, _both(LAYERS), "layer 0"),
+    Mutant("norm epsilon", "ten times as large", mutations.norm_epsilon_changed, _both(LAYERS), "layer 0"),
+    Mutant("MLP scaled", "layer 3 adds 1 % too much", mutations.mlp_scaled, _both(LAYERS), "layer 3"),
+    Mutant("layers swapped", "down projections of layers 1 and 2", mutations.layers_swapped, _both(LAYERS), "layer 1"),
+    Mutant("weight transposed", "output projection of layer 1", mutations.weight_transposed, _both(LAYERS), "layer 1"),
+    Mutant("image token", "genai_config.json names another", mutations.image_token_unknown, _both("tokens")),
+)

@@ -1,0 +1,125 @@
+"""The commands that judge a bundle: `verify`, `golden`, `report`.
+
+In: arguments. Out: see `builder.__main__`, where they are registered.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from builder.arguments import Bundle, Cases, Checkpoint, Json, Memory
+from builder.errors import BundleError, VerificationError
+from builder.exits import emit, reported
+
+
+def verify(
+    bundle: Bundle,
+    reference: Annotated[
+        str | None, typer.Option(help="The checkpoint: a folder, or a hub id.", show_default=False)
+    ] = None,
+    golden: Annotated[
+        Path | None,
+        typer.Option(help="Compare with a file that `golden` made, without torch.", show_default=False),
+    ] = None,
+    cases: Cases = None,
+    memory: Memory = None,
+    store: Annotated[
+        Path | None,
+        typer.Option(
+            help="Keep the reference's outputs in this folder, and use those that are there.", show_default=False
+        ),
+    ] = None,
+    self_test: Annotated[
+        bool,
+        typer.Option("--self-test", help="Break copies of the bundle, and see that each break is noticed and placed."),
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Compare a bundle with PyTorch; exits with 0 only when every gate holds."""
+    with reported(as_json):
+        from builder.prepare import reference_folder
+
+        if self_test and (reference is None or golden is not None or cases):
+            raise typer.BadParameter("needs --reference, and neither --golden nor --cases", param_hint="--self-test")
+        if golden is not None and (memory is not None or store is not None):
+            raise typer.BadParameter("has no use for --memory or --store", param_hint="--golden")
+        checkpoint = reference_folder(reference) if reference else None
+        if self_test and checkpoint is not None:
+            _test_itself(bundle, checkpoint, memory, store, as_json)
+            return
+        if golden is not None:
+            from builder.verify_golden import failed, verify_bundle_golden
+
+            report = verify_bundle_golden(bundle, golden, cases or [], checkpoint)
+        elif checkpoint is not None:
+            from builder.verify import failed, verify_bundle
+
+            report = verify_bundle(bundle, checkpoint, memory, store, cases or [])
+        else:
+            raise typer.BadParameter("give the checkpoint, or --golden FILE", param_hint="--reference")
+        if as_json:
+            emit({**report.as_dict(), "ok": report.ok})
+            raise typer.Exit(0 if report.ok else VerificationError.exit_code)
+        print(report.table())
+        if not report.ok:
+            raise failed(report, bundle / "evidence")
+
+
+def golden(
+    output: Annotated[Path, typer.Option(help="The file to write.")],
+    checkpoint: Checkpoint = None,
+    cases: Cases = None,
+    memory: Memory = None,
+    as_json: Json = False,
+) -> None:
+    """Keep what PyTorch makes of every case in one file, for `verify --golden`."""
+    with reported(as_json):
+        from builder.golden import golden_of
+        from builder.prepare import reference_checkpoint
+
+        made = golden_of(reference_checkpoint(checkpoint), output, cases or [], memory)
+        if as_json:
+            emit({"ok": True, "golden": str(output), "checkpoint": made.checkpoint.name, "cases": len(made.cases)})
+        else:
+            print(output)
+
+
+def report(
+    bundle: Bundle,
+    html: Annotated[Path | None, typer.Option(help="One page for people.", show_default=False)] = None,
+    junit: Annotated[Path | None, typer.Option(help="JUnit XML for a CI server.", show_default=False)] = None,
+    markdown: Annotated[Path | None, typer.Option(help="A pull-request comment.", show_default=False)] = None,
+    as_json: Json = False,
+) -> None:
+    """Render a bundle's last verification again; without FILEs, all forms into its evidence/. Compares nothing."""
+    with reported(as_json):
+        from builder.report import render
+
+        asked = {"report.html": html, "junit.xml": junit, "report.md": markdown}
+        found, files = render(bundle, {name: path for name, path in asked.items() if path is not None})
+        if as_json:
+            emit({**found.as_dict(), "ok": found.ok, "files": [str(path) for path in files]})
+            return
+        for path in files:
+            print(path)
+
+
+def _test_itself(bundle: Path, checkpoint: Path, memory: int | None, store: Path | None, as_json: bool) -> None:
+    from builder.report import render
+    from builder.self_test import failed, self_test
+
+    done = self_test(bundle, checkpoint, memory, store)
+    try:
+        render(bundle, {})  # with the catch table
+    except BundleError as error:
+        print(f"report.html is not made again: {error.what}", file=sys.stderr)
+    if as_json:
+        emit({**done.as_dict(), "ok": done.ok})
+        raise typer.Exit(0 if done.ok else VerificationError.exit_code)
+    print(done.table())
+    if not done.ok:
+        raise failed(done, bundle / "evidence")
