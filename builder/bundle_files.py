@@ -46,18 +46,19 @@ def check_bundle(folder: Path) -> str:
     return target
 
 
-def own_evidence(folder: Path) -> Path:
-    """The bundle's folder for reports.
+def own_evidence(folder: Path, part: str = "") -> Path:
+    """The bundle's folder for reports, or a part of it.
 
     Raises:
         UnsafeError: it is a link, which would lead what is written there to another place.
     """
     evidence = folder / EVIDENCE
-    if evidence.is_symlink() or (evidence.exists() and not evidence.is_dir()):
-        raise UnsafeError(
-            f"{evidence} is not a folder of this bundle", expected="a folder", found="a link or a file", next=OTHERWISE
-        )
-    return evidence
+    for one in (evidence, evidence / part):
+        if one.is_symlink() or (one.exists() and not one.is_dir()):
+            raise UnsafeError(
+                f"{one} is not a folder of this bundle", expected="a folder", found="a link or a file", next=OTHERWISE
+            )
+    return evidence / part
 
 
 def _read(path: Path, next: str | None) -> Mapping[str, Any]:

@@ -51,9 +51,11 @@ def verify(
         if self_test and checkpoint is not None:
             _test_itself(bundle, checkpoint, memory, store, as_json)
             return
+        evidence = bundle / "evidence"
         if golden is not None:
-            from builder.verify_golden import failed, verify_bundle_golden
+            from builder.verify_golden import PART, failed, verify_bundle_golden
 
+            evidence /= PART
             report = verify_bundle_golden(bundle, golden, cases or [], checkpoint)
         elif checkpoint is not None:
             from builder.verify import failed, verify_bundle
@@ -66,7 +68,7 @@ def verify(
             raise typer.Exit(0 if report.ok else VerificationError.exit_code)
         print(report.table())
         if not report.ok:
-            raise failed(report, bundle / "evidence")
+            raise failed(report, evidence)
 
 
 def golden(

@@ -47,6 +47,7 @@ from builder.verify import failed as verify_failed
 from builder.verify_tokens import Player, Ties, answer_from, compare, open_player
 
 RUNNING = ("onnxruntime", "onnxruntime-genai", "tokenizers", "pillow", "numpy")
+PART = "golden"  # of a bundle's evidence/
 REMAKE = "python -m builder golden CHECKPOINT --output {}"
 
 
@@ -75,8 +76,8 @@ def verify_golden(bundle: Path, path: Path, more: Sequence[Path] = (), reference
 
 
 def verify_bundle_golden(bundle: Path, path: Path, more: Sequence[Path] = (), reference: Path | None = None) -> Report:
-    """`verify_golden`, and its report written into the bundle's `evidence/`."""
-    evidence = own_evidence(bundle)
+    """`verify_golden`, and its report in `evidence/golden/`: the one of the comparison with PyTorch stays."""
+    evidence = own_evidence(bundle, PART)
     report = verify_golden(bundle, path, more, reference)
     write(report, evidence, of_bundle(bundle))
     return report

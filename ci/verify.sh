@@ -131,12 +131,12 @@ compare() {
   local bundle=$1 name=$2 checkpoint=$3 asked=() one code=0
   if [[ -n $checkpoint ]]; then asked+=(--reference "$checkpoint"); fi
   if [[ -n $GOLDEN ]]; then asked+=(--golden "$GOLDEN"); fi
-  if [[ -n $MEMORY ]]; then asked+=(--memory "$MEMORY"); fi
+  if [[ -n $MEMORY && -z $GOLDEN ]]; then asked+=(--memory "$MEMORY"); fi
   while IFS= read -r one; do
     if [[ -n $one ]]; then asked+=(--cases "$one"); fi
   done <<<"$CASES"
   builder verify "$bundle" "${asked[@]}" || code=$?
-  if ((code == 0 || code == 20)); then collect "$bundle/evidence" "$name"; fi
+  if ((code == 0 || code == 20)); then collect "$bundle/evidence${GOLDEN:+/golden}" "$name"; fi
   # What a golden alone leaves out, PyTorch has compared where there was a build.
   if [[ -n $BUNDLE || -z $GOLDEN ]]; then decisive+=("$REPORTS/$name/parity.json"); fi
   if ((status == 0)); then status=$code; fi

@@ -225,7 +225,7 @@ def test_another_decoder_is_reported_as_that(
     assert "decoded in another way" in said
     assert "genai is not to blame: JPEG 4:2:0, photo.jpg" in said
     assert "decoded by Pillow" in said
-    written = json.loads((folder / "evidence" / "parity.json").read_text())
+    written = json.loads((folder / "evidence" / "golden" / "parity.json").read_text())
     assert written["first difference"].startswith("decoded picture: JPEG")
     assert [gate["place"] for gate in written["gates"] if not gate["ok"]] == ["decoded picture"]
     assert [gate["place"] for gate in written["gates"] if gate["case"].startswith("JPEG")] == ["decoded picture"]
