@@ -1,9 +1,10 @@
 """Stream checkpoint tensors into external data files: one pass, every byte read, cast, hashed and written once.
 
 In: what each data file holds, and the checkpoint. Out: the files, each content at a page of its own, in the
-checkpoint's order. Guaranteed: memory does not grow with the checkpoint (a block of a tensor, and of one that is
-transposed at most `STRIP` bytes, are held); a file is written under a temporary name, flushed, and renamed when all
-are whole; SHA-256 of files read and written is taken from the bytes as they pass; the same inputs give the same bytes.
+checkpoint's order. Guaranteed: memory does not grow with the checkpoint (a block of a tensor, of one that is transposed
+at most `STRIP` bytes, and `QUEUED` blocks on their way to the disk are held); a file is written under a temporary name,
+flushed, and renamed when all are whole; SHA-256 of files read and written is taken from the bytes as they pass; the
+same inputs give the same bytes.
 """
 
 from __future__ import annotations
@@ -165,16 +166,23 @@ class _Output:
 def _pieces(content: Binding, tensor: Tensor, shard: Shard) -> Iterator[Array]:
     """The content's bytes, row-major, about `BLOCK` at a time."""
     rows, columns = (content.shape[0], math.prod(content.shape[1:])) if content.shape else (1, 1)
-    turned = content.transpose and rows and columns
-    for array in _strips(tensor, shard, rows, columns) if turned else _blocks(tensor, shard, rows, columns):
-        yield from _turned(array, content.dtype) if turned else [array.astype(content.dtype)]
+    if content.transpose and rows and columns:
+        for strip in _strips(tensor, shard, rows, columns):
+            yield from _turned(strip, content.dtype)
+    else:
+        for block in _blocks(tensor, shard, rows, columns, np.dtype(content.dtype).itemsize):
+            yield block.astype(content.dtype)
 
 
-def _blocks(tensor: Tensor, shard: Shard, rows: int, columns: int) -> Iterator[Array]:
-    """[some rows, columns], one after the other."""
+def _blocks(tensor: Tensor, shard: Shard, rows: int, columns: int, itemsize: int = 0) -> Iterator[Array]:
+    """[some rows, columns], one after the other; at most `BLOCK` bytes of them, and of what they become.
+
+    Args:
+        itemsize: bytes of an element of what they become.
+    """
     dtype = NUMPY_TYPES[tensor.dtype]
     width = columns * np.dtype(dtype).itemsize
-    step = max(1, BLOCK // max(1, width))
+    step = max(1, BLOCK // max(1, width, columns * itemsize))
     for start in range(0, rows, step):
         stop = min(rows, start + step)
         content = shard.read(tensor.offset + start * width, tensor.offset + stop * width)

@@ -13,6 +13,8 @@ from builder.checkpoint import open_checkpoint
 from builder.dry_run import described
 from builder.estimate import (
     HASH_RATE,
+    LARGEST_PATCHES,
+    LARGEST_PIXELS,
     TRACE_SECONDS,
     VERIFY_MEMORY,
     WRITE_RATE,
@@ -102,7 +104,8 @@ def test_the_memory_of_verify_by_hand(checkpoint: Callable[[str], Path]) -> None
     untied = open_checkpoint(checkpoint(UNTIED))
     elements = sum(math.prod(one.shape) for one in untied.tensors.values())
     # The head, 4096 rows of 64, is larger than a layer here.
-    assert verify_memory(untied) == (VERIFY_MEMORY + 12 * elements, VERIFY_MEMORY + 8 * 4096 * 64)
+    picture = LARGEST_PIXELS + 16 * LARGEST_PATCHES * untied.vision.intermediate
+    assert verify_memory(untied) == (VERIFY_MEMORY + picture + 12 * elements, VERIFY_MEMORY + 8 * 4096 * 64)
     layer = {name: one for name, one in untied.tensors.items() if ".layers.0." in name}
     wide = {name: replace(one, shape=(*one.shape, 100)) for name, one in layer.items()}
     largest = 100 * sum(math.prod(one.shape) for one in layer.values())
