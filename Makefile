@@ -38,7 +38,7 @@ check: setup ## style, types, and the tests that need no torch
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
 	$(PY) -m mypy
-	$(PY) -m pytest -q -m "not torch and not slow"
+	$(PY) -m pytest -q -m "not torch and not slow" -n logical --dist worksteal
 
 test: setup ## every test that takes seconds
 	$(PY) -m pytest -q

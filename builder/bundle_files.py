@@ -71,7 +71,12 @@ def _read(path: Path, next: str | None) -> Mapping[str, Any]:
 
 def _check_sizes(folder: Path, files: Any) -> None:
     if not isinstance(files, Mapping):
-        raise BundleError(f'{folder / MANIFEST}: "files" is no table', found=type(files).__name__)
+        raise BundleError(
+            f'{folder / MANIFEST}: "files" is no table',
+            expected="names, each with its size",
+            found=type(files).__name__,
+            next=OTHERWISE,
+        )
     for name, facts in files.items():
         _inside(folder, name, MANIFEST)
         size = facts.get("size") if isinstance(facts, Mapping) else None
@@ -114,7 +119,12 @@ def _inside(folder: Path, name: str, where: str) -> None:
             next=OTHERWISE,
         )
     if not there:
-        raise BundleError(f"{where} names a file that is not in {folder}", found=name, next=OTHERWISE)
+        raise BundleError(
+            f"{where} names a file that is not in {folder}",
+            expected="every file of the bundle",
+            found=name,
+            next=OTHERWISE,
+        )
 
 
 def _locations(graph: Path) -> Iterator[str]:
@@ -128,5 +138,10 @@ def _locations(graph: Path) -> Iterator[str]:
         model = onnx.load(graph, load_external_data=False)
         tensors = [tensor for tensor in _get_all_tensors(model) if uses_external_data(tensor)]
     except Exception as error:  # protobuf has errors of its own
-        raise BundleError(f"{graph} does not load, in any runtime", found=f"{type(error).__name__}: {error}") from error
+        raise BundleError(
+            f"{graph} does not load, in any runtime",
+            expected="an ONNX graph",
+            found=f"{type(error).__name__}: {error}",
+            next=OTHERWISE,
+        ) from error
     yield from sorted({entry.value for tensor in tensors for entry in tensor.external_data if entry.key == "location"})

@@ -113,12 +113,26 @@ def read_file(path: Path) -> tuple[Written, ...]:
         raise _explained(path, error) from None
     for name, picture in document.picture.items():
         if (picture.patches is None) == (picture.pixels is None):
-            raise CasesError(f"{path}: picture {name!r} needs either `patches` or `pixels`")
+            raise CasesError(
+                f"{path}: picture {name!r} needs either `patches` or `pixels`",
+                expected="one of them",
+                found="neither" if picture.pixels is None else "both",
+            )
         if picture.pixels is not None and picture.aspect != 1.0:
-            raise CasesError(f"{path}: picture {name!r} has `pixels`, which say its aspect", next="remove `aspect`")
+            raise CasesError(
+                f"{path}: picture {name!r} has `pixels`, which say its aspect",
+                expected="no `aspect`",
+                found=picture.aspect,
+                next="remove `aspect`",
+            )
     used = {image for case in document.case for image in case.images}
     if unused := sorted(document.picture.keys() - used):
-        raise CasesError(f"{path}: no case uses the picture {unused[0]!r}", next="remove it, or name it in `images`")
+        raise CasesError(
+            f"{path}: no case uses the picture {unused[0]!r}",
+            expected="its name in the `images` of a case",
+            found=", ".join(sorted(used)) or "no images",
+            next="remove it, or name it in `images`",
+        )
     return tuple(_written(path, case, document.picture) for case in document.case)
 
 
@@ -193,5 +207,11 @@ def _explained(path: Path, error: ValidationError) -> CasesError:
             next=f"did you mean `{near}`?" if near else f"remove `{key}`",
         )
     if problem["type"] == "missing":
-        return CasesError(f"{path}: the key `{key}` is missing", next=f"add `{place[-1]} = …`")
+        found = ", ".join(problem["input"]) if isinstance(problem["input"], dict) else ""
+        return CasesError(
+            f"{path}: the key `{key}` is missing",
+            expected=f"`{place[-1]}`",
+            found=found or "no key",
+            next=f"add `{place[-1]} = …`",
+        )
     return CasesError(f"{path}: `{key}` is not right", expected=problem["msg"], found=repr(problem["input"])[:200])

@@ -52,6 +52,7 @@ def draw(drawn: Drawn, limits: Limits, folder: Path, case: Written) -> Path:
     if drawn.picture.pixels is not None and max(width, height) > 200 * min(width, height):
         raise CasesError(
             f"{case.file}: case {case.name!r}: one side of {drawn.name!r} is more than 200 times the other",
+            expected="at most 200 times, which is what the image processor takes",
             found=f"{width} × {height} pixels",
         )
     pixels = np.random.default_rng(drawn.picture.seed).integers(0, 256, (height, width, 3), np.uint8)

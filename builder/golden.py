@@ -79,7 +79,12 @@ def write_golden(reference: Reference, output: Path, more: Sequence[Path] = ()) 
         output.parent.mkdir(parents=True, exist_ok=True)
         write_text(output, text(golden))
     except OSError as error:
-        raise GoldenError(f"{output} cannot be written", found=error.strerror, next="give another --output") from None
+        raise GoldenError(
+            f"{output} cannot be written",
+            expected="a file that can be",
+            found=error.strerror,
+            next="give another --output",
+        ) from None
     return golden
 
 

@@ -121,7 +121,9 @@ def read_golden(path: Path) -> Golden:
             content = file.read(MAX_BYTES + 1)
         document = json.loads(content) if len(content) <= MAX_BYTES else None
     except OSError as error:
-        raise GoldenError(f"the golden {path} cannot be read", found=error.strerror) from None
+        raise GoldenError(
+            f"the golden {path} cannot be read", expected="a file that can be", found=error.strerror
+        ) from None
     except (ValueError, RecursionError) as error:
         raise GoldenError(f"the golden {path} is not whole", expected="JSON", found=error) from None
     found = document.get("format") if isinstance(document, dict) else None
@@ -132,7 +134,9 @@ def read_golden(path: Path) -> Golden:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise GoldenError(f"the golden {path} is not whole: `{where}`", expected=first["msg"]) from None
+        raise GoldenError(
+            f"the golden {path} is not whole: `{where}`", expected=first["msg"], found=repr(first["input"])[:200]
+        ) from None
 
 
 def text(golden: Golden) -> str:

@@ -138,8 +138,10 @@ def _logit_errors(gates: Iterable[Gate]) -> list[float]:
 
 
 def _vision(tapped: Tapped, case: GoldenCase, inputs: Inputs, found: list[Array], limit: float) -> list[Gate]:
-    feed = {"pixel_values": inputs.pixel_values, "image_grid_thw": inputs.image_grid_thw}
-    values = tapped.run(VISION, tapped.graphs.vision_encoder, feed)  # type: ignore[arg-type]
+    assert inputs.pixel_values is not None
+    assert inputs.image_grid_thw is not None
+    feed: dict[str, Array] = {"pixel_values": inputs.pixel_values, "image_grid_thw": inputs.image_grid_thw}
+    values = tapped.run(VISION, tapped.graphs.vision_encoder, feed)
     streams = [values.pop(name).reshape(-1, values_width) for name, values_width in _widths(values, tapped)]
     main, *rest = values.values()
     if tapped.graphs.packed:

@@ -61,7 +61,11 @@ def _split_apart(template: str, image_token: str, variables: tuple[tuple[str, st
     try:
         return bounded(split, template, image_token, dict(variables), seconds=SECONDS, memory=MEMORY)
     except BoundsError as error:
-        raise PromptError("the chat template cannot be rendered", found=error) from error
+        raise PromptError(
+            "the chat template cannot be rendered",
+            expected=f"at most {SECONDS} s of work and {MEMORY // 2**20} MB of memory",
+            found=error,
+        ) from error
 
 
 def token_text(checkpoint: Checkpoint, token_id: int) -> str:
@@ -151,7 +155,11 @@ def compile_template(template: str) -> Any:
     try:
         return environment.from_string(template)
     except Exception as error:  # Jinja compiles to Python, which has limits and errors of its own
-        raise PromptError("the chat template is no Jinja template", found=f"{type(error).__name__}: {error}") from error
+        raise PromptError(
+            "the chat template is no Jinja template",
+            expected="a template that Jinja compiles",
+            found=f"{type(error).__name__}: {error}",
+        ) from error
 
 
 def render(compiled: Any, text: str, images: int, variables: Mapping[str, str]) -> str:

@@ -204,11 +204,10 @@ def _other_versions(golden: Golden) -> str:
 
 def _lifted(case: Case, player: Player) -> Inputs:
     """A case's inputs with pictures of any number of pixels, by the bundle's settings otherwise."""
-    bundled: Any = player if isinstance(player, GenaiBundle) else player.pipeline  # type: ignore[attr-defined]
-    vision = replace(bundled.vision, max_pixels=ANY_SIZE)
+    vision = replace(player.vision, max_pixels=ANY_SIZE)
     pixels, grids = preprocess([load_image(path) for path in case.images], vision)
-    ids = encode(case.prompt, grids, bundled.tokenizer, bundled.settings)
-    return Inputs(ids, pixels, grids, *position_ids(ids, grids, bundled.settings))
+    ids = encode(case.prompt, grids, player.tokenizer, player.settings)
+    return Inputs(ids, pixels, grids, *position_ids(ids, grids, player.settings))
 
 
 def _token_gates(
@@ -236,7 +235,11 @@ def _runtime_gates(case: Case, want: GoldenCase, player: GenaiBundle) -> list[Ga
 def _task_gates(tasks: Sequence[Case], golden: Golden, player: Player) -> list[Gate]:
     assert golden.task is not None
     if task_digest(tasks) != golden.task.digest:
-        raise GoldenError("the golden was made with another held-out set", found=f"{len(tasks)} questions")
+        raise GoldenError(
+            "the golden was made with another held-out set",
+            expected="the same questions and pictures",
+            found=f"{len(tasks)} questions, with a difference",
+        )
     differ, right = [], 0
     for task, want in zip(tasks, golden.task.answers, strict=True):
         got = player.text(tuple(player.tokens(player.prepare(task.prompt, task.images), TASK_TOKENS)))
@@ -257,6 +260,7 @@ def _check_made_from(golden: Golden, path: Path, bundle: Path, checkpoint: Check
         raise GoldenError(
             f"{bundle / 'manifest.json'} does not say which checkpoint it was made from",
             expected=f"the checkpoint that {path} was made from: {made.name}",
+            found=f"a manifest without it: {said!r}",
             next="give --reference CHECKPOINT as well, or build the bundle again",
         )
     if checkpoint is not None:

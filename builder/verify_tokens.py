@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+from tokenizers import Tokenizer
 
 from builder.cases import TOKENS, Case
 from builder.errors import BuildError, BundleError
 from builder.evidence import show_answers, show_pixels
 from builder.gates import Gate, exact, uncomputed
 from builder.genai import GenaiBundle
-from builder.pipeline import Inputs, Pipeline, SettingsError
+from builder.pipeline import ImageSettings, Inputs, Pipeline, Settings, SettingsError
 from builder.reference import Answer, Prompt, Reference
 
 TIE = 4.0  # a lead below this multiple of the measured logit error is no lead
@@ -29,7 +30,20 @@ TIES_EVERY = 1000  # tokens, of which one may be a near tie
 
 
 class Player(Protocol):
-    """A bundle in its own runtime."""
+    """A bundle in its own runtime.
+
+    Args:
+        settings, vision, tokenizer: what `prepare` makes inputs by.
+    """
+
+    @property
+    def settings(self) -> Settings: ...
+
+    @property
+    def vision(self) -> ImageSettings: ...
+
+    @property
+    def tokenizer(self) -> Tokenizer: ...
 
     def prepare(self, prompt: str, images: Sequence[Path]) -> Inputs: ...
 
@@ -43,6 +57,8 @@ class OnnxRuntimePlayer:
 
     def __init__(self, folder: Path) -> None:
         self.pipeline = Pipeline.load(folder)
+        self.settings, self.vision = self.pipeline.settings, self.pipeline.vision
+        self.tokenizer = self.pipeline.tokenizer
 
     def prepare(self, prompt: str, images: Sequence[Path]) -> Inputs:
         return self.pipeline.prepare(prompt, images)

@@ -52,6 +52,7 @@ def with_releases(folder: Path, releases: Mapping[str, str]) -> Path:
         if done.returncode:
             raise MissingPackageError(
                 f"{', '.join(wanted)} cannot be installed",
+                expected="a release for this platform and Python",
                 found=(done.stderr.strip() or "pip said nothing").splitlines()[-1],
                 next="give a release that pip finds for this platform and Python",
             )

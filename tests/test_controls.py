@@ -7,18 +7,20 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from builder import mutations, verify
+from builder import mutations, pipeline, verify
 from builder.__main__ import app
 from builder.cases import Case, Suite, held_out, shipped_cases
 from builder.checkpoint import open_checkpoint
 from builder.errors import VerificationError
 from builder.genai import GenaiBundle
 from builder.mutants import Mutation
+from tests.checkpoints import MINIATURE
 
 if TYPE_CHECKING:
     from builder.reference import Reference
@@ -69,6 +71,35 @@ def test_what_is_broken_fails_where_it_is_broken(
         assert failing & {"runtime's pixel values", "tokens of the runtime's pixels"}
     ties = next(gate for gate in report.gates if gate.case == "near ties")
     assert ties.measured == 0, "a broken graph's own error excuses its tokens"
+
+
+def test_gates_behind_the_first_difference_fail_too(bundle: Callable[[str], Path], reference: Reference) -> None:
+    """Those that are never the first: the runtime's own processor, tokens from it, answers of a held-out set."""
+    broken = bundle("genai")
+    tasks = tuple(case for case in held_out(open_checkpoint(MINIATURE)) if case.name == "number")[:3]
+    assert len(tasks) == 3
+    mutations.deepstack_zeroed(broken, "genai")
+    mutations.mean_changed(broken, "genai")
+    report = verify.verify(broken, "genai", reference, Suite(SMALL.cases, tasks, tokens=6))
+    failing = {gate.place for gate in report.gates if not gate.ok}
+    assert failing >= {"runtime's pixel values", "tokens", "tokens of the runtime's pixels", "task"}, report.table()
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_wrong_positions_fail_as_that(
+    bundle: Callable[[str], Path], reference: Reference, monkeypatch: pytest.MonkeyPatch, target: str
+) -> None:
+    """No setting of a bundle spoils them alone: the client's own code does."""
+    right = pipeline.position_ids
+
+    def off(*arguments: Any) -> tuple[np.ndarray, int]:
+        positions, delta = right(*arguments)
+        return positions + np.array([0, 1, 0]).reshape(3, 1, 1), delta
+
+    monkeypatch.setattr(pipeline, "position_ids", off)
+    report = verify.verify(bundle(target), target, reference, SMALL, until_failure=True)
+    assert report.first_failure is not None
+    assert report.first_failure.place == "position ids"
 
 
 def test_the_command_exits_with_20_and_names_the_place(

@@ -62,7 +62,12 @@ def render(bundle: Path, asked: Mapping[str, Path]) -> tuple[Report, list[Path]]
             path.parent.mkdir(parents=True, exist_ok=True)
             write_text(path, PAGES[name](report, context))
         except OSError as error:
-            raise OutputError(f"{path} cannot be written", found=error.strerror, next="give another file") from error
+            raise OutputError(
+                f"{path} cannot be written",
+                expected="a file that can be",
+                found=error.strerror,
+                next="give another file",
+            ) from error
     return report, list(files.values())
 
 

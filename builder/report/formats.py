@@ -163,7 +163,10 @@ def _object(path: Path, version: int) -> dict[str, Any]:
         found = read_json(path)
     except CheckpointError as error:
         raise BundleError(
-            f"{path} cannot be read", found=error.what, next="python -m builder verify BUNDLE --reference CHECKPOINT"
+            f"{path} cannot be read",
+            expected=f"a report of format {version}",
+            found=error.what,
+            next="python -m builder verify BUNDLE --reference CHECKPOINT",
         ) from error
     if found.get("format") != version:
         raise BundleError(f"{path} has another format", expected=version, found=str(found.get("format"))[:80])
@@ -176,5 +179,8 @@ def _unreadable(path: Path, error: Exception | str) -> BundleError:
         one = error.errors(include_url=False, include_input=False)[0]
         first = f"{'.'.join(map(str, one['loc']))}: {one['msg']}"
     return BundleError(
-        f"{path} is no report of this tool", found=first, next="python -m builder verify BUNDLE --reference CHECKPOINT"
+        f"{path} is no report of this tool",
+        expected="parity.json and exhibits.json as `verify` wrote them",
+        found=first,
+        next="python -m builder verify BUNDLE --reference CHECKPOINT",
     )
