@@ -9,11 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from builder.errors import BundleError, CheckpointError, UnsafeError
 from builder.json_file import read_json
 from builder.safetensors_index import leaves_folder
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
 
 MANIFEST, EVIDENCE = "manifest.json", "evidence"
 MAX_GRAPH = 512 * 2**20  # bytes of a graph file; weights lie beside it
@@ -127,21 +130,38 @@ def _inside(folder: Path, name: str, where: str) -> None:
         )
 
 
+def load_graph(path: Path) -> ModelProto:
+    """A graph without its external data.
+
+    Raises:
+        BundleError: larger than `MAX_GRAPH`, or no graph.
+    """
+    import onnx
+
+    if path.stat().st_size > MAX_GRAPH:
+        raise BundleError(f"{path} is too large", expected=f"at most {MAX_GRAPH} bytes", found=path.stat().st_size)
+    try:
+        return onnx.load(path, load_external_data=False)
+    except Exception as error:  # protobuf has errors of its own
+        raise _unloadable(path, error) from error
+
+
 def _locations(graph: Path) -> Iterator[str]:
     """Where a graph's external data lies, each place once."""
-    import onnx
     from onnx.external_data_helper import _get_all_tensors, uses_external_data
 
-    if graph.stat().st_size > MAX_GRAPH:
-        raise BundleError(f"{graph} is too large", expected=f"at most {MAX_GRAPH} bytes", found=graph.stat().st_size)
+    model = load_graph(graph)
     try:
-        model = onnx.load(graph, load_external_data=False)
         tensors = [tensor for tensor in _get_all_tensors(model) if uses_external_data(tensor)]
-    except Exception as error:  # protobuf has errors of its own
-        raise BundleError(
-            f"{graph} does not load, in any runtime",
-            expected="an ONNX graph",
-            found=f"{type(error).__name__}: {error}",
-            next=OTHERWISE,
-        ) from error
+    except Exception as error:
+        raise _unloadable(graph, error) from error
     yield from sorted({entry.value for tensor in tensors for entry in tensor.external_data if entry.key == "location"})
+
+
+def _unloadable(path: Path, error: Exception) -> BundleError:
+    return BundleError(
+        f"{path} does not load, in any runtime",
+        expected="an ONNX graph",
+        found=f"{type(error).__name__}: {error}",
+        next=OTHERWISE,
+    )

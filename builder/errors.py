@@ -169,6 +169,20 @@ class GoldenError(BuildError):
     otherwise = "make it again: python -m builder golden CHECKPOINT --output FILE"
 
 
+class SignatureError(BuildError):
+    """A bundle that is not signed, or not by that key; a key that cannot be read."""
+
+    exit_code = 27
+    otherwise = "take the bundle again from where it was built, and the key from whoever signed it"
+
+
+class UploadError(BuildError):
+    """The hub could not be reached, or did not take what was sent."""
+
+    exit_code = 28
+    otherwise = "run the same command again: what has arrived is not sent again"
+
+
 class ResourceError(BuildError):
     """A build that needs more disk or memory than there is.
 

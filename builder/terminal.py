@@ -40,8 +40,7 @@ def watching(build: Build) -> Iterator[Callable[[Event], None]]:
     if not console.is_terminal:
         yield lambda event: tell(line(build, event.step, event.record)) if event.record else None
         return
-    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(bar_width=24))
-    with Bars(*columns, MofNCompleteColumn(), TimeElapsedColumn(), console=console, transient=True) as bars:
+    with _bars(console) as bars:
         running = bars.add_task("", visible=False, total=None)
 
         def on_event(event: Event) -> None:
@@ -51,6 +50,18 @@ def watching(build: Build) -> Iterator[Callable[[Event], None]]:
 
         with shown_by(lambda label, total: _bar(bars, label, total)):
             yield on_event
+
+
+@contextmanager
+def bars() -> Iterator[None]:
+    """Show each `progress` inside, on stderr."""
+    with _bars(Console(stderr=True)) as shown, shown_by(lambda label, total: _bar(shown, label, total)):
+        yield
+
+
+def _bars(console: Console) -> Bars:
+    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(bar_width=24))
+    return Bars(*columns, MofNCompleteColumn(), TimeElapsedColumn(), console=console, transient=True)
 
 
 @contextmanager

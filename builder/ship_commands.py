@@ -1,0 +1,66 @@
+"""The commands that ship a bundle: `check`, `sign`, `pack`, `publish`, `diff`.
+
+In: arguments. Out: see `builder.__main__`, where they are registered.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from builder.arguments import Bundle, Json
+from builder.exits import emit, reported
+
+PublicKey = Annotated[
+    Path | None, typer.Option(help="A PEM file: the bundle must be signed by this key's owner.", show_default=False)
+]
+DIFFERENT = 1  # the exit code of `diff`, as that of diff(1)
+
+
+def check(bundle: Bundle, key: PublicKey = None, as_json: Json = False) -> None:
+    """Check a bundle's files, contract, safety and signature; believes nothing in it, runs nothing of it."""
+    with _shown(as_json):
+        from builder.check import check
+
+        done = check(bundle, key)
+        if as_json:
+            emit({"ok": True, **done.as_dict()})
+        else:
+            print(done.table())
+
+
+def sign(
+    bundle: Bundle,
+    key: Annotated[Path, typer.Option(help="A PEM file: an elliptic-curve private key.", show_default=False)],
+    as_json: Json = False,
+) -> None:
+    """Check a bundle, then sign it with a key of your own, offline; prints the signature's path."""
+    with _shown(as_json):
+        from builder.check import check
+        from builder.content import open_content
+        from builder.sign import sign
+
+        check(bundle)
+        path = sign(open_content(bundle), key)
+        if as_json:
+            emit({"ok": True, "bundle": str(bundle), "signature": str(path)})
+        else:
+            print(path)
+
+
+@contextmanager
+def _shown(as_json: bool) -> Iterator[None]:
+    """`reported`, and a bar for every file that takes long where someone looks."""
+    with reported(as_json):
+        if not sys.stderr.isatty():
+            yield
+            return
+        from builder.terminal import bars
+
+        with bars():
+            yield
