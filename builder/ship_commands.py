@@ -53,6 +53,26 @@ def sign(
             print(path)
 
 
+def pack(
+    bundle: Bundle,
+    output: Annotated[
+        Path | None, typer.Option(help="Default: <checkpoint>-<recipe>-<target>.tar, here.", show_default=False)
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Check a bundle and pack it, to the same bytes anywhere; prints SHA-256 and path as sha256sum does."""
+    with _shown(as_json):
+        from builder.pack import pack
+
+        done = pack(bundle, output)
+        if as_json:
+            archives = [{"path": str(one.path), "size": one.size, "sha256": one.sha256} for one in done]
+            emit({"ok": True, "bundle": str(bundle), "archives": archives})
+            return
+        for one in done:
+            print(f"{one.sha256}  {one.path}")
+
+
 @contextmanager
 def _shown(as_json: bool) -> Iterator[None]:
     """`reported`, and a bar for every file that takes long where someone looks."""
