@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -71,6 +72,36 @@ def pack(
             return
         for one in done:
             print(f"{one.sha256}  {one.path}")
+
+
+def publish(
+    bundle: Bundle,
+    repo: Annotated[str, typer.Argument(help="A model repository, Org/Name; made where it is not there.")],
+    revision: Annotated[str, typer.Option(help="A branch; made where it is not there.")] = "main",
+    private: Annotated[bool, typer.Option("--private", help="A repository that is made is a private one.")] = False,
+    evidence: Annotated[bool, typer.Option(help="Send evidence/ too; it tells folders of this machine.")] = True,
+    prune: Annotated[bool, typer.Option("--prune", help="Remove the repository's other files.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would be sent; send nothing.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Check a bundle and send it to the hub as one commit; prints the commit's address."""
+    with _shown(as_json):
+        from builder.check import check
+        from builder.content import open_content
+        from builder.publish import plan, publish
+
+        check(bundle)
+        content = open_content(bundle)
+        content = content if evidence else replace(content, evidence=())
+        asked = plan(content, repo, revision)
+        if asked.others and not prune:
+            names = ", ".join(asked.others[:8])
+            print(f"{repo} has files besides, so that a download fails `check`: {names}; --prune", file=sys.stderr)
+        address = None if dry_run else publish(content, asked, private=private, prune=prune)
+        if as_json:
+            emit({"ok": True, "bundle": str(bundle), **asked.as_dict(), "commit": address})
+        else:
+            print(asked.table() if address is None else address)
 
 
 @contextmanager

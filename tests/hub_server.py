@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import TracebackType
+from typing import Self
 from urllib.parse import unquote, urlsplit
 
 _API = re.compile(r"/api/models/(?P<repo>[^/]+/[^/]+)(?:/revision/(?P<revision>.+))?")
 _FILE = re.compile(r"/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<file>.+)")
-_LFS = (".safetensors", ".bin", "tokenizer.json")
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,8 @@ class Repository:
         fail: files whose content is answered with an internal error.
         replace: file → what is sent instead of its content, under the right names.
         refusal: `X-Error-Code` and status of every answer.
+        names: branches, all of which are at that commit.
+        lfs: how names of files end that are stored with LFS.
     """
 
     folder: Path
@@ -50,6 +52,8 @@ class Repository:
     fail: set[str] = field(default_factory=set)
     replace: dict[str, bytes] = field(default_factory=dict)
     refusal: tuple[str, int] | None = None
+    names: set[str] = field(default_factory=lambda: {"main"})
+    lfs: tuple[str, ...] = (".safetensors", ".bin", "tokenizer.json")
 
     def files(self) -> list[str]:
         """Relative paths, sorted."""
@@ -63,9 +67,9 @@ class Repository:
             content = (self.folder / file).read_bytes()
             entry: dict[str, object] = {"rfilename": file}
             if blobs:
-                entry |= {"size": len(content), "blobId": _git_blob(content)}
-                if file.endswith(_LFS):
-                    entry["lfs"] = {"sha256": _sha256(content), "size": len(content), "pointerSize": 134}
+                entry |= {"size": len(content), "blobId": git_blob(content)}
+                if file.endswith(self.lfs):
+                    entry["lfs"] = {"sha256": sha256(content), "size": len(content), "pointerSize": 134}
             siblings.append(entry)
         return {
             "_id": "1",
@@ -84,11 +88,15 @@ class HubServer:
         self.repositories = dict(repositories)
         self.requests: list[Request] = []
         self.closed = False
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (self.handler(),), {"hub": self}))
         self._server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._server.server_port}"
 
-    def __enter__(self) -> HubServer:
+    def handler(self) -> type[Handler]:
+        """What answers."""
+        return Handler
+
+    def __enter__(self) -> Self:
         threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
         return self
 
@@ -113,7 +121,7 @@ class HubServer:
         return {match["file"] for match in found if match}
 
 
-class _Handler(BaseHTTPRequestHandler):
+class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     hub: HubServer
 
@@ -137,15 +145,15 @@ class _Handler(BaseHTTPRequestHandler):
         found = api or file
         repository = self.hub.repositories.get(found["repo"]) if found else None
         if found is None or repository is None:
-            self._send(404, {"X-Error-Code": "RepoNotFound"})
+            self.send(404, {"X-Error-Code": "RepoNotFound"})
         elif repository.refusal:
             code, status = repository.refusal
-            self._send(status, {"X-Error-Code": code} if code else {})
-        elif found["revision"] not in (None, "main", repository.commit):
-            self._send(404, {"X-Error-Code": "RevisionNotFound"})
+            self.send(status, {"X-Error-Code": code} if code else {})
+        elif found["revision"] not in (None, *repository.names, repository.commit):
+            self.send(404, {"X-Error-Code": "RevisionNotFound"})
         elif api:
             info = repository.info(api["repo"], blobs="blobs=" in url.query)
-            self._send(200, {"Content-Type": "application/json"}, json.dumps(info).encode())
+            self.send(200, {"Content-Type": "application/json"}, json.dumps(info).encode())
         elif file:
             self._send_file(repository, file["file"])
 
@@ -153,14 +161,14 @@ class _Handler(BaseHTTPRequestHandler):
         commit = {"X-Repo-Commit": repository.commit}
         path = repository.folder / file
         if not path.is_file():
-            self._send(404, {"X-Error-Code": "EntryNotFound", **commit})
+            self.send(404, {"X-Error-Code": "EntryNotFound", **commit})
             return
         content = path.read_bytes()
-        headers = {"ETag": f'"{_git_blob(content)}"', "Accept-Ranges": "bytes", **commit}
-        if file.endswith(_LFS):
-            headers |= {"X-Linked-ETag": f'"{_sha256(content)}"', "X-Linked-Size": str(len(content))}
+        headers = {"ETag": f'"{git_blob(content)}"', "Accept-Ranges": "bytes", **commit}
+        if file.endswith(repository.lfs):
+            headers |= {"X-Linked-ETag": f'"{sha256(content)}"', "X-Linked-Size": str(len(content))}
         if self.command == "GET" and file in repository.fail:
-            self._send(500, commit)
+            self.send(500, commit)
             return
         content = repository.replace.get(file, content)
         status, start = 200, re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or "")
@@ -168,9 +176,9 @@ class _Handler(BaseHTTPRequestHandler):
             status, begin = 206, int(start[1])
             headers["Content-Range"] = f"bytes {begin}-{len(content) - 1}/{len(content)}"
             content = content[begin:]
-        self._send(status, headers, content, repository.drop.pop(file, None) if self.command == "GET" else None)
+        self.send(status, headers, content, repository.drop.pop(file, None) if self.command == "GET" else None)
 
-    def _send(
+    def send(
         self, status: int, headers: Mapping[str, str], content: bytes = b"", drop_after: int | None = None
     ) -> None:
         self.send_response(status)
@@ -178,15 +186,15 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
-        if self.command == "GET":
+        if self.command != "HEAD":
             self.wfile.write(content[:drop_after])
         if drop_after is not None:
             self.close_connection = True
 
 
-def _sha256(content: bytes) -> str:
+def sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def _git_blob(content: bytes) -> str:
+def git_blob(content: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
