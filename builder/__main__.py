@@ -18,7 +18,7 @@ import typer
 from builder.arguments import Bundle, Checkpoint, DryRun, Force, Json, Memory, Output, RecipeOption, Rehash, Until
 from builder.exits import emit, reported
 from builder.recipe import DEFAULT
-from builder.ship_commands import check, pack, publish, sign
+from builder.ship_commands import check, diff, pack, publish, sign
 from builder.verify_commands import golden, report, verify
 
 if TYPE_CHECKING:
@@ -163,7 +163,7 @@ def patches(
             print(row["diff"] if diff else _patch_text(row))
 
 
-for command in (verify, golden, report, check, sign, pack, publish):
+for command in (verify, golden, report, check, sign, pack, publish, diff):
     app.command()(command)
 
 

@@ -8,7 +8,7 @@ and is as long as the tensor's shape says. No weight is read.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import PurePosixPath
 from typing import Any
@@ -21,10 +21,10 @@ from builder.bundle_files import MANIFEST, OTHERWISE, load_graph
 from builder.content import Content
 from builder.contract import CONTRIB
 from builder.errors import BundleError, UnsafeError
+from builder.graph_facts import ONNX, operators, opsets, ports, tensors
 from builder.safetensors_index import leaves_folder
 from builder.targets import TARGETS
 
-ONNX = ("", "ai.onnx")
 SUFFIX = ".onnx"
 
 
@@ -59,33 +59,17 @@ def check_graphs(content: Content) -> dict[str, int]:
         facts = declared[name] if isinstance(declared[name], Mapping) else {}
         counts["ports"] += _check_ports(name, model.graph, facts)
         counts["operators"] += _check_operators(name, model, facts, content, runtime.domains)
-        counts["external tensors"] += sum(_check_tensor(name, one, content) for one in _tensors(model.graph))
+        counts["external tensors"] += check_external(content, name, model)
     return counts
 
 
-def ports(graph: GraphProto, side: str) -> list[dict[str, Any]]:
-    """Of `"inputs"` or `"outputs"`, as a manifest has them: name, dtype, shape."""
-    return [
-        {
-            "name": port.name,
-            "dtype": _dtype(port.type.tensor_type.elem_type),
-            "shape": [
-                axis.dim_value if axis.HasField("dim_value") else axis.dim_param
-                for axis in port.type.tensor_type.shape.dim
-            ],
-        }
-        for port in (graph.input if side == "inputs" else graph.output)
-    ]
+def check_external(content: Content, name: str, model: ModelProto) -> int:
+    """How many external tensors the graph in the file `name` has; all of them lie inside the bundle's files.
 
-
-def operators(model: ModelProto) -> list[str]:
-    """`domain::Type`, or the type alone for standard ones; those of subgraphs too; sorted."""
-    return sorted({_operator(node) for graph in _graphs(model.graph) for node in graph.node})
-
-
-def opsets(model: ModelProto) -> dict[str, int]:
-    """Domain → version, as imported."""
-    return {"" if one.domain in ONNX else one.domain: one.version for one in model.opset_import}
+    Raises:
+        UnsafeError: one lies elsewhere; BundleError: past a file's end, or not as long as its shape.
+    """
+    return sum(_check_tensor(name, tensor, content) for tensor in tensors(model.graph))
 
 
 def _check_ports(name: str, graph: GraphProto, facts: Mapping[str, Any]) -> int:
@@ -180,36 +164,3 @@ def _bytes(tensor: TensorProto, where: str) -> int:
     if any(axis < 0 for axis in tensor.dims):
         raise BundleError(f"{where} has no shape", found=list(tensor.dims), next=OTHERWISE)
     return int(-(-math.prod(tensor.dims) * bits // 8))
-
-
-def _graphs(graph: GraphProto) -> Iterator[GraphProto]:
-    """The graph and those inside it."""
-    waiting = [graph]
-    while waiting:
-        one = waiting.pop()
-        yield one
-        for attribute in (attribute for node in one.node for attribute in node.attribute):
-            waiting += [attribute.g] if attribute.HasField("g") else []
-            waiting += attribute.graphs
-
-
-def _tensors(graph: GraphProto) -> Iterator[TensorProto]:
-    for one in _graphs(graph):
-        yield from one.initializer
-        for sparse in one.sparse_initializer:
-            yield from (sparse.values, sparse.indices)
-        for attribute in (attribute for node in one.node for attribute in node.attribute):
-            yield from (attribute.t, *attribute.tensors)
-            for sparse in (attribute.sparse_tensor, *attribute.sparse_tensors):
-                yield from (sparse.values, sparse.indices)
-
-
-def _operator(node: onnx.NodeProto) -> str:
-    return node.op_type if node.domain in ONNX else f"{node.domain}::{node.op_type}"
-
-
-def _dtype(kind: int) -> str:
-    try:
-        return ir.DataType(kind).numpy().name
-    except (ValueError, TypeError):  # no tensor, or one of a type that a later ONNX has
-        return f"type {kind}"

@@ -104,6 +104,28 @@ def publish(
             print(asked.table() if address is None else address)
 
 
+def diff(
+    bundle: Bundle,
+    other: Annotated[Path, typer.Argument(help="Another bundle, of the same target or not.", show_default=False)],
+    markdown: Annotated[bool, typer.Option("--markdown", help="Tables for a pull request.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Say what differs between two bundles: graphs, weights, settings, versions; exits with 1 where anything does."""
+    with _shown(as_json):
+        from builder import diff_pages
+        from builder.diff import diff
+
+        if markdown and as_json:
+            raise typer.BadParameter("give one of them", param_hint="--markdown, --json")
+        found = diff(bundle, other)
+        if as_json:
+            emit({"ok": True, **found.as_dict()})
+        else:
+            print(diff_pages.markdown(found) if markdown else diff_pages.text(found))
+        if not found.equal:
+            raise typer.Exit(DIFFERENT)
+
+
 @contextmanager
 def _shown(as_json: bool) -> Iterator[None]:
     """`reported`, and a bar for every file that takes long where someone looks."""

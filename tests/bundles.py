@@ -16,9 +16,9 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from builder.check_graphs import operators, ports
 from builder.evidence import Exhibit
 from builder.gates import Gate, Report
+from builder.graph_facts import operators, ports
 from builder.report import write
 from builder.report.context import Context
 
@@ -73,7 +73,7 @@ def graph(path: Path, seed: int = 0, width: int = 4) -> None:
     opsets = [helper.make_opsetid("", 18), helper.make_opsetid("com.microsoft", 1)]
     model = helper.make_model(made, opset_imports=opsets, ir_version=9)
     path.with_name(DATA).unlink(missing_ok=True)
-    onnx.save_model(model, path, save_as_external_data=True, location=DATA, size_threshold=32)
+    onnx.save_model(model, path, save_as_external_data=True, location=DATA, size_threshold=64)
 
 
 def edit_graph(folder: Path, change: Callable[[onnx.ModelProto], object]) -> None:
