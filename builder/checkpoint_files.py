@@ -21,6 +21,10 @@ OPTIONAL = (
     GENERATION, PREPROCESSOR, PROCESSOR, TOKENIZER_CONFIG, *CHAT_TEMPLATES, INDEX,
     "video_preprocessor_config.json", "special_tokens_map.json", "added_tokens.json",
 )  # fmt: skip
+# What a checkpoint says of its licence; the card tells it in its metadata. In any case of letters.
+CARD = "readme.md"
+LICENCES = ("license", "license.txt", "license.md", "licence", "licence.txt", "licence.md", "use_policy.md")
+NOTICES = ("notice", "notice.txt", "notice.md", *LICENCES)
 MAY_NAME_CODE = (CONFIG, PREPROCESSOR, PROCESSOR, TOKENIZER_CONFIG, "video_preprocessor_config.json")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
@@ -73,6 +77,11 @@ def refuse_remote_code(content: Mapping[str, Any], file: str) -> None:
 def needed_files(names: Collection[str], shards: Iterable[str]) -> tuple[str, ...]:
     """What a build reads of a checkpoint that holds `names` and whose weights are in `shards`; sorted."""
     return tuple(sorted({CONFIG, TOKENIZER, *shards, *(name for name in OPTIONAL if name in names)}))
+
+
+def notice_files(names: Iterable[str]) -> tuple[str, ...]:
+    """The files among `names` that say under which terms a checkpoint may be used; its card is one; sorted."""
+    return tuple(sorted(name for name in names if name.casefold() in (CARD, *NOTICES)))
 
 
 def _missing(file: str, where: str) -> NoReturn:

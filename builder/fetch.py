@@ -1,9 +1,9 @@
 """The stage `fetch`: the checkpoint's files, on this disk, whole, and what each is.
 
 In: a resolved `Source`. Out: `checkpoint.json` with the folder, the revision, and what tells every file that a
-build needs from another. Guaranteed: a local folder is used in place and never written to, and its weights are not
-read: `builder.quantize` takes their SHA-256 as they pass; a download is of one commit, and its bytes are those that
-the hub names; the checkpoint opens (see `builder.checkpoint`).
+build needs from another; `notices/`: what the checkpoint says of its licence. Guaranteed: a local folder is used in
+place and never written to, and its weights are not read: `builder.quantize` takes their SHA-256 as they pass; a
+download is of one commit, and its bytes are those that the hub names; the checkpoint opens (see `builder.checkpoint`).
 """
 
 from __future__ import annotations
@@ -11,16 +11,18 @@ from __future__ import annotations
 import hashlib
 import json
 import shlex
+import shutil
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from builder.checkpoint import Checkpoint, open_checkpoint
+from builder.checkpoint_files import notice_files
 from builder.console import progress
 from builder.errors import CheckpointError, DownloadError
 from builder.hub import MEGABYTE, Remote, download, settle
-from builder.json_file import read_json
+from builder.json_file import MAX_TEXT, read_json
 from builder.source import Source, parse_source
 
 if TYPE_CHECKING:
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Source", "check_unchanged", "fetched", "identity", "parse_source", "resolve", "run"]
 
-FETCHED = "checkpoint.json"
+FETCHED, NOTICES = "checkpoint.json", "notices"
 WEIGHTS = ".safetensors"
 BLOCK = 8 * MEGABYTE
 
@@ -60,7 +62,8 @@ def identity(source: Source, *, rehash: bool = False) -> dict[str, str]:
     if source.folder is None:
         return {"repository": str(source.repo), "revision": str(source.revision)}
     folder = source.folder
-    marks = {file: mark(folder / file, rehash) for file in open_checkpoint(folder).files}
+    told = (*open_checkpoint(folder).files, *_notices(folder))
+    marks = {file: mark(folder / file, rehash) for file in told}
     return {"checkpoint name": source.name, **marks}
 
 
@@ -96,6 +99,9 @@ def run(build: Build, out: Path) -> dict[str, Any]:
         file: {"size": stat.st_size, "time": stat.st_mtime_ns, "sha256": digests.get(file, (0, None))[1]}
         for file, stat in stats.items()
     }
+    for file in _notices(checkpoint.folder):
+        (out / NOTICES).mkdir(exist_ok=True)
+        shutil.copyfile(checkpoint.folder / file, out / NOTICES / file)
     text = json.dumps({**facts, "files": files}, indent=2, sort_keys=True)
     (out / FETCHED).write_text(text + "\n", encoding="utf-8")
     report = {} if source.repo is None else {"report": f"pinned: {source.command}"}
@@ -145,6 +151,12 @@ def check_unchanged(build: Build, shards: Mapping[str, str]) -> None:
                 found=", ".join(f"{kind} {found[kind]}" for kind in differ),
                 next="let whatever writes it finish, then run the same command again",
             )
+
+
+def _notices(folder: Path) -> tuple[str, ...]:
+    """Names of licences, notices and the card in `folder`; none that is larger than a text."""
+    names = (path.name for path in folder.iterdir() if path.is_file() and path.stat().st_size <= MAX_TEXT)
+    return notice_files(names)
 
 
 def mark(path: Path, rehash: bool = False) -> str:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from builder.architecture import read_architecture
-from builder.checkpoint_files import CONFIG, needed_files, refuse_names, refuse_remote_code
+from builder.checkpoint_files import CONFIG, needed_files, notice_files, refuse_names, refuse_remote_code
 from builder.console import progress
 from builder.errors import BuildError, CheckpointError, DownloadError
 from builder.json_file import read_json
@@ -69,7 +69,7 @@ def settle(source: Source) -> Source:
 
 
 def download(source: Source) -> tuple[Path, dict[str, Remote]]:
-    """Every file that a build needs, in the cache.
+    """Every file that a build needs, and the checkpoint's notices, in the cache.
 
     Returns:
         the folder of the snapshot, and the needed files with what the hub says of each.
@@ -84,7 +84,7 @@ def download(source: Source) -> tuple[Path, dict[str, Remote]]:
         megabytes = sum(remote.size or 0 for remote in files.values()) // MEGABYTE
         with progress(f"{source.repo}, MB", total=megabytes) as advance:
             bar = _bar(advance)
-            for file in files:
+            for file in (*files, *notice_files(_listing(source))):
                 _fetch_file(source, file, bar)
     return folder, files
 

@@ -68,8 +68,9 @@ def test_unpinned_id_is_resolved_once_and_only_needed_files_are_fetched(
     assert facts["report"] == f"pinned: {source.command}"
     checkpoint = fetched(out)
     assert (checkpoint.name, checkpoint.revision) == ("Tiny-VL", repository.commit)
-    unwanted = {"README.md", "pytorch_model.bin", "onnx/model.onnx"}
-    assert hub.fetched() == set(checkpoint.files) == set(repository.files()) - unwanted
+    unwanted = {"pytorch_model.bin", "onnx/model.onnx"}
+    assert hub.fetched() == {*checkpoint.files, "README.md"} == set(repository.files()) - unwanted
+    assert (out / "notices" / "README.md").read_text() == "# Tiny"
     record = json.loads((out / "checkpoint.json").read_text())
     assert record["command"] == source.command
     for file, entry in record["files"].items():
