@@ -1,7 +1,8 @@
 """Stage 8: the final folder a target, with its manifest and its evidence.
 
 In: configured folders, the verification's reports, the records of the stages before. Out: `<target>/` with every file
-linked, `manifest.json`, and `evidence/`. Guaranteed: all but `evidence/` is the same bytes for the same inputs, pinned
+linked, the checkpoint's licence and notices, a model card, a bill of materials, `manifest.json`, and `evidence/`.
+Guaranteed: all but `evidence/` is the same bytes for the same inputs, pinned
 packages and platform.
 """
 
@@ -15,9 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
+from builder.bom import BOM, bom
 from builder.contract import components
-from builder.fetch import FETCHED
+from builder.fetch import FETCHED, NOTICES
 from builder.files import link, sha256
+from builder.licence import read_licence
+from builder.model_card import CARD, model_card
 from builder.optimize import operator
 from builder.quantize import DIGESTS
 from builder.report import rendered, write_pages
@@ -48,8 +52,8 @@ def run(build: Build, out: Path) -> Mapping[str, object]:
         folder = out / target.runtime
         for file in sorted((build.folder("configure") / target.runtime).iterdir()):
             link(file, folder / file.name)
-        text = json.dumps(manifest(build, target, folder), indent=1, ensure_ascii=False) + "\n"
-        (folder / MANIFEST).write_text(text, encoding="utf-8", newline="\n")
+        text = json.dumps(_described(build, target, folder), indent=1, ensure_ascii=False) + "\n"
+        _write(folder / MANIFEST, text)
         _evidence(build, target, folder / EVIDENCE)
         report, context = rendered(folder)
         write_pages(report, folder / EVIDENCE, context)  # again: now that the manifest is there, and every time
@@ -58,6 +62,23 @@ def run(build: Build, out: Path) -> Mapping[str, object]:
             "manifest sha256": sha256(folder / MANIFEST),
         }
     return facts
+
+
+def _described(build: Build, target: Target, folder: Path) -> dict[str, Any]:
+    """The manifest, after what is made from it has been laid beside the graphs; the card lists no digest of itself."""
+    notices = build.folder("fetch") / NOTICES
+    licence = read_licence(notices)
+    for name in licence.files:
+        link(notices / name, folder / name)
+    found = manifest(build, target, folder)
+    for name, made in ((CARD, model_card), (BOM, bom)):
+        _write(folder / name, made(found, licence))
+        found["files"][name] = {"size": (folder / name).stat().st_size, "sha256": sha256(folder / name)}
+    return {**found, "files": dict(sorted(found["files"].items()))}
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8", newline="\n")
 
 
 def manifest(build: Build, target: Target, folder: Path) -> dict[str, Any]:
@@ -79,6 +100,7 @@ def manifest(build: Build, target: Target, folder: Path) -> dict[str, Any]:
         },
         "checkpoint": {
             "name": checkpoint.name,
+            "repository": build.source.repo,
             "revision": checkpoint.revision,
             "config_sha256": checkpoint.config_digest,
             "files": {

@@ -1,0 +1,223 @@
+"""README.md of a bundle: the card that the hub shows.
+
+In: a manifest, the checkpoint's licence. Out: Markdown behind the hub's metadata. Guaranteed: the same text for the
+same manifest, and so no measured figure: those are of a machine, and lie in `evidence/report.md`, which the card links
+to; what a checkpoint names is shown as text; limits are those of the target's runtime.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from builder.licence import Licence
+from builder.report.summary import clean, cut
+
+CARD = "README.md"
+TOOL = "qwen3vl-onnx"
+TASK = "image-text-to-text"
+NAME = 120  # characters
+
+
+@dataclass(frozen=True)
+class Notes:
+    """What a card says of a runtime.
+
+    Args:
+        library: the hub's name for it.
+        packages: from PyPI, with which the bundle runs.
+        run: lines of a shell that ask it, in the bundle's folder.
+        limits: one sentence each.
+        code: a Python program that asks it, in the bundle's folder.
+    """
+
+    library: str
+    packages: tuple[str, ...]
+    run: tuple[str, ...]
+    limits: tuple[str, ...]
+    code: str = ""
+
+
+SHARED = (
+    "One prompt and its answer are at most {max_length} tokens together, as the bundle's settings say.",
+    "Pictures only: there is no video.",
+)
+NOTES: Mapping[str, Notes] = {
+    "genai": Notes(
+        "onnxruntime-genai",
+        ("onnxruntime-genai",),
+        (),
+        (
+            "The runtime's own processor is bit-equal to transformers' for pictures that need no resize. Where it must "
+            "resize, its grid can differ (sides ≡ 16 mod 64) and so can single pixels; resize first, or hand over "
+            "`pixel_values`, as `builder run` does.",
+            "The runtime's JPEG decoder differs from PIL's, and it does not turn pictures by their EXIF orientation.",
+            "A padded batch is silently wrong in this runtime (0.18): use prompts of equal length.",
+            "A second turn with a picture on one generator is silently wrong in this runtime (0.18): use a new "
+            "generator for each conversation with pictures.",
+            "The runtime masks every padding token of a prompt; so `pad_token_id` is the video token, which no prompt "
+            "here holds.",
+            "Logits are the last position's only.",
+        ),
+        """\
+import json
+
+import onnxruntime_genai as og
+
+model = og.Model(".")
+processor = model.create_multimodal_processor()
+with open("pipeline.json", encoding="utf-8") as file:
+    words = json.load(file)["prompt"]
+prompt = words["prefix"] + words["image"] + "What is this?" + words["suffix"]
+params = og.GeneratorParams(model)
+params.set_search_options(do_sample=False)
+generator = og.Generator(model, params)
+generator.set_inputs(processor(prompt, images=og.Images.open("picture.png")))
+stream = processor.create_stream()
+while not generator.is_done():
+    generator.generate_next_token()
+    print(stream.decode(generator.get_next_tokens()[0]), end="", flush=True)
+""",
+    ),
+    "onnxruntime": Notes(
+        "onnx",
+        ("onnxruntime", "numpy", "pillow", "tokenizers"),
+        ('python pipeline.py --prompt "What is this?" --image picture.png',),
+        (
+            "`pipeline.py` is code, and the reference for ports: read it before you run a copy that somebody gave you.",
+            "Attention scores are computed in blocks of query rows; memory grows with the number of patches.",
+        ),
+    ),
+}
+OTHERS = Notes("onnx", ("onnxruntime",), (), ())
+
+
+def notes(target: str) -> Notes:
+    """Of a runtime; what holds for every runtime where nobody has written any."""
+    return NOTES.get(target, OTHERS)
+
+
+def limits(manifest: Mapping[str, Any]) -> tuple[str, ...]:
+    """What a user must know, a sentence each."""
+    shared = (one.format(max_length=manifest["recipe"]["max_length"]) for one in SHARED)
+    return (*notes(manifest["target"]).limits, *shared)
+
+
+def model_card(manifest: Mapping[str, Any], licence: Licence) -> str:
+    """The card's text."""
+    title = f"# {plain(manifest['checkpoint']['name'])} for {plain(manifest['target'])}, {precision(manifest)}"
+    parts = [title, _origin(manifest), _use(manifest), _check(), _limits(manifest), _graphs(manifest)]
+    return f"---\n{metadata(manifest, licence)}---\n" + "\n\n".join([*parts, _licence(licence)]) + "\n"
+
+
+def metadata(manifest: Mapping[str, Any], licence: Licence) -> str:
+    """The hub's metadata, as YAML."""
+    from huggingface_hub import ModelCardData
+
+    told, repository = notes(manifest["target"]), manifest["checkpoint"].get("repository")
+    bases = [repository] if repository else list(licence.base)
+    level = precision(manifest)
+    # The hub files a model of other weights below the one that it was made from; fp32 holds the same weights.
+    relation = "quantized" if bases and level != "fp32" else None
+    data = ModelCardData(
+        base_model=bases[0] if len(bases) == 1 else bases or None,
+        base_model_relation=relation,
+        license=licence.id,
+        license_name=licence.name,
+        license_link=licence.link if licence.id == "other" else None,
+        library_name=told.library,
+        pipeline_tag=TASK,
+        quantization=level,
+        tags=sorted({"onnx", "onnxruntime", "qwen3_vl", "deepstack", told.library, level}),
+    )
+    return data.to_yaml(original_order=ORDER) + "\n"
+
+
+ORDER = ["license", "license_name", "license_link", "base_model", "base_model_relation", "library_name", "pipeline_tag"]
+
+
+def precision(manifest: Mapping[str, Any]) -> str:
+    """The recipe's word for the weights."""
+    return plain(manifest["recipe"]["precision"])
+
+
+def plain(text: object) -> str:
+    """A name that is no markup: control characters gone, and what Markdown or HTML would read escaped."""
+    words = " ".join(clean(cut(str(text), NAME)).split())
+    return "".join(f"\\{c}" if c in "\\`*_{}[]<>()#!|~$&@" else c for c in words)
+
+
+def quoted(text: object) -> str:
+    """The same as code."""
+    return f"`{' '.join(clean(cut(str(text), NAME)).split()).replace('`', '')}`"
+
+
+def _origin(manifest: Mapping[str, Any]) -> str:
+    checkpoint = manifest["checkpoint"]
+    name, commit = checkpoint.get("repository"), checkpoint.get("revision")
+    made_from = f"[{plain(name)}](https://huggingface.co/{name})" if name else quoted(checkpoint["name"])
+    pinned = f" at commit {quoted(commit)}" if commit else ""
+    version = manifest["versions"].get(TOOL, "")
+    return (
+        f"ONNX graphs of {made_from}{pinned}, DeepStack included, weights in {precision(manifest)}, made by {TOOL} "
+        f"{plain(version)}.\nThey were compared with PyTorch before they became this bundle: inputs, the vision "
+        "encoder layer by layer, features,\nembeddings, the decoder layer by layer, logits and greedy tokens. "
+        "What was compared, and the figures, are in\n[evidence/report.md](evidence/report.md)."
+    )
+
+
+def _use(manifest: Mapping[str, Any]) -> str:
+    told = notes(manifest["target"])
+    versions = manifest["versions"]
+    pinned = " ".join(
+        f"{name}=={versions[name]}" if versions.get(name) and name != TOOL else name for name in told.packages
+    )
+    lines = ["## Run it", "", "```", f"pip install {pinned}", *told.run, "```"]
+    lines += ["", "In the bundle's folder:", "", "```python", told.code.rstrip(), "```"] if told.code else []
+    return "\n".join([*lines, "", f"Or with {TOOL}: `python -m builder run FOLDER --prompt TEXT --image FILE`."])
+
+
+def _check() -> str:
+    return "\n".join(
+        (
+            "## Check it",
+            "",
+            "```",
+            "python -m builder check .      # every file's SHA-256, the graphs' contract, nothing besides",
+            "```",
+            "`manifest.json` has the size and SHA-256 of every file, each graph's ports and operators, the "
+            "checkpoint's files,\nthe recipe, the versions and the patches; `bom.cdx.json` is the bill of materials.",
+        )
+    )
+
+
+def _limits(manifest: Mapping[str, Any]) -> str:
+    return "\n".join(("## Know its limits", "", *(f"- {one}" for one in limits(manifest))))
+
+
+def _graphs(manifest: Mapping[str, Any]) -> str:
+    rows = ["## Graphs", "", f"Opset {manifest['opset']}.", "", "| graph | inputs | outputs |", "|---|---|---|"]
+    for name, graph in manifest["graphs"].items():
+        rows.append(f"| {quoted(name)} | {_ports(graph['inputs'])} | {_ports(graph['outputs'])} |")
+    return "\n".join(rows)
+
+
+def _ports(ports: Sequence[Mapping[str, Any]]) -> str:
+    """Cache ports, which there is a pair of a layer, are counted."""
+    cached = [port for port in ports if port["name"].startswith(("past_key_values.", "present."))]
+    others = [
+        f"{quoted(port['name'])} [{', '.join(map(plain, port['shape']))}]" for port in ports if port not in cached
+    ]
+    first = [f"{quoted(cached[0]['name'])} and {len(cached) - 1} like it"] if cached else []
+    return "<br>".join(others + first)
+
+
+def _licence(licence: Licence) -> str:
+    if licence.id is None:
+        told = "The checkpoint does not say under which licence it is; ask its authors before you pass this bundle on."
+    else:
+        name = licence.name if licence.id == "other" and licence.name else licence.id
+        told = f"These weights come under the checkpoint's licence: {quoted(name)}."
+    files = f" Its files, as they came: {', '.join(map(quoted, licence.files))}." if licence.files else ""
+    return f"## Licence\n\n{told}{files}"
