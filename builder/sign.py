@@ -2,8 +2,8 @@
 
 In: a bundle, a private key in a file (PEM, elliptic curve P-256, P-384 or P-521). Out: `model.sig` in the bundle, over
 all its files but evidence/, which every later verification writes. Guaranteed: no network, no account, no log: of
-`model-signing` only its keys are used. `model_signing verify key BUNDLE --signature BUNDLE/model.sig --public-key KEY
---ignore-paths BUNDLE/evidence` checks the same without this tool.
+`model-signing` only its keys are used. `model_signing verify key BUNDLE --signature BUNDLE/model.sig --public_key KEY
+--ignore-paths BUNDLE/evidence` checks the signature without this tool.
 """
 
 from __future__ import annotations

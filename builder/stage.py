@@ -73,7 +73,8 @@ STAGES: tuple[Stage, ...] = (
     Stage("verify", ("configure", "fetch"), ("targets", "precision"),
           (*_RUNNING, "jinja2"), ("builder/suite/**/*", "builder/miniature/heldout/*", *_PAGES)),
     Stage("bundle", ("quantize", "configure", "verify", "fetch", "patch"),
-          ("name", "targets", "precision", "max_length"), ("qwen3vl-onnx", "jinja2", "huggingface_hub", "pyyaml"), _PAGES),
+          ("name", "targets", "precision", "max_length"),
+          ("qwen3vl-onnx", "jinja2", "huggingface_hub", "pyyaml"), _PAGES),
 )
 # fmt: on
 

@@ -53,7 +53,8 @@ def failure(result: Result, code: int) -> dict[str, Any]:
 def test_the_verbs_are_those_of_the_manual() -> None:
     result = invoke("--help")
     assert result.exit_code == 0
-    for verb in ("build", "explain", "verify", "golden", "run", "patches"):
+    shipping = ("check", "sign", "pack", "publish", "diff")
+    for verb in ("build", "explain", "verify", "golden", "run", "patches", *shipping):
         assert f"│ {verb} " in result.stdout
     assert invoke("--version").stdout.startswith("qwen3vl-onnx ")
 

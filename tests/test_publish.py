@@ -91,6 +91,16 @@ def test_the_repository_is_the_bundle(hub: UploadHub, bundle: Path) -> None:
     assert hub.cards == [(bundle / "README.md").read_text()]
 
 
+def test_what_is_downloaded_again_passes(hub: UploadHub, bundle: Path, tmp_path: Path) -> None:
+    from huggingface_hub import HfApi
+
+    assert invoke(bundle, REPO).exit_code == 0
+    folder = Path(HfApi().snapshot_download(REPO, local_dir=tmp_path / "mine"))
+    assert (folder / ".gitattributes").exists()
+    assert (folder / ".cache" / "huggingface").is_dir()
+    assert check(folder).manifest == check(bundle).manifest
+
+
 def test_the_same_again_sends_nothing_and_another_only_what_differs(hub: UploadHub, bundle: Path) -> None:
     invoke(bundle, REPO)
     sent = list(hub.put)

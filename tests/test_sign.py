@@ -6,6 +6,8 @@ import builtins
 import json
 import shutil
 import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -81,6 +83,13 @@ def test_another_name_another_verification_and_a_second_signature_are_fine(
     assert invoke("check", moved, "--key", keys[1]).exit_code == 0
     assert invoke("sign", moved, "--key", keys[0]).exit_code == 0
     assert invoke("check", moved, "--key", keys[1]).exit_code == 0
+
+
+def test_another_tool_verifies_it(signed: Path, keys: tuple[Path, Path]) -> None:
+    command = [sys.executable, "-m", "model_signing", "verify", "key", str(signed)]
+    options = ["--signature", signed / "model.sig", "--public_key", keys[1], "--ignore-paths", signed / "evidence"]
+    done = subprocess.run([*command, *map(str, options)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_signature_says_nothing_of_this_machine(signed: Path, tmp_path: Path) -> None:
