@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,23 @@ class UploadHub(HubServer):
 class UploadHandler(Handler):
     hub: UploadHub
 
-    def do_PUT(self) -> None:  # noqa: N802 (http.server's name)
+    def do_GET(self) -> None:  # noqa: N802 (http.server's names)
+        found = re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/[^/?]+(\?.*)?", self.path)
+        if found:
+            self._json(self._tree(self.hub.repositories[found[1]]))
+        else:
+            super().do_GET()
+
+    def _tree(self, repository: Repository) -> list[dict[str, object]]:
+        rows: list[dict[str, object]] = []
+        for name in repository.files():
+            content = (repository.folder / name).read_bytes()
+            lfs = {"oid": sha256(content), "size": len(content), "pointerSize": 134}
+            rows.append({"type": "file", "path": name, "size": len(content), "oid": git_blob(content)})
+            rows[-1] |= {"lfs": lfs} if name.endswith(LFS) else {}
+        return rows
+
+    def do_PUT(self) -> None:  # noqa: N802
         oid, content = self.path.rpartition("/")[2], self._body()
         self.hub.on_put(oid)
         self.hub.put.append(oid)
