@@ -108,6 +108,7 @@ def _file_names(content: Mapping[str, Any]) -> Iterator[str]:
 
 def _inside(folder: Path, name: str, where: str) -> None:
     """That `name` is a file of `folder` itself."""
+    name = str(name)  # protobuf hands over bytes where a name is no UTF-8
     path = folder / name
     try:
         inside = not leaves_folder(name) and path.resolve().is_relative_to(folder.resolve())

@@ -21,7 +21,7 @@ from builder.bundle_files import MANIFEST, OTHERWISE, load_graph
 from builder.content import Content
 from builder.contract import CONTRIB
 from builder.errors import BundleError, UnsafeError
-from builder.graph_facts import ONNX, operators, opsets, ports, tensors
+from builder.graph_facts import ONNX, operators, opsets, ports, readable, tensors
 from builder.safetensors_index import leaves_folder
 from builder.targets import TARGETS
 
@@ -57,8 +57,9 @@ def check_graphs(content: Content) -> dict[str, int]:
     for name in graphs:
         model = load_graph(content.folder / name)
         facts = declared[name] if isinstance(declared[name], Mapping) else {}
-        counts["ports"] += _check_ports(name, model.graph, facts)
-        counts["operators"] += _check_operators(name, model, facts, content, runtime.domains)
+        with readable(name):
+            counts["ports"] += _check_ports(name, model.graph, facts)
+            counts["operators"] += _check_operators(name, model, facts, content, runtime.domains)
         counts["external tensors"] += check_external(content, name, model)
     return counts
 
@@ -69,7 +70,8 @@ def check_external(content: Content, name: str, model: ModelProto) -> int:
     Raises:
         UnsafeError: one lies elsewhere; BundleError: past a file's end, or not as long as its shape.
     """
-    return sum(_check_tensor(name, tensor, content) for tensor in tensors(model.graph))
+    with readable(name):
+        return sum(_check_tensor(name, tensor, content) for tensor in tensors(model.graph))
 
 
 def _check_ports(name: str, graph: GraphProto, facts: Mapping[str, Any]) -> int:

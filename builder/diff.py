@@ -16,12 +16,14 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from builder.bundle_files import EVIDENCE, load_graph
+from builder.check import check_settings
 from builder.console import progress
 from builder.content import Content, open_content
 from builder.diff_graphs import GraphChange, Pair, compare_graphs, differing, initializers
 from builder.diff_weights import Weight, WeightChange, compare_weights
 from builder.errors import BundleError
 from builder.files import sha256
+from builder.graph_facts import readable
 from builder.json_file import read_json
 from builder.report.formats import read_report
 from builder.report.summary import places
@@ -91,6 +93,7 @@ def diff(one: Path, other: Path) -> Difference:
     """
     a, b = open_content(one), open_content(other)
     for content in (a, b):
+        check_settings(content)
         _check_places(content)
     graphs, weights, compared = _graphs(a, b)
     settings, files = _files(a, b)
@@ -159,16 +162,18 @@ def _graphs(a: Content, b: Content) -> tuple[dict[str, GraphChange], tuple[Weigh
     names = sorted(name for name in {*a.files} & {*b.files} if name.endswith(".onnx"))
     for name in names:
         models = [load_graph(content.folder / name) for content in (a, b)]
-        change = compare_graphs(*models)
+        with readable(name):
+            change = compare_graphs(*models)
+            tensors = [initializers(model) for model in models]
+            shared = sorted({*tensors[0]} & {*tensors[1]})
         changes |= {name: change} if change.any else {}
-        tensors = [initializers(model) for model in models]
-        shared = sorted({*tensors[0]} & {*tensors[1]})
         compared += len(shared)
         parent = PurePosixPath(name).parent
         with progress(f"weights of {name}", total=len(shared)) as advance:
             for one in shared:
                 pair = [Weight(t[one], content.folder / parent) for t, content in zip(tensors, (a, b), strict=True)]
-                found = compare_weights(name, one, *pair)
+                with readable(f"{name}: {one}"):
+                    found = compare_weights(name, one, *pair)
                 weights += [found] if found else []
                 advance()
     return changes, tuple(weights), compared

@@ -72,7 +72,9 @@ class Weight:
         """Its values, `COUNT` at a time."""
         kind: Any = ir.DataType(self.tensor.data_type).numpy()
         for block in self.blocks():
-            yield np.frombuffer(block, kind).astype(np.float64)
+            with np.errstate(all="ignore"):
+                values = np.frombuffer(block, kind).astype(np.float64)
+            yield values
 
     def digest(self) -> str:
         """SHA-256 of its bytes."""

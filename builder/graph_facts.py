@@ -6,12 +6,30 @@ Guaranteed: graphs inside nodes are looked into; nothing is computed, no externa
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import onnx_ir as ir
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 
+from builder.errors import BundleError
+
 ONNX = ("", "ai.onnx")  # two names of one domain
+
+
+@contextmanager
+def readable(name: str) -> Iterator[None]:
+    """Turn what trips over a graph into an error that names it: protobuf lets names pass that are no text, and more.
+
+    Raises:
+        BundleError: the graph in the file `name` cannot be read.
+    """
+    try:
+        yield
+    except (TypeError, ValueError, AttributeError, IndexError) as error:
+        raise BundleError(
+            f"{name} cannot be read", expected="an ONNX graph", found=f"{type(error).__name__}: {error}"
+        ) from error
 
 
 def ports(graph: GraphProto, side: str) -> list[dict[str, Any]]:
