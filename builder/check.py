@@ -27,6 +27,7 @@ from builder.files import sha256
 from builder.json_file import read_json
 
 BLOCK = 8 * 2**20
+PIPELINE, PROGRAMS = "pipeline.py", (".py", ".js", ".mjs", ".html")
 LIBRARIES = (".so", ".dll", ".dylib", ".pyd", ".exe")
 
 
@@ -90,9 +91,10 @@ def check(folder: Path, key: Path | None = None) -> Checked:
         Row("files", f"{len(content.files)} of the manifest, {len(content.evidence)} of evidence, no other, no links")
     ]
     check_settings(content)
-    rows.append(Row("settings", "JSON of moderate size; names no file outside, no code, no library"))
+    rows.append(Row("settings", "JSON of moderate size; names no file outside, no library, no remote code"))
     rows += _graph_rows(content)
     check_bytes(content)
+    rows += _code_rows(content)
     rows.append(Row("bytes", f"SHA-256 of {size(sum(one.size for one in content.files.values()))}"))
     signature = _check_signature(content, key)
     told = {"holds": f"{SIGNATURE}, by the key {key}", "none": "not signed", "not checked": "not checked: no --key"}
@@ -187,6 +189,15 @@ def _graph_rows(content: Content) -> list[Row]:
         Row("operators", f"{found['operators']} kinds, all of the target's domains, as declared"),
         Row("external data", f"{found['external tensors']} tensors, all inside the bundle's files"),
     ]
+
+
+def _code_rows(content: Content) -> list[Row]:
+    """Programs that lie in the bundle, which only a person can judge."""
+    own = sha256(Path(__file__).with_name(PIPELINE))
+    programs = [name for name in content.files if name.endswith(PROGRAMS)]
+    known = {name: name == PIPELINE and content.files[name].sha256 == own for name in programs}
+    told = [name if same else f"{name} (not this release's: read it before you run it)" for name, same in known.items()]
+    return [Row("code", ("" if all(known.values()) else "not judged: ") + ", ".join(told))] if told else []
 
 
 def _check_signature(content: Content, key: Path | None) -> str:
