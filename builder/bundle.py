@@ -18,6 +18,7 @@ import onnx_ir as ir
 from builder.contract import components
 from builder.fetch import FETCHED
 from builder.files import link, sha256
+from builder.key import plain
 from builder.optimize import operator
 from builder.quantize import DIGESTS
 from builder.report import rendered, write_pages
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from builder.stage import Build
 
 MANIFEST, EVIDENCE = "manifest.json", "evidence"
+TYPES = {ir.DataType.FLOAT: "float32"}
 BUILT_WITH = (
     "torch",
     "transformers",
@@ -75,7 +77,10 @@ def manifest(build: Build, target: Target, folder: Path) -> dict[str, Any]:
         "recipe": {
             "name": build.recipe.name,
             "precision": build.recipe.precision,
+            "provider": build.recipe.provider,
             "max_length": build.recipe.max_length,
+            "rules": plain(build.recipe.rules),
+            "limits": plain(build.recipe.limits),
         },
         "checkpoint": {
             "name": checkpoint.name,
@@ -96,6 +101,10 @@ def manifest(build: Build, target: Target, folder: Path) -> dict[str, Any]:
 
 def _graph(path: Path, ports: dict[str, Any]) -> dict[str, Any]:
     model = ir.load(path)
+    types = {value.name: value.dtype for value in (*model.graph.inputs, *model.graph.outputs)}
+    for port in (*ports["inputs"], *ports["outputs"]):  # the contract's float is the recipe's precision
+        kind = types[port["name"]]
+        port["dtype"] = port["dtype"] if kind is None else TYPES.get(kind, kind.name.lower())
     return {**ports, "operators": sorted({operator(node) for node in model.graph.all_nodes()})}
 
 

@@ -67,13 +67,16 @@ STAGES: tuple[Stage, ...] = (
     Stage("export", ("config", "patch"), ("targets",),
           ("torch", "transformers", *_ONNX, "onnxscript"), (_DIGESTS,), shared=True),
     Stage("optimize", ("export",), ("targets",), (*_ONNX, "onnxscript"), shared=True),
-    Stage("quantize", ("optimize", "fetch"), ("targets", "precision"), (*_ONNX, "numpy", "ml-dtypes")),
-    Stage("configure", ("quantize", "fetch"), ("targets", "max_length"),
+    Stage("quantize", ("optimize", "fetch"), ("targets", "precision", "rules"),
+          (*_ONNX, "onnxscript", "numpy", "ml-dtypes", "torch", "transformers", "tokenizers", "pillow"),
+          ("builder/suite/**/*", "builder/miniature/calibration/*")),
+    Stage("configure", ("quantize", "fetch"), ("targets", "precision", "rules", "provider", "max_length"),
           ("jinja2", "tokenizers"), ("builder/pipeline.py",)),
-    Stage("verify", ("configure", "fetch"), ("targets", "precision"),
+    Stage("verify", ("configure", "fetch"), ("targets", "precision", "rules", "provider", "limits"),
           (*_RUNNING, "jinja2"), ("builder/suite/**/*", "builder/miniature/heldout/*", *_PAGES)),
     Stage("bundle", ("quantize", "configure", "verify", "fetch", "patch"),
-          ("name", "targets", "precision", "max_length"), ("qwen3vl-onnx", "jinja2"), _PAGES),
+          ("name", "targets", "precision", "rules", "provider", "limits", "max_length"),
+          ("qwen3vl-onnx", "jinja2"), _PAGES),
 )
 # fmt: on
 
