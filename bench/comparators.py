@@ -67,14 +67,14 @@ def copy(files: Sequence[Path], scratch: Path) -> Copy:
     return Copy(seconds, copied, None if copied else "no room on the disk for a second copy of any file")
 
 
-def ours(checkpoint: Path, out: Path) -> Decoder:
+def ours(checkpoint: Path, out: Path, recipe: str) -> Decoder:
     """Our text decoder of the target genai, see `bench.decoder`."""
-    return _decoder([sys.executable, *OURS, checkpoint, out], out)
+    return _decoder([sys.executable, *OURS, checkpoint, out, recipe], out)
 
 
-def theirs(checkpoint: Path, out: Path) -> Decoder:
+def theirs(checkpoint: Path, out: Path, precision: str) -> Decoder:
     """The text decoder that onnxruntime-genai's builder makes of the checkpoint."""
-    options = ["-p", "fp32", "-e", "cpu", "-c", out / "cache", "--extra_options", *SAME_GRAPH]
+    options = ["-p", precision, "-e", "cpu", "-c", out / "cache", "--extra_options", *SAME_GRAPH]
     return _decoder([sys.executable, *GENAI, "-i", checkpoint, "-o", out, *options], out)
 
 

@@ -1,8 +1,8 @@
 """Our text decoder alone, as the bench measures it: traced, optimized, its weights written.
 
-python -m bench.decoder CHECKPOINT OUT
+python -m bench.decoder CHECKPOINT OUT RECIPE
 
-In: a checkpoint. Out: `model.onnx` of the target genai with its data, the same bytes as a build's.
+In: a checkpoint and a shipped recipe. Out: `model.onnx` of the target genai with its data, the same bytes as a build's.
 """
 
 from __future__ import annotations
@@ -16,17 +16,19 @@ from builder.checkpoint import open_checkpoint
 from builder.contract import DECODER, components
 from builder.export import empty_model, export
 from builder.optimize import optimize
-from builder.quantize import fill
+from builder.quantize import calibrated_rows, fill, stored
 from builder.recipe import load_recipe
+from builder.rules import resolve
 from builder.unroll import shortened
 from patches import patches_for
 from patches.registry import applied
 
 
-def write_decoder(folder: Path, out: Path) -> None:
+def write_decoder(folder: Path, out: Path, name: str) -> None:
     """What the stages export, optimize and quantize do for this one graph."""
     checkpoint = open_checkpoint(folder)
-    target = next(one for one in load_recipe().targets if one.runtime == "genai")
+    recipe = load_recipe(name)
+    target = next(one for one in recipe.targets if one.runtime == "genai")
     component = next(one for one in components(checkpoint, target.runtime) if one.name == DECODER)
     # Those of vision would never run here, which is an error.
     text = [patch for patch in patches_for(target.attention) if patch.name.startswith("text_")]
@@ -37,8 +39,13 @@ def write_decoder(folder: Path, out: Path) -> None:
         # As between two stages: saving leaves out what the exporter noted.
         graph.save(optimized, Path(between) / component.file)
         bound = graph.load(Path(between) / component.file)
-    fill([{out / component.file: bound}], checkpoint)
+    path = out / component.file
+    storages = resolve(recipe.rules, checkpoint.tensors)
+    if storages:
+        bound = stored(path, bound, recipe.precision, storages)
+    given = calibrated_rows(checkpoint, storages, out / "calibrated")
+    fill([{path: bound}], checkpoint, given=given)
 
 
 if __name__ == "__main__":
-    write_decoder(*map(Path, sys.argv[1:]))
+    write_decoder(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])

@@ -94,7 +94,7 @@ def copy_row(wall_s: float, written: int, copies: Sequence[Copy], wanted: str) -
     return Row(what, ours, seconds(as_many), ratio(wall_s, as_many), wanted, note)
 
 
-def decoder_rows(ours: Sequence[Decoder], theirs: Sequence[Decoder], wanted: str) -> list[Row]:
+def decoder_rows(recipe: str, ours: Sequence[Decoder], theirs: Sequence[Decoder], wanted: str) -> list[Row]:
     """The text decoder alone, beside onnxruntime-genai's builder; a failure of either is the row's note."""
     sides = {"ours": ours, "onnxruntime-genai": theirs}
     failures = [f"{name}: {one.run.failure}" for name, side in sides.items() for one in side if one.run.failure]
@@ -109,9 +109,9 @@ def decoder_rows(ours: Sequence[Decoder], theirs: Sequence[Decoder], wanted: str
         peaks.append(max((one.run.cost.peak_rss or 0 for one in side), default=0) or None)
     sizes = " and ".join(f"{megabytes(max((one.nbytes for one in side), default=0))} MB" for side in sides.values())
     return [
-        Row("text decoder alone, wall", *_pair(walls, seconds), wanted, note or sizes),
-        Row("text decoder alone, flushed", *_pair(flushed, seconds), "", note),
-        Row("text decoder alone, peak RSS", *_pair(peaks, lambda value: f"{megabytes(value)} MB"), "", note),
+        Row(f"text decoder alone, {recipe}, wall", *_pair(walls, seconds), wanted, note or sizes),
+        Row(f"text decoder alone, {recipe}, flushed", *_pair(flushed, seconds), "", note),
+        Row(f"text decoder alone, {recipe}, peak RSS", *_pair(peaks, lambda value: f"{megabytes(value)} MB"), "", note),
     ]
 
 

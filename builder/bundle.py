@@ -20,6 +20,7 @@ from builder.bom import BOM, bom
 from builder.contract import components
 from builder.fetch import FETCHED, NOTICES
 from builder.files import link, sha256
+from builder.key import plain
 from builder.licence import read_licence
 from builder.model_card import CARD, model_card
 from builder.optimize import operator
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from builder.stage import Build
 
 MANIFEST, EVIDENCE = "manifest.json", "evidence"
+TYPES = {ir.DataType.FLOAT: "float32"}
 BUILT_WITH = (
     "torch",
     "transformers",
@@ -96,7 +98,10 @@ def manifest(build: Build, target: Target, folder: Path) -> dict[str, Any]:
         "recipe": {
             "name": build.recipe.name,
             "precision": build.recipe.precision,
+            "provider": build.recipe.provider,
             "max_length": build.recipe.max_length,
+            "rules": plain(build.recipe.rules),
+            "limits": plain(build.recipe.limits),
         },
         "checkpoint": {
             "name": checkpoint.name,
@@ -118,6 +123,10 @@ def manifest(build: Build, target: Target, folder: Path) -> dict[str, Any]:
 
 def _graph(path: Path, ports: dict[str, Any]) -> dict[str, Any]:
     model = ir.load(path)
+    types = {value.name: value.dtype for value in (*model.graph.inputs, *model.graph.outputs)}
+    for port in (*ports["inputs"], *ports["outputs"]):  # the contract's float is the recipe's precision
+        kind = types[port["name"]]
+        port["dtype"] = port["dtype"] if kind is None else TYPES.get(kind, kind.name.lower())
     return {**ports, "operators": sorted({operator(node) for node in model.graph.all_nodes()})}
 
 

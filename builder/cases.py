@@ -81,8 +81,12 @@ def whole_suite(checkpoint: Checkpoint, folder: Path, more: Sequence[Path] = ())
     Raises:
         CasesError: see `read_cases`.
     """
-    written = read_cases((SUITE, *more))
-    return Suite(placed(written, Limits.of(checkpoint), folder), held_out(checkpoint))
+    return Suite(suite_cases(checkpoint, folder, more), held_out(checkpoint))
+
+
+def suite_cases(checkpoint: Checkpoint, folder: Path, more: Sequence[Path] = ()) -> tuple[Case, ...]:
+    """The same without the held-out set, which is not even read."""
+    return placed(read_cases((SUITE, *more)), Limits.of(checkpoint), folder)
 
 
 def read_cases(paths: Sequence[Path]) -> tuple[Written, ...]:
@@ -147,7 +151,16 @@ def held_out(checkpoint: Checkpoint) -> tuple[Case, ...]:
 
     A line is {"task", "images", "question", "answer"}; images lie beside the file.
     """
-    file = checkpoint.folder.resolve().parent / "heldout" / "cases.jsonl"
+    return _beside(checkpoint, "heldout")
+
+
+def read_calibration(checkpoint: Checkpoint) -> tuple[Case, ...]:
+    """Those of `calibration/cases.jsonl`, which quantization may look at: what the checkpoint is for. Or none."""
+    return _beside(checkpoint, "calibration")
+
+
+def _beside(checkpoint: Checkpoint, name: str) -> tuple[Case, ...]:
+    file = checkpoint.folder.resolve().parent / name / "cases.jsonl"
     if not file.is_file():
         return ()
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]

@@ -18,9 +18,10 @@ from builder.architecture import read_architecture
 from builder.checkpoint import open_checkpoint
 from builder.checkpoint_files import CONFIG
 from builder.errors import ResourceError
-from builder.estimate import Facts, GraphBytes, Mode, StageCost, graph_bytes, stage_cost, verify_mode
+from builder.estimate import Facts, GraphBytes, Mode, StageCost, Stored, graph_bytes, stage_cost, verify_mode
 from builder.figures import size
 from builder.json_file import read_json
+from builder.rules import resolve
 from builder.safetensors_index import ITEM_BYTES, Tensor
 from builder.weight_names import EXACT_IN, expected_tensors
 
@@ -158,9 +159,10 @@ def estimated(build: Build, steps: Sequence[Step]) -> Estimate:
     facts, memory = known(build, steps), machine.memory_limit()
     mode = verify_mode(facts, memory if build.memory is None else build.memory)
     runtimes = [target.runtime for target in build.recipe.targets]
+    stored = Stored(resolve(build.recipe.rules, facts.tensors), build.recipe.precision)
     running = {step.stage.name for step in steps if step.state == "run"}
     costs = tuple(
-        (step, stage_cost(step.stage.name, facts, runtimes, mode) if step.stage.name in running else NOTHING)
+        (step, stage_cost(step.stage.name, facts, runtimes, mode, stored) if step.stage.name in running else NOTHING)
         for step in steps
     )
     uses: dict[Use, tuple[Path, int]] = {"output": (build.output, sum(cost.written for _, cost in costs))}
@@ -168,7 +170,7 @@ def estimated(build: Build, steps: Sequence[Step]) -> Estimate:
         uses["download"] = hub.cache(), sum(facts.missing.values())
     return Estimate(
         steps=costs,
-        graphs=graph_bytes(facts, runtimes) if "quantize" in running else (),
+        graphs=graph_bytes(facts, runtimes, stored) if "quantize" in running else (),
         download=facts.missing,
         disks=disks(uses, left_over(build.output)),
         memory=memory,

@@ -7,16 +7,20 @@ files are exact, all other figures are an order of magnitude on the safe side (s
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from builder.contract import DECODER, EMBEDDINGS, VISION
+from builder.packing import part_shape, parts
+from builder.rules import Storage
 from builder.safetensors_index import INDEX, Tensor
+from builder.shard import BLOCK
 from builder.weight_names import EMBEDDINGS as EMBEDDING_MATRIX
 from builder.weight_names import LM_HEAD
-from builder.weights import BLOCK, QUEUED, STRIP, padded
+from builder.weights import QUEUED, STRIP, padded
 
 if TYPE_CHECKING:
     from builder.architecture import Text, Vision
@@ -24,7 +28,9 @@ if TYPE_CHECKING:
 
 Mode = Literal["whole", "sliced"]
 
-ITEM = 4  # bytes of an element in a data file, and in PyTorch: fp32
+ITEM = 4  # bytes of an element in PyTorch: fp32
+ITEMS = {"fp32": 4, "fp16": 2, "bf16": 2}  # and of one in a data file that no rule quantizes
+SIDE_BY_SIDE = re.compile(r"(?<=\.)(?:[qkv]_proj|gate_proj|up_proj)(?=\.)")
 LAYERS = EMBEDDING_MATRIX.removesuffix("embed_tokens.weight") + "layers."
 VISUAL = "model.visual."
 
@@ -51,11 +57,32 @@ STAGE_SECONDS: Mapping[str, float] = {"fetch": 1, "patch": 5, "optimize": 1, "qu
 TRACE_SECONDS = 27  # a target, whatever its size: 50 to 59 for both at 2B, 4B and 8B (docs/bench.md)
 WRITE_RATE = 0.25e9  # bytes a second of a data file, cast, hashed and flushed, on a slow disk
 HASH_RATE = 0.35e9  # not measured: a download read back from the same disk; SHA-256 alone does 2e9
+QUANTIZE_RATE, CALIBRATE_RATE = 40e6, 4e6  # weights a second
+CALIBRATION_MEMORY, MOMENTS = 300_000_000, 8  # bytes of the prompts' streams; copies of a matrix of moments, as fp32
 VERIFY_SECONDS = 30  # a target
 # Seconds a target and a gigabyte of fp32 weights, all cases with 64 tokens each: from 242 s for two targets at 0.57 GB.
 WHOLE_SECONDS = 180
 # The same in slices, where three cases are asked: 7.4 at 2B, 8.4 at 8B.
 SLICED_SECONDS = 9
+
+
+@dataclass(frozen=True)
+class Stored:
+    """How a recipe stores weights: what `builder.rules.resolve` gives, and the precision of all else."""
+
+    storages: Mapping[str, Storage] = field(default_factory=dict)
+    precision: str = "fp32"
+
+    @property
+    def exact(self) -> bool:
+        return not self.storages and self.precision == "fp32"
+
+    @property
+    def calibrated(self) -> bool:
+        return any(one.blocks.search == "gptq" for one in self.storages.values())
+
+
+FP32 = Stored()
 
 
 @dataclass(frozen=True)
@@ -103,7 +130,7 @@ class StageCost:
     seconds: float
 
 
-def graph_bytes(facts: Facts, runtimes: Iterable[str]) -> tuple[GraphBytes, ...]:
+def graph_bytes(facts: Facts, runtimes: Iterable[str], stored: Stored = FP32) -> tuple[GraphBytes, ...]:
     """Every graph of every target; equal data files are on disk once, and count for the first target."""
     vision = [name for name in facts.tensors if name.startswith(VISUAL)]
     embeddings = [] if facts.text.tied else [EMBEDDING_MATRIX]
@@ -116,28 +143,43 @@ def graph_bytes(facts: Facts, runtimes: Iterable[str]) -> tuple[GraphBytes, ...]
             (DECODER, decoder, facts.text.layers),
         ):
             data = f"{graph if names else DECODER}.onnx.data"
-            size = 0 if position else data_bytes(facts.tensors[name] for name in names)
+            size = 0 if position else data_bytes((facts.tensors[name] for name in names), stored)
             rows.append(GraphBytes(runtime, f"{graph}.onnx", depth * LAYER_BYTES, data, size))
     return tuple(rows)
 
 
-def data_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the data file that holds these tensors in fp32 (`builder.weights.layout`)."""
-    return sum(padded(math.prod(tensor.shape) * ITEM) for tensor in tensors)
+def data_bytes(tensors: Iterable[Tensor], stored: Stored = FP32) -> int:
+    """Bytes of the data file that holds these tensors (`builder.weights.layout`)."""
+    item, total = ITEMS[stored.precision], 0
+    groups: dict[tuple[str, Storage], tuple[int, int]] = {}
+    for tensor in tensors:
+        storage = stored.storages.get(tensor.name)
+        if storage is None:
+            total += padded(math.prod(tensor.shape) * item)
+        else:  # matrices that become one product lie together (builder/passes/quantize_weights.py)
+            key = SIDE_BY_SIDE.sub("_", tensor.name), storage
+            rows, columns = tensor.shape
+            groups[key] = groups.get(key, (0, columns))[0] + rows, columns
+    for (_, storage), (rows, columns) in groups.items():
+        for part in parts(storage.blocks):
+            shape = part_shape(part, storage.blocks, rows, columns)
+            total += padded(math.prod(shape) * (item if part == "scales" else 1))
+    return total
 
 
-def stage_cost(stage: str, facts: Facts, runtimes: Sequence[str], mode: Mode) -> StageCost:
+def stage_cost(stage: str, facts: Facts, runtimes: Sequence[str], mode: Mode, stored: Stored = FP32) -> StageCost:
     """What one run of a stage costs.
 
     Args:
         stage: its name.
         runtimes: of the recipe's targets.
         mode: how `verify` would run.
+        stored: how weights are stored.
     """
     return StageCost(
-        written=_written(stage, facts, runtimes),
-        memory=_memory(stage, facts, mode),
-        seconds=_seconds(stage, facts, runtimes, mode),
+        written=_written(stage, facts, runtimes, stored),
+        memory=_memory(stage, facts, mode, stored),
+        seconds=_seconds(stage, facts, runtimes, mode, stored),
     )
 
 
@@ -159,8 +201,8 @@ def verify_mode(checkpoint: Checkpoint | Facts, limit: int) -> Mode:
     return "whole" if verify_memory(checkpoint)[0] <= limit else "sliced"
 
 
-def _written(stage: str, facts: Facts, runtimes: Sequence[str]) -> int:
-    filled = graph_bytes(facts, runtimes)
+def _written(stage: str, facts: Facts, runtimes: Sequence[str], stored: Stored) -> int:
+    filled = graph_bytes(facts, runtimes, stored)
     graphs = sum(row.graph_bytes for row in filled)
     small = sum(size for name, size in facts.files.items() if not name.endswith(".safetensors") and name != INDEX)
     own = {
@@ -168,24 +210,34 @@ def _written(stage: str, facts: Facts, runtimes: Sequence[str]) -> int:
         "optimize": graphs,
         "quantize": graphs + sum(row.data_bytes for row in filled),
         "configure": len(runtimes) * small,
+        # The checkpoint that the bundle is, in fp32, while it is compared.
+        "verify": 0 if stored.exact else ITEM * _weights(facts),
     }
     return own.get(stage, 0) + RECORD_BYTES
 
 
-def _memory(stage: str, facts: Facts, mode: Mode) -> int:
+def _weights(facts: Facts) -> int:
+    return sum(math.prod(tensor.shape) for tensor in facts.tensors.values())
+
+
+def _memory(stage: str, facts: Facts, mode: Mode, stored: Stored) -> int:
     if stage == "verify":
         whole, sliced = verify_memory(facts)
         return whole if mode == "whole" else sliced
-    return STAGE_MEMORY.get(stage, 0) + (_quantize_memory(facts) if stage == "quantize" else 0)
+    return STAGE_MEMORY.get(stage, 0) + (_quantize_memory(facts, stored) if stage == "quantize" else 0)
 
 
-def _quantize_memory(facts: Facts) -> int:
-    """The strip that is turned, and the blocks on their way to the disk."""
+def _quantize_memory(facts: Facts, stored: Stored) -> int:
+    """The strip that is turned, and the blocks on their way to the disk; or a layer, and the moments of its inputs."""
+    if stored.calibrated:
+        columns = max(one.shape[1] for one in facts.tensors.values() if len(one.shape) == 2)
+        layer = max(ITEM * math.prod(one.shape) for name, one in facts.tensors.items() if name.startswith(LAYERS))
+        return CALIBRATION_MEMORY + 3 * layer + MOMENTS * ITEM * columns**2
     turned = (one.nbytes for one in facts.tensors.values() if one.name.startswith(LAYERS) and len(one.shape) == 2)
     return min(STRIP, max(turned)) + (QUEUED + 4) * BLOCK
 
 
-def _seconds(stage: str, facts: Facts, runtimes: Sequence[str], mode: Mode) -> float:
+def _seconds(stage: str, facts: Facts, runtimes: Sequence[str], mode: Mode, stored: Stored) -> float:
     if stage == "export":
         return len(runtimes) * TRACE_SECONDS
     if stage == "verify":
@@ -194,6 +246,7 @@ def _seconds(stage: str, facts: Facts, runtimes: Sequence[str], mode: Mode) -> f
         return len(runtimes) * (VERIFY_SECONDS + rate * gigabytes)
     passing = {
         "fetch": sum(facts.missing.values()) / HASH_RATE,
-        "quantize": sum(row.data_bytes for row in graph_bytes(facts, runtimes)) / WRITE_RATE,
+        "quantize": sum(row.data_bytes for row in graph_bytes(facts, runtimes, stored)) / WRITE_RATE
+        + (len(stored.storages) > 0) * _weights(facts) / (CALIBRATE_RATE if stored.calibrated else QUANTIZE_RATE),
     }
     return STAGE_SECONDS.get(stage, 0) + passing.get(stage, 0)

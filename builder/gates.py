@@ -31,6 +31,7 @@ PLACES = (
     "token ids",
     "position ids",
     "runtime's pixel values",
+    "weights",
     "vision layers",
     "image features",
     "deepstack features",
@@ -41,6 +42,10 @@ PLACES = (
     "decoder step",
     "tokens",
     "tokens of the runtime's pixels",
+    "KL divergence",
+    "other top-1",
+    "perplexity",
+    "generated tokens",
     "task",
 )
 

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 
+from builder.contract import VISION
 from builder.errors import BundleError, MissingPackageError
 from builder.json_file import read_json
 from builder.pipeline import (
@@ -59,6 +61,13 @@ class GenaiBundle:
                 f"onnxruntime-genai does not load {self.folder}", found=str(error).splitlines()[0]
             ) from error
 
+    @cached_property
+    def pixel_type(self) -> Any:
+        """numpy's type of what the vision encoder is given; the runtime casts only what its own processor makes."""
+        graph = onnx.load(self.folder / f"{VISION}.onnx", load_external_data=False).graph
+        (port,) = [port for port in graph.input if port.name == "pixel_values"]
+        return onnx.helper.tensor_dtype_to_np_dtype(port.type.tensor_type.elem_type)
+
     @property
     def context_length(self) -> int:
         """Most tokens of prompt and answer together that the checkpoint was made for."""
@@ -98,7 +107,7 @@ class GenaiBundle:
         count = int((inputs.input_ids == self.settings.image_token_id).sum())
         tensors["num_image_tokens"] = np.array([count], np.int64)
         if inputs.pixel_values is not None and inputs.image_grid_thw is not None:
-            tensors["pixel_values"] = inputs.pixel_values
+            tensors["pixel_values"] = inputs.pixel_values.astype(self.pixel_type, copy=False)
             tensors["image_grid_thw"] = inputs.image_grid_thw
         return tensors
 

@@ -13,21 +13,33 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes  # noqa: F401 – numpy learns the name bfloat16
 import numpy as np
 import onnx_ir as ir
 
+from builder.blocks import Blocks
 from builder.errors import WeightError
+from builder.packing import Part, part_shape
 
 UNBOUND = "<unbound>"
+# numpy's names of the types that initializers have, and ONNX's.
+DATA_TYPES = {"float32": "FLOAT", "float16": "FLOAT16", "bfloat16": "BFLOAT16", "uint8": "UINT8"}
 
 
 @dataclass(frozen=True)
 class Binding:
     """initializer ← checkpoint tensor, reshaped to `shape` ([] keeps it), transposed, cast to `dtype`.
 
-    `shape` is that of the tensor before the transposition; `dtype` is numpy's name ("float32").
+    Args:
+        tensor: of the checkpoint.
+        dtype: numpy's name of the initializer's type ("float32").
+        shape: of the tensor (with those of `below`) before the transposition.
+        below: further tensors, whose rows follow those of `tensor`.
+        blocks: how the matrix is quantized; None where it is only cast.
+        part: which part of the quantized matrix this is.
+        view: the initializer's shape in the graph, where an operator reads the same bytes in another.
     """
 
     initializer: str
@@ -35,21 +47,39 @@ class Binding:
     dtype: str
     shape: tuple[int, ...]
     transpose: bool = False
+    below: tuple[str, ...] = ()
+    blocks: Blocks | None = None
+    part: Part | None = None
+    view: tuple[int, ...] = ()
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """All that it is made of, in the order of its rows."""
+        return (self.tensor, *self.below)
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
         """The initializer's shape in the graph."""
+        if self.view:
+            return self.view
+        if self.blocks is not None and self.part is not None:
+            return part_shape(self.part, self.blocks, *self.shape)
         return self.shape[::-1] if self.transpose else self.shape
 
     @property
     def content(self) -> Binding:
-        """The binding under no name: equal where the bytes are."""
-        return replace(self, initializer="")
+        """The binding under no name and in no particular shape: equal where the bytes are."""
+        return replace(self, initializer="", view=())
+
+    @property
+    def source(self) -> Binding:
+        """What the parts of one quantized matrix have in common."""
+        return replace(self.content, dtype="", part=None)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the initializer."""
-        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+        return math.prod(self.stored_shape) * np.dtype(self.dtype).itemsize
 
     def transposed(self) -> Binding:
         """The same tensor, its two axes swapped."""
@@ -70,7 +100,7 @@ def unbound(binding: Binding) -> ir.ExternalTensor:
         UNBOUND,
         None,
         None,
-        ir.DataType[{"float32": "FLOAT", "float16": "FLOAT16", "bfloat16": "BFLOAT16"}[binding.dtype]],
+        ir.DataType[DATA_TYPES[binding.dtype]],
         shape=ir.Shape(binding.stored_shape),
         name=binding.initializer,
     )
@@ -126,8 +156,12 @@ def _strip_metadata(model: ir.Model) -> None:
 def load(path: Path) -> BoundGraph:
     """The pair that `save` wrote."""
     rows = json.loads(bindings_file(path).read_text(encoding="utf-8"))
-    bindings = [Binding(**{**row, "shape": tuple(row["shape"])}) for row in rows]
-    return bind(ir.load(path), bindings)
+    return bind(ir.load(path), [_binding(row) for row in rows])
+
+
+def _binding(row: dict[str, Any]) -> Binding:
+    lists = {name: tuple(row.get(name, ())) for name in ("shape", "below", "view")}
+    return Binding(**{**row, **lists, "blocks": row.get("blocks") and Blocks(**row["blocks"])})
 
 
 def bindings_file(path: Path) -> Path:

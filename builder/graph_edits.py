@@ -64,27 +64,27 @@ def constant(graph: ir.Graph, name: str, value: Any) -> ir.Value:
 
 
 def weight(graph: ir.Graph, ending: str) -> ir.Value:
-    """The initializer whose name ends so."""
-    (found,) = [value for name, value in graph.initializers.items() if name.endswith(ending)]
+    """The initializer whose name ends so; of a matrix that is quantized, its levels."""
+    endings = (ending, f"{ending}.levels", f"{ending}.stored")
+    (found,) = [value for name, value in graph.initializers.items() if name.endswith(endings)]
     return found
 
 
 def numbers(bundle: Path, value: ir.Value) -> np.ndarray:
-    """What an initializer holds, float32; read here, as onnx_ir reads no data file that has several hard links."""
+    """What an initializer holds; read here, as onnx_ir reads no data file that has several hard links."""
     tensor = value.const_value
     assert tensor is not None
     if not isinstance(tensor, ir.ExternalTensor):
         return tensor.numpy()
-    assert tensor.dtype == ir.DataType.FLOAT
     shape = tensor.shape.numpy()
-    flat = np.fromfile(bundle / tensor.location, "<f4", math.prod(shape), offset=tensor.offset or 0)
+    flat = np.fromfile(bundle / tensor.location, tensor.dtype.numpy(), math.prod(shape), offset=tensor.offset or 0)
     return flat.reshape(shape)
 
 
 def reader(value: ir.Value) -> ir.Node:
-    """The one node that reads the value."""
+    """The one node that reads the value; behind the cast where it is stored in less than it is computed in."""
     (node,) = value.consumers()
-    return node
+    return reader(node.outputs[0]) if node.op_type == "Cast" and value.is_initializer() else node
 
 
 def into_input(graph: ir.Graph, node: ir.Node, index: int, *fresh: ir.Node) -> None:

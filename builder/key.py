@@ -64,7 +64,7 @@ def reasons(old: Components, new: Components) -> list[str]:
 def plain(value: object) -> object:
     """A recipe field's value as JSON has it."""
     if is_dataclass(value) and not isinstance(value, type):
-        return asdict(value)
+        return {name: plain(one) for name, one in asdict(value).items()}
     if isinstance(value, tuple | list):
         return [plain(one) for one in value]
     return value

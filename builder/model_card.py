@@ -138,8 +138,9 @@ ORDER = ["license", "license_name", "license_link", "base_model", "base_model_re
 
 
 def precision(manifest: Mapping[str, Any]) -> str:
-    """The recipe's word for the weights."""
-    return plain(manifest["recipe"]["precision"])
+    """The recipe's word for the weights: its name where rules quantize them."""
+    recipe = manifest["recipe"]
+    return plain(recipe["name"] if recipe.get("rules") else recipe["precision"])
 
 
 def plain(text: object) -> str:

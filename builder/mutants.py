@@ -13,6 +13,7 @@ from pathlib import Path
 from builder import mutations
 from builder.gates import Gate
 
+WEIGHTS = "weights"
 Mutation = Callable[[Path, str], None]
 
 
@@ -26,6 +27,7 @@ class Mutant:
         change: breaks the bundle in a folder; raises InapplicableError where it cannot.
         places: target → the places at which its first difference may be.
         at: how the case of the first difference ends, such as "layer 1".
+        stored: what is broken is a stored weight: where it is quantized, that is seen before anything is computed.
     """
 
     name: str
@@ -33,10 +35,15 @@ class Mutant:
     change: Mutation
     places: Mapping[str, frozenset[str]]
     at: str = ""
+    stored: bool = False
 
     def explains(self, target: str, first: Gate | None) -> bool:
         """Whether that is the first difference that this mutant must have."""
-        return first is not None and first.place in self.places[target] and first.case.endswith(self.at)
+        if first is None:
+            return False
+        return (self.stored and first.place == WEIGHTS) or (
+            first.place in self.places[target] and first.case.endswith(self.at)
+        )
 
 
 def _both(*places: str) -> dict[str, frozenset[str]]:
@@ -79,7 +86,24 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("rotary theta", "1 % off", mutations.rotary_theta_changed, _both(LAYERS), "layer 0"),
     Mutant("norm epsilon", "ten times as large", mutations.norm_epsilon_changed, _both(LAYERS), "layer 0"),
     Mutant("MLP scaled", "layer 3 adds 1 % too much", mutations.mlp_scaled, _both(LAYERS), "layer 3"),
-    Mutant("layers swapped", "down projections of layers 1 and 2", mutations.layers_swapped, _both(LAYERS), "layer 1"),
-    Mutant("weight transposed", "output projection of layer 1", mutations.weight_transposed, _both(LAYERS), "layer 1"),
+    Mutant(
+        "layers swapped",
+        "down projections of layers 1 and 2",
+        mutations.layers_swapped,
+        _both(LAYERS),
+        "layer 1",
+        stored=True,
+    ),
+    Mutant(
+        "weight transposed",
+        "output projection of layer 1",
+        mutations.weight_transposed,
+        _both(LAYERS),
+        "layer 1",
+        stored=True,
+    ),
+    Mutant("scales shifted", "by one block, in layer 1", mutations.scales_shifted, _both(WEIGHTS), stored=True),
+    Mutant("zero points", "one level off, in layer 1", mutations.zero_points_shifted, _both(WEIGHTS), stored=True),
+    Mutant("nibbles swapped", "in layer 1", mutations.nibbles_swapped, _both(WEIGHTS), stored=True),
     Mutant("image token", "genai_config.json names another", mutations.image_token_unknown, _both("tokens")),
 )

@@ -31,6 +31,7 @@ from builder.graph_edits import (
     weight,
     zeros_behind,
 )
+from builder.packing import pack, unpack
 
 DOWN = "layers.{}.mlp.down_proj.weight"
 
@@ -229,6 +230,51 @@ def weight_transposed(bundle: Path, target: str, layer: int = 1) -> None:
         matrix.const_value = ir.tensor(turned, name=matrix.name)
 
 
+def scales_shifted(bundle: Path, target: str, layer: int = 1) -> None:
+    """Each block of a down projection has the scale of the next one."""
+    with edited(bundle, DECODER) as graph:
+        node = _quantized(graph, layer)
+        scales = node.inputs[2]
+        assert scales is not None
+        values = np.roll(numbers(bundle, scales), -1)
+        scales.const_value = ir.tensor(values, name=scales.name)
+
+
+def zero_points_shifted(bundle: Path, target: str, layer: int = 1) -> None:
+    """Zero is one level higher in a down projection."""
+    with edited(bundle, DECODER) as graph:
+        node = _quantized(graph, layer)
+        bits = node.attributes.get_int("bits", 0)
+        rows, blocks = node.inputs[2].shape.numpy()  # type: ignore[union-attr]
+        middle = np.full((rows, blocks), (1 << (bits - 1)) + 1, np.uint8)
+        if len(node.inputs) > 3 and node.inputs[3] is not None:
+            middle = unpack(numbers(bundle, node.inputs[3]).reshape(rows, -1), bits, blocks) + 1
+        zeros = constant(graph, "zero_points", pack(middle, bits))
+        node.resize_inputs(max(4, len(node.inputs)))
+        node.replace_input_with(3, zeros)
+
+
+def nibbles_swapped(bundle: Path, target: str, layer: int = 1) -> None:
+    """The first of two levels in the higher four bits, in a down projection."""
+    with edited(bundle, DECODER) as graph:
+        node = _quantized(graph, layer)
+        if node.attributes.get_int("bits", 0) != 4:
+            raise InapplicableError("a level has a byte of its own")
+        levels = node.inputs[1]
+        assert levels is not None
+        values = numbers(bundle, levels)
+        levels.const_value = ir.tensor((values >> 4) | (values << 4), name=levels.name)
+
+
+def _quantized(graph: ir.Graph, layer: int) -> ir.Node:
+    """The product with a decoder layer's down projection."""
+    _need(graph, layer)
+    node = reader(weight(graph, DOWN.format(layer)))
+    if node.op_type != "MatMulNBits":
+        raise InapplicableError("its weights are not quantized")
+    return node
+
+
 def image_token_unknown(bundle: Path, target: str) -> None:
     """genai_config.json names another token for pictures."""
     path = bundle / "genai_config.json"
@@ -238,7 +284,7 @@ def image_token_unknown(bundle: Path, target: str) -> None:
 
 
 def _need(graph: ir.Graph, layer: int) -> None:
-    if not any(name.endswith(DOWN.format(layer)) for name in graph.initializers):
+    if not any(DOWN.format(layer) in name for name in graph.initializers):
         raise InapplicableError(f"the decoder has no layer {layer}")
 
 

@@ -9,28 +9,38 @@ where its head is tied to them), and equal data files of two targets are one fil
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from builder import graph
+from builder.activations import Range, activation_ranges, wide_layers
 from builder.checkpoint import Checkpoint
 from builder.console import progress
 from builder.contract import components
-from builder.errors import WeightError
+from builder.errors import PassError, WeightError
 from builder.fetch import check_unchanged
 from builder.files import link
 from builder.graph import Binding, BoundGraph
+from builder.optimize import rename
+from builder.passes.narrow import narrow
+from builder.passes.quantize_weights import quantize_weights
+from builder.quantized_rows import Given
+from builder.rules import Storage, resolve
 from builder.weights import DataFile, write_data
 
 if TYPE_CHECKING:
     from builder.stage import Build
 
-DIGESTS = "digests.json"
+DIGESTS, CALIBRATED, MAGNITUDES = "digests.json", "calibrated", "largest magnitudes"
 MEGABYTE = 10**6
+SCALES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}  # of quantized matrices: the activations' type
 
 
 @dataclass(frozen=True)
@@ -56,23 +66,44 @@ def run(build: Build, out: Path) -> Mapping[str, object]:
         }
         for target in build.recipe.targets
     }
+    precision, storages = build.recipe.precision, resolve(build.recipe.rules, checkpoint.tensors)
+    ranges = _ranges(checkpoint) if precision == "fp16" else []
+    wide = wide_layers(ranges)
     for runtime, graphs in targets.items():
-        _check_complete(checkpoint, runtime, graphs.values())
+        if not build.recipe.exact:
+            for path, bound in graphs.items():
+                graphs[path] = stored(path, bound, precision, storages, wide.get(path.stem, frozenset()))
+        _check_complete(checkpoint, runtime, graphs.values(), storages)
+    given = calibrated_rows(checkpoint, storages, out / CALIBRATED)
     with progress("weights, MB", sum(tensor.nbytes for tensor in checkpoint.tensors.values()) // MEGABYTE) as advance:
-        files, shards = fill(list(targets.values()), checkpoint, lambda count: advance(count // MEGABYTE))
+        files, shards = fill(list(targets.values()), checkpoint, lambda count: advance(count // MEGABYTE), given)
+    shutil.rmtree(out / CALIBRATED, ignore_errors=True)
     check_unchanged(build, shards)
     facts = {
         path.relative_to(out).as_posix(): {"bytes": data.size, "sha256": data.sha256} for path, data in files.items()
     }
-    text = json.dumps({"data": facts, "checkpoint": shards}, indent=1, sort_keys=True)
+    found = {"data": facts, "checkpoint": shards, MAGNITUDES: [asdict(one) | {"wide": one.wide} for one in ranges]}
+    text = json.dumps(found, indent=1, sort_keys=True)
     (out / DIGESTS).write_text(text + "\n", encoding="utf-8")
     return dict(facts)
+
+
+def calibrated_rows(checkpoint: Checkpoint, storages: Mapping[str, Storage], folder: Path) -> Given:
+    """What calibration finds, read from `folder` when it is written; nothing where nothing is calibrated."""
+    if not any(one.blocks.search == "gptq" for one in storages.values()):
+        return {}
+    from builder.calibrate import calibrated, load
+
+    with progress("calibrate, layers", checkpoint.text.layers + 1) as advance:
+        files = calibrated(checkpoint, storages, folder, advance)
+    return {name: partial(load, path) for name, path in files.items()}
 
 
 def fill(
     targets: Sequence[Mapping[Path, BoundGraph]],
     checkpoint: Checkpoint,
     on_read: Callable[[int], None] = lambda _: None,
+    given: Given | None = None,
 ) -> tuple[Mapping[Path, DataFile], Mapping[str, str]]:
     """Writes each target's graphs at their paths, and the data that they refer to beside them.
 
@@ -81,7 +112,7 @@ def fill(
     plan = shared_out(targets)
     for path in plan.wanted:
         path.parent.mkdir(parents=True, exist_ok=True)
-    written = write_data(plan.wanted, checkpoint, on_read)
+    written = write_data(plan.wanted, checkpoint, on_read, given)
     files = dict(written.files)
     for path, twin in plan.twins.items():
         link(twin, path)
@@ -139,8 +170,59 @@ def _refer(bound: BoundGraph, path: Path, folder: Mapping[Path, DataFile]) -> No
     path.write_bytes(ir.to_proto(bound.model).SerializeToString(deterministic=True))
 
 
-def _check_complete(checkpoint: Checkpoint, runtime: str, graphs: Iterable[BoundGraph]) -> None:
-    used = {binding.tensor for bound in graphs for binding in bound.bindings.values()}
+def stored(
+    path: Path,
+    bound: BoundGraph,
+    precision: str,
+    storages: Mapping[str, Storage],
+    wide: frozenset[int] = frozenset(),
+) -> BoundGraph:
+    """The graph with matrices quantized as the rules say, and everything else in the recipe's precision.
+
+    Args:
+        path: of the graph, for errors.
+        wide: layers that stay fp32.
+
+    Raises:
+        PassError: a rule names a weight that cannot be quantized.
+    """
+    if storages:
+        outcome = quantize_weights(bound, storages, SCALES[precision])
+        if outcome.misses:
+            raise PassError(
+                f"a rule names a weight of {path.name} that cannot be quantized",
+                expected="weights of linear layers, and embeddings",
+                found=outcome.misses[0],
+                next='put a rule before it that keeps it: store = "keep"',
+            )
+        bound = outcome.graph
+    if precision != "fp32":
+        bound = narrow(bound, precision, wide).graph
+    RemoveUnusedNodesPass()(bound.model)
+    rename(bound)
+    return bound
+
+
+def _ranges(checkpoint: Checkpoint) -> list[Range]:
+    """Of every layer; PyTorch runs it, a layer in memory at a time."""
+    from builder.reference import Reference
+
+    return activation_ranges(Reference(checkpoint, streamed=True))
+
+
+def _check_complete(
+    checkpoint: Checkpoint, runtime: str, graphs: Iterable[BoundGraph], storages: Iterable[str]
+) -> None:
+    bindings = [binding for bound in graphs for binding in bound.bindings.values()]
+    used = {name for binding in bindings for name in binding.tensors}
+    kept = sorted(set(storages) - {name for one in bindings if one.blocks for name in one.tensors})
+    if kept:
+        raise WeightError(
+            f"{len(kept)} matrices were not quantized for the target {runtime}",
+            expected="every matrix that a rule names",
+            found=", ".join(kept[:5]) + (" …" if len(kept) > 5 else ""),
+            next="run `python -m builder patches`: an upstream change alters what is traced",
+        )
     left = sorted(set(checkpoint.tensors) - used)
     if left:
         raise WeightError(

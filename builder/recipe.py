@@ -10,18 +10,21 @@ from __future__ import annotations
 import difflib
 import tomllib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked
 
+from builder.blocks import LARGEST, SMALLEST, Search
 from builder.errors import RecipeError
+from builder.providers import Name, Precision
+from builder.recipe_checks import check_runnable
+from builder.rules import Rule, Store
 
 Runtime = Literal["genai", "onnxruntime"]
 Attention = Literal["eager", "fused"]
-Precision = Literal["fp32"]
 
 SHIPPED = Path(__file__).parent / "recipes"
 DEFAULT = "fp32"
@@ -39,20 +42,53 @@ class Target:
 
 
 @dataclass(frozen=True)
+class Limits:
+    """What a build that is not exact may lose against PyTorch in fp32; a gate for each (builder/quality.py).
+
+    Args:
+        weight: largest relative error of a weight matrix.
+        kl_mean, kl_p99: KL divergence of the next token's distribution, in nats, over all positions that are compared.
+        same_top: least share of positions whose likeliest token is the same.
+        perplexity: largest ratio of perplexities on the shipped text.
+        task_lost: held-out cases that fp32 gets right and this may get wrong.
+        lead: largest lead, in logits, of PyTorch's own choice over a token that is generated in its place.
+    """
+
+    weight: float
+    kl_mean: float
+    kl_p99: float
+    same_top: float
+    perplexity: float
+    task_lost: int
+    lead: float
+
+
+@dataclass(frozen=True)
 class Recipe:
     """What to build.
 
     Args:
         name: the recipe file's stem; part of the default output folder's name.
-        precision: of the weights in the artifacts.
+        precision: of activations, and of the weights that no rule quantizes.
         targets: in the order they were written; the first one's bundle is what `build` prints last.
         max_length: tokens of prompt and answer together that a bundle's generation settings allow.
+        provider: onnxruntime's execution provider that the settings in a bundle start.
+        rules: see `builder.rules`.
+        limits: None where the artifact has to equal the model.
     """
 
     name: str
     precision: Precision
     targets: tuple[Target, ...]
     max_length: int
+    provider: Name = "cpu"
+    rules: tuple[Rule, ...] = ()
+    limits: Limits | None = None
+
+    @property
+    def exact(self) -> bool:
+        """Whether the artifact has to equal the model to the last digits of fp32."""
+        return self.precision == "fp32" and not self.rules
 
 
 _STRICT = ConfigDict(extra="forbid")
@@ -64,15 +100,49 @@ class _AttentionTable:
     onnxruntime: Attention | None = None
 
 
+def _block_size(value: int) -> int:
+    if not SMALLEST <= value <= LARGEST or value & (value - 1):
+        raise ValueError(f"a power of two from {SMALLEST} to {LARGEST}")
+    return value
+
+
+@checked(frozen=True, config=_STRICT)
+class _Rule:
+    weights: Annotated[tuple[str, ...], Field(min_length=1)]
+    store: Store
+    block: Annotated[int, Field(strict=True), AfterValidator(_block_size)] = 32
+    zero_points: Annotated[bool, Field(strict=True)] = False
+    search: Search = "mse"
+    accuracy: Literal[1, 2, 4] = 4
+
+
+_Share = Annotated[float, Field(gt=0, le=1)]
+_Positive = Annotated[float, Field(gt=0)]
+
+
+@checked(frozen=True, config=_STRICT)
+class _Limits:
+    weight: _Positive
+    kl_mean: _Positive
+    kl_p99: _Positive
+    same_top: _Share
+    perplexity: Annotated[float, Field(ge=1)]
+    task_lost: Annotated[int, Field(strict=True, ge=0)]
+    lead: _Positive
+
+
 @checked(frozen=True, config=_STRICT)
 class _Document:
     precision: Precision
     targets: Annotated[tuple[Runtime, ...], Field(min_length=1)]
     attention: _AttentionTable = field(default_factory=_AttentionTable)
     max_length: Annotated[int, Field(strict=True, ge=1)] = MAX_LENGTH
+    provider: Name = "cpu"
+    rules: tuple[_Rule, ...] = ()
+    limits: _Limits | None = None
 
 
-_SECTIONS: Mapping[str, type] = {"": _Document, "attention": _AttentionTable}
+_SECTIONS: Mapping[str, type] = {"": _Document, "attention": _AttentionTable, "rules": _Rule, "limits": _Limits}
 _UNKNOWN = "unexpected_keyword_argument"
 _A_TABLE = 'one of "eager", "fused" for every target, or a table such as { genai = "eager" }'
 
@@ -90,7 +160,7 @@ def load_recipe(name_or_path: str | Path = DEFAULT) -> Recipe:
             value, or a target and attention that do not go together.
     """
     path = _located(str(name_or_path))
-    document = _parsed(path)
+    document = _completed(path, _parsed(path))
     attention = document.get("attention")
     if isinstance(attention, str):
         document = {**document, "attention": dict.fromkeys(get_args(Runtime), attention)}
@@ -99,7 +169,19 @@ def load_recipe(name_or_path: str | Path = DEFAULT) -> Recipe:
     except ValidationError as error:
         raise _explained(path, error) from None
     targets = _targets(path, checked_document, one_for_all=isinstance(attention, str))
-    return Recipe(path.stem, checked_document.precision, targets, checked_document.max_length)
+    rules = tuple(Rule(**asdict(rule)) for rule in checked_document.rules)
+    limits = None if checked_document.limits is None else Limits(**asdict(checked_document.limits))
+    recipe = Recipe(
+        path.stem,
+        checked_document.precision,
+        targets,
+        checked_document.max_length,
+        checked_document.provider,
+        rules,
+        limits,
+    )
+    check_runnable(path, recipe)
+    return recipe
 
 
 def nearest(word: str, among: Iterable[str]) -> str | None:
@@ -131,6 +213,20 @@ def _parsed(path: Path) -> dict[str, Any]:
     raise RecipeError(f"recipe {path} cannot be read", expected=expected, found=reason)
 
 
+def _completed(path: Path, document: dict[str, Any]) -> dict[str, Any]:
+    """With the keys that it does not set from the shipped recipe that it is `like`."""
+    if "like" not in document:
+        return document
+    model = document.pop("like")
+    if model not in shipped() or model == path.stem:
+        raise RecipeError(
+            f"recipe {path}: `like` names no other shipped recipe",
+            expected=f"one of: {', '.join(name for name in shipped() if name != path.stem)}",
+            found=repr(model),
+        )
+    return {**_completed(SHIPPED / f"{model}.toml", _parsed(SHIPPED / f"{model}.toml")), **document}
+
+
 def _explained(path: Path, error: ValidationError) -> RecipeError:
     """The first problem in the recipe's own words; an unknown key goes before everything else."""
     problems = sorted(error.errors(include_url=False), key=lambda one: one["type"] != _UNKNOWN)
@@ -138,7 +234,8 @@ def _explained(path: Path, error: ValidationError) -> RecipeError:
     place = [str(part) for part in problem["loc"]]
     key = ".".join(place)
     if problem["type"] == _UNKNOWN:
-        known = [one.name for one in fields(_SECTIONS[".".join(place[:-1])])]
+        section = ".".join(part for part in place[:-1] if not part.isdigit())
+        known = [one.name for one in fields(_SECTIONS[section])]
         near = nearest(place[-1], known)
         return RecipeError(
             f"recipe {path}: unknown key `{key}`",

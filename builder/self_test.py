@@ -11,28 +11,33 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from shutil import rmtree
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from builder import machine
-from builder.bundle_files import check_bundle, own_evidence
+from builder.bundle_files import MANIFEST, check_bundle, own_evidence
 from builder.cases import Suite, shipped_cases
 from builder.catch_table import catch_markdown, catch_text
 from builder.checkpoint import Checkpoint, open_checkpoint
 from builder.console import progress
+from builder.dequantized import write_dequantized
 from builder.errors import BundleError, VerificationError
 from builder.estimate import verify_mode
 from builder.files import link, write_text
 from builder.gates import Gate, Report
 from builder.graph_edits import InapplicableError
+from builder.json_file import read_json
 from builder.mutants import MUTANTS, Mutant
 from builder.reference import Reference
 from builder.sliced_graphs import Asked, SlicedGraphs
 from builder.survivors import Survivor, sites, survivor
+from builder.twin import write_twins
 from builder.verify import verify
+from builder.verify_lossy import Terms, weight_gates
 from builder.verify_sliced import SLICE, slice_budget, verify_sliced
 
 CASES = ("one picture", "wide, tall")  # the least that shows all: a picture, and two of different sizes
@@ -166,10 +171,20 @@ def self_test(
     for left in evidence.glob(f"{PASSING}*"):  # by a self-test that was killed
         rmtree(left, ignore_errors=True)
     checkpoint = open_checkpoint(reference)
+    terms = Terms.of(read_json(bundle / MANIFEST).get("recipe", {}))
     # Hard links need the file system that the bundle is on.
     with TemporaryDirectory(prefix=PASSING, dir=evidence) as passing:
-        ways = _ways(checkpoint, target, limit, Path(passing) / "store" if store is None else store)
-        done = _tested(bundle, target, ways, MUTANTS if mutants is None else mutants, Path(passing) / "broken")
+        kept = Path(passing) / "store" if store is None else store
+        chosen, broken = MUTANTS if mutants is None else mutants, Path(passing) / "broken"
+        if terms is None:
+            done = _tested(bundle, target, _ways(checkpoint, target, limit, kept), chosen, broken)
+        else:  # its twin: graphs can be broken there whatever the precision
+            write_twins(bundle, Path(passing) / "twin")
+            own = Path(passing) / "weights" / checkpoint.name
+            write_dequantized(bundle, checkpoint, terms.precision, own)
+            ways = _ways(open_checkpoint(own), target, limit, Path(passing) / "store")
+            ways = replace(ways, compare=partial(_weights_first, ways, target, checkpoint, terms))
+            done = _tested(Path(passing) / "twin", target, ways, chosen, broken)
     write_text(evidence / "self_test.json", json.dumps(done.as_dict(), indent=1, ensure_ascii=False) + "\n")
     write_text(evidence / "self_test.txt", done.table() + "\n")
     return done
@@ -206,6 +221,17 @@ def _ways(checkpoint: Checkpoint, target: str, limit: int | None, store: Path) -
         lambda folder: verify_sliced(folder, target, streamed, memory, store, chosen, until_failure=True),
         lambda folder: SlicedGraphs(folder, target, streamed, slice_budget(memory)),
     )
+
+
+def _weights_first(ways: _Ways, target: str, checkpoint: Checkpoint, terms: Terms, folder: Path) -> Report:
+    """A quantized bundle's weights against the checkpoint's, then its graphs against PyTorch on its own weights."""
+    with TemporaryDirectory(dir=folder.parent) as passing:
+        errors = write_dequantized(folder, checkpoint, terms.precision, Path(passing))
+    gates = tuple(weight_gates(errors, terms.limits))
+    if all(gate.ok for gate in gates):
+        report = ways.compare(folder)
+        return replace(report, gates=(*gates, *report.gates))
+    return Report(target, checkpoint.name, gates, {})
 
 
 def _tested(bundle: Path, target: str, ways: _Ways, mutants: Sequence[Mutant], folder: Path) -> SelfTest:

@@ -13,17 +13,20 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
 from builder.errors import CheckpointError
+from builder.safetensors_index import NUMPY_TYPES, Tensor
 
+BLOCK = 4 << 20  # bytes of a tensor that are read, and of what becomes of them, at a time
 STEP = 16 << 20  # bytes read at a time where nobody asks for them
 AHEAD = 64 << 20  # bytes that the disk is asked for while those before them are in use
 
 Bytes = npt.NDArray[np.uint8]
+Array = npt.NDArray[Any]
 
 
 class Shard:
@@ -104,6 +107,21 @@ def open_shard(path: Path) -> Iterator[Shard]:
             found="another size, time or file",
             next="let whatever writes it finish, then run the same command again",
         )
+
+
+def blocks_of(tensor: Tensor, shard: Shard, rows: int, columns: int, itemsize: int = 0) -> Iterator[Array]:
+    """[some rows, columns], one after the other; at most `BLOCK` bytes of them, and of what they become.
+
+    Args:
+        itemsize: bytes of an element of what they become.
+    """
+    dtype = NUMPY_TYPES[tensor.dtype]
+    width = columns * np.dtype(dtype).itemsize
+    step = max(1, BLOCK // max(1, width, columns * itemsize))
+    for start in range(0, rows, step):
+        stop = min(rows, start + step)
+        content = shard.read(tensor.offset + start * width, tensor.offset + stop * width)
+        yield content.view(dtype).reshape(stop - start, columns)
 
 
 def _unreadable(path: Path, error: OSError) -> CheckpointError:

@@ -54,7 +54,7 @@ class EmbeddingRows(nn.Module):
         wanted, places = torch.unique(ids, return_inverse=True)
         rows = torch.empty(len(wanted), self.tensor.shape[1])
         for place, row in enumerate(wanted.tolist()):
-            rows[place] = _read_rows(self.folder, self.tensor, row, row + 1)[0]
+            rows[place] = read_rows(self.folder, self.tensor, row, row + 1)[0]
         return rows[places]
 
 
@@ -70,7 +70,7 @@ class HeadInBlocks(nn.Module):
         step = max(HEAD_BYTES // (4 * width * HEAD_ROWS), 1) * HEAD_ROWS
         logits = hidden.new_empty(*hidden.shape[:-1], vocab)
         for start in range(0, vocab, step):
-            rows = _read_rows(self.folder, self.tensor, start, min(start + step, vocab))
+            rows = read_rows(self.folder, self.tensor, start, min(start + step, vocab))
             logits[..., start : start + step] = nn.functional.linear(hidden, rows)
         return logits
 
@@ -126,7 +126,7 @@ def _stream(prefix: str, part: nn.Module, checkpoint: Checkpoint) -> None:
     def load(*_: object) -> None:
         for name in empty:
             tensor = checkpoint.tensors[f"{prefix}.{name}"]
-            values = _read_rows(checkpoint.folder, tensor, 0, tensor.shape[0])
+            values = read_rows(checkpoint.folder, tensor, 0, tensor.shape[0])
             _put(part, name, nn.Parameter(values, requires_grad=False))
 
     def release(*_: object) -> None:
@@ -142,7 +142,7 @@ def _put(part: nn.Module, name: str, parameter: nn.Parameter) -> None:
     setattr(part.get_submodule(owner), attribute, parameter)
 
 
-def _read_rows(folder: Path, tensor: Tensor, start: int, stop: int) -> torch.Tensor:
+def read_rows(folder: Path, tensor: Tensor, start: int, stop: int) -> torch.Tensor:
     """Rows [start, stop) of a tensor, fp32 [stop - start, *the other axes].
 
     Raises:

@@ -8,13 +8,14 @@ failing gate says where a difference began; a gate that cannot be computed fails
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from builder import machine
-from builder.bundle_files import check_bundle, own_evidence
+from builder.bundle_files import MANIFEST, check_bundle, own_evidence
 from builder.cases import Case, Suite, whole_suite
 from builder.checkpoint import Checkpoint, open_checkpoint
 from builder.console import progress
@@ -24,9 +25,12 @@ from builder.evidence import collecting, show_answers, show_case
 from builder.gates import Gate, Report, attempted
 from builder.graph_gates import batch_gates, geometry_gates, graph_gates, layer_gates
 from builder.graphs import Graphs
+from builder.json_file import read_json
+from builder.quantize import DIGESTS, MAGNITUDES
 from builder.reference import Prompt, Reference
 from builder.report import write
 from builder.report.context import of_build, of_bundle
+from builder.verify_lossy import Terms, verify_lossy
 from builder.verify_sliced import for_slices, verify_sliced
 from builder.verify_tokens import Player, Ties, input_gates, open_player, token_gates
 
@@ -40,10 +44,14 @@ RUNNING = ("torch", "transformers", "onnxruntime", "onnxruntime-genai", "tokeniz
 def run(build: Build, out: Path) -> Mapping[str, object]:
     """Verifies every target; the report of one that fails stays in the stage's `.part` folder for reading."""
     facts: dict[str, object] = {}
-    compared = comparison(build.checkpoint, build.memory, build.output / STORE)
+    recipe = build.recipe
+    terms = None if recipe.limits is None else Terms(recipe.precision, recipe.provider, recipe.limits)
+    compared = comparison(build.checkpoint, build.memory, build.output / STORE, terms=terms)
     tables = []
     for target in build.recipe.targets:
         report = compared(build.folder("configure") / target.runtime, target.runtime)
+        if magnitudes := read_json(build.folder("quantize") / DIGESTS).get(MAGNITUDES):
+            report = replace(report, facts={**report.facts, MAGNITUDES: magnitudes})
         write(report, out / target.runtime, of_build(build, target.runtime))
         if not report.ok:
             raise failed(report, out / target.runtime)
@@ -53,7 +61,7 @@ def run(build: Build, out: Path) -> Mapping[str, object]:
 
 
 def comparison(
-    checkpoint: Checkpoint, limit: int | None, store: Path, more: Sequence[Path] = ()
+    checkpoint: Checkpoint, limit: int | None, store: Path, more: Sequence[Path] = (), terms: Terms | None = None
 ) -> Callable[[Path, str], Report]:
     """(folder, target) → its report: whole where PyTorch and ONNX Runtime fit in memory together, else sliced.
 
@@ -61,21 +69,31 @@ def comparison(
         limit: bytes of memory that may be used; None for all that this process may have.
         store: where a sliced comparison keeps the reference's outputs.
         more: files of cases besides the shipped ones, or folders of them.
+        terms: what a bundle that is not exact may lose; None for one that is.
     """
     memory = machine.memory_limit() if limit is None else limit
     whole = verify_mode(checkpoint, memory) == "whole"
     reference = Reference(checkpoint, streamed=not whole)
 
+    def exact(folder: Path, target: str, wanted: Reference, suite: Suite, kept: Path) -> Report:
+        if whole:
+            return verify(folder, target, wanted, suite)
+        return verify_sliced(folder, target, wanted, memory, kept, for_slices(suite))
+
     def compared(folder: Path, target: str) -> Report:
-        if not more:
-            return (
-                verify(folder, target, reference) if whole else verify_sliced(folder, target, reference, memory, store)
-            )
+        if terms is None and not more:
+            if whole:
+                return verify(folder, target, reference)
+            return verify_sliced(folder, target, reference, memory, store)
         with TemporaryDirectory() as drawn:
             suite = whole_suite(checkpoint, Path(drawn), more)
-            if whole:
-                return verify(folder, target, reference, suite)
-            return verify_sliced(folder, target, reference, memory, store, for_slices(suite))
+            if terms is None:
+                return exact(folder, target, reference, suite, store)
+
+            def twin(twins: Path, dequantized: Checkpoint, asked: Suite) -> Report:
+                return exact(twins, target, Reference(dequantized, streamed=not whole), asked, twins.parent / STORE)
+
+            return verify_lossy(folder, target, reference, terms, suite, twin, store.parent)
 
     return compared
 
@@ -101,7 +119,8 @@ def verify_bundle(
         with TemporaryDirectory() as passing:
             return verify_bundle(bundle, reference, limit, Path(passing), more)
     target, evidence = check_bundle(bundle), own_evidence(bundle)
-    report = comparison(open_checkpoint(reference), limit, store, more)(bundle, target)
+    terms = Terms.of(read_json(bundle / MANIFEST).get("recipe", {}))
+    report = comparison(open_checkpoint(reference), limit, store, more, terms)(bundle, target)
     write(report, evidence, of_bundle(bundle))
     return report
 

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -26,15 +27,16 @@ import numpy.typing as npt
 from builder.checkpoint import Checkpoint
 from builder.errors import WeightError
 from builder.graph import Binding
+from builder.quantized_rows import PARTS, Given, Source, quantized_parts
 from builder.safetensors_index import NUMPY_TYPES, Tensor
-from builder.shard import Shard, open_shard
+from builder.shard import BLOCK, Shard, blocks_of, open_shard
 
 ALIGNMENT = 4096  # pages: the runtime maps the file instead of copying it
-BLOCK = 4 << 20  # bytes read, and written, at a time
 STRIP = 256 << 20  # bytes of a tensor that are held to be transposed
 TILE = 64  # rows turned at a time: what fits a core's cache is 2.8 times as fast as the whole (measured)
 WORD = 8  # bytes of a row that move as one when it is turned
 UNFLUSHED = 64 << 20  # bytes written before the disk is told to take them
+WORKERS = 2  # that quantize rows while the next are read
 QUEUED = 48  # blocks that wait to be written and hashed while the next is made
 
 Array = npt.NDArray[Any]
@@ -75,39 +77,60 @@ def write_data(
     wanted: Mapping[Path, Sequence[Binding]],
     checkpoint: Checkpoint,
     on_read: Callable[[int], None] = lambda count: None,
+    given: Given | None = None,
 ) -> Written:
     """Writes every file of `wanted` in one pass over the checkpoint.
 
     Args:
         wanted: data file → what lies in it; names of initializers do not matter.
         on_read: called with the number of bytes of each tensor once it is written.
+        given: see `builder.quantized_rows.Source`.
 
     Raises:
         WeightError: a tensor that the checkpoint does not have, or one of more than two axes that is to be transposed.
         CheckpointError: a file of it that ends early or changes on the way.
     """
     layouts = {path: layout(contents, checkpoint) for path, contents in wanted.items()}
-    jobs: dict[str, list[tuple[Path, Binding]]] = {name: [] for name in checkpoint.tensors}
-    for path, placements in layouts.items():
-        for content in placements:
-            jobs[content.tensor].append((path, content))
-    shards: dict[str, str] = {}
+    jobs = _jobs(layouts, checkpoint)
+    digests: dict[str, str] = {}
     with ExitStack() as stack:
         opened = {path: stack.enter_context(_part(path).open("wb")) for path in wanted}
         threads = _Threads(*(stack.enter_context(ThreadPoolExecutor(1)) for _ in range(3)))
         queue: deque[Future[None]] = deque()
         files = {path: _Output(file, threads, queue) for path, file in opened.items()}
+        workers = stack.enter_context(ThreadPoolExecutor(WORKERS))
         for name in sorted({tensor.file for tensor in checkpoint.tensors.values()}):
             with open_shard(checkpoint.folder / name) as shard:
+                source = Source(checkpoint, shard, workers, given or {})
                 for tensor in _tensors(checkpoint, name):
-                    for path, content in jobs[tensor.name]:
-                        files[path].write(_pieces(content, tensor, shard))
+                    for path, contents in jobs[tensor.name]:
+                        for pieces in _written(contents, tensor, shard, source):
+                            files[path].write(pieces)
                     on_read(tensor.nbytes)
-                shards[name] = shard.sha256()
+                digests[name] = shard.sha256()
         done = {path: DataFile(layouts[path], *files[path].finish()) for path in wanted}
     for path in wanted:
         os.replace(_part(path), path)
-    return Written(done, shards)
+    return Written(done, digests)
+
+
+def _jobs(
+    layouts: Mapping[Path, Iterable[Binding]], checkpoint: Checkpoint
+) -> dict[str, list[tuple[Path, tuple[Binding, ...]]]]:
+    """Tensor → what is written when it is read: one content, or all parts of a quantized matrix that begins with it."""
+    jobs: dict[str, list[tuple[Path, tuple[Binding, ...]]]] = {name: [] for name in checkpoint.tensors}
+    for path, placements in layouts.items():
+        for first, parts in groupby(placements, key=lambda one: one.source if one.blocks else one):
+            jobs[first.tensor].append((path, tuple(parts)))
+    return jobs
+
+
+def _written(contents: Sequence[Binding], tensor: Tensor, shard: Shard, source: Source) -> Iterator[Iterable[Array]]:
+    """The bytes of each content, in their order."""
+    if contents[0].blocks is None:
+        yield _pieces(contents[0], tensor, shard)
+    else:
+        yield from quantized_parts(contents, source)
 
 
 @dataclass(frozen=True)
@@ -170,23 +193,8 @@ def _pieces(content: Binding, tensor: Tensor, shard: Shard) -> Iterator[Array]:
         for strip in _strips(tensor, shard, rows, columns):
             yield from _turned(strip, content.dtype)
     else:
-        for block in _blocks(tensor, shard, rows, columns, np.dtype(content.dtype).itemsize):
+        for block in blocks_of(tensor, shard, rows, columns, np.dtype(content.dtype).itemsize):
             yield block.astype(content.dtype)
-
-
-def _blocks(tensor: Tensor, shard: Shard, rows: int, columns: int, itemsize: int = 0) -> Iterator[Array]:
-    """[some rows, columns], one after the other; at most `BLOCK` bytes of them, and of what they become.
-
-    Args:
-        itemsize: bytes of an element of what they become.
-    """
-    dtype = NUMPY_TYPES[tensor.dtype]
-    width = columns * np.dtype(dtype).itemsize
-    step = max(1, BLOCK // max(1, width, columns * itemsize))
-    for start in range(0, rows, step):
-        stop = min(rows, start + step)
-        content = shard.read(tensor.offset + start * width, tensor.offset + stop * width)
-        yield content.view(dtype).reshape(stop - start, columns)
 
 
 def _strips(tensor: Tensor, shard: Shard, rows: int, columns: int) -> Iterator[Array]:
@@ -200,7 +208,7 @@ def _strips(tensor: Tensor, shard: Shard, rows: int, columns: int) -> Iterator[A
     for start in range(0, columns, step):
         stop = min(columns, start + step)
         strip, at = np.empty((rows, stop - start), dtype), 0
-        for block in _blocks(tensor, shard, rows, columns):
+        for block in blocks_of(tensor, shard, rows, columns):
             strip[at : at + len(block)] = block[:, start:stop]
             at += len(block)
         yield strip
@@ -228,11 +236,12 @@ def _turned(strip: Array, dtype: str) -> Iterator[Array]:
 
 def _order(content: Binding, checkpoint: Checkpoint) -> tuple[Any, ...]:
     tensor = checkpoint.tensors.get(content.tensor)
-    if tensor is None or math.prod(content.shape) != math.prod(tensor.shape):
+    shapes = [one.shape for name in content.tensors if (one := checkpoint.tensors.get(name))]
+    if tensor is None or math.prod(content.shape) != sum(math.prod(shape) for shape in shapes):
         raise WeightError(
-            f"a binding to {content.tensor} does not fit the checkpoint",
-            expected=f"a tensor of shape {list(content.shape)}",
-            found="none" if tensor is None else list(tensor.shape),
+            f"a binding to {' and '.join(content.tensors)} does not fit the checkpoint",
+            expected=f"shape {list(content.shape)}",
+            found=[list(shape) for shape in shapes] or "no such tensor",
         )
     if content.transpose and len(content.shape) > 2:
         raise WeightError(
@@ -241,7 +250,18 @@ def _order(content: Binding, checkpoint: Checkpoint) -> tuple[Any, ...]:
             found=list(content.shape),
             next="run `python -m builder patches`: an upstream change alters what is traced",
         )
-    return tensor.file, tensor.offset, tensor.name, content.dtype, content.shape, content.transpose
+    # The parts of a quantized matrix lie next to one another: they are made together.
+    parted = (repr(content.blocks), "" if content.blocks is None else PARTS.index(content.part))
+    return (
+        tensor.file,
+        tensor.offset,
+        tensor.name,
+        content.below,
+        *parted,
+        content.dtype,
+        content.shape,
+        content.transpose,
+    )
 
 
 def _tensors(checkpoint: Checkpoint, file: str) -> list[Tensor]:

@@ -1,10 +1,10 @@
 """Operators that the patched modules call.
 
-In: query, key and value of one attention layer, already normalised and rotated, or a residual stream.
-Out: the attention's output (and, for the text, the grown key/value cache), or the stream.
-Guaranteed: run in PyTorch they compute what upstream computes; while an ONNX export is traced each becomes one node,
-`qwen3vl::SegmentAttention`, which builder/passes/lower_segment_attention.py lowers for the target,
-`com.microsoft::GroupQueryAttention`, or `qwen3vl::Layer`, which builder/unroll.py takes out.
+In: query, key and value of one attention layer, already normalised and rotated, or a residual stream. Out: the
+attention's output (and, for the text, the grown key/value cache), or the stream. Guaranteed: run in PyTorch they
+compute what upstream computes; while an ONNX export is traced each becomes one node, `qwen3vl::SegmentAttention`,
+which builder/passes/lower_segment_attention.py lowers for the target, `com.microsoft::GroupQueryAttention`,
+`com.microsoft::RotaryEmbedding`, or `qwen3vl::Layer`, which builder/unroll.py takes out.
 """
 
 from __future__ import annotations
@@ -64,6 +64,27 @@ def segment_attention(
         out[begin:end] = torch.matmul(weights, v).transpose(0, 1).reshape(end - begin, hidden)
         start = end
     return out
+
+
+def rotary_embedding(x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotation of each head in the half-split layout (RoFormer), as ONNX Runtime's contrib operator defines it.
+
+    Args:
+        x: [batch, seq, heads * head_dim].
+        positions: [batch, seq] int64, rows of the tables.
+        cos, sin: [rows, head_dim / 2].
+
+    Returns:
+        [batch, seq, heads * head_dim].
+    """
+    if torch.onnx.is_in_onnx_export():
+        node: Tensor = torch.onnx.ops.symbolic(
+            "com.microsoft::RotaryEmbedding", (x, positions, cos, sin), {}, dtype=x.dtype, shape=x.shape, version=1
+        )
+        return node
+    first, second = x.view(*x.shape[:2], -1, 2, cos.shape[-1]).unbind(-2)  # (batch, seq, heads, head_dim / 2)
+    c, s = (table[positions].unsqueeze(2) for table in (cos, sin))
+    return torch.stack((first * c - second * s, second * c + first * s), dim=-2).flatten(2)
 
 
 def group_query_attention(

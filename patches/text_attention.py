@@ -26,12 +26,16 @@ COVERS = (
 )
 
 
+def normed(self: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """query [batch, seq, heads, head_dim] and key [batch, seq, kv_heads, head_dim] before they are rotated."""
+    split = (*hidden.shape[:-1], -1, self.head_dim)
+    return self.q_norm(self.q_proj(hidden).view(split)), self.k_norm(self.k_proj(hidden).view(split))
+
+
 def rotated(self: Any, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """query [batch, seq, heads, head_dim], key and value [batch, seq, kv_heads, head_dim]; rotated."""
-    split = (*hidden.shape[:-1], -1, self.head_dim)
-    query = self.q_norm(self.q_proj(hidden).view(split))
-    key = self.k_norm(self.k_proj(hidden).view(split))
-    value = self.v_proj(hidden).view(split)
+    query, key = normed(self, hidden)
+    value = self.v_proj(hidden).view(*hidden.shape[:-1], -1, self.head_dim)
     cos, sin = (x.unsqueeze(2) for x in position_embeddings)  # (batch, seq, 1, head_dim)
     return rotate(query, cos, sin), rotate(key, cos, sin), value
 

@@ -1,15 +1,16 @@
-"""Text attention as one `com.microsoft::GroupQueryAttention` node, which shares the runtime's cache buffer."""
+"""Text attention as `com.microsoft::RotaryEmbedding` and `::GroupQueryAttention`, which shares the runtime's cache."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from patches.operators import group_query_attention
+from patches.operators import group_query_attention, rotary_embedding
 from patches.registry import Patch
-from patches.text_attention import COVERS, TARGET, check_text_attention, rotated
+from patches.text_attention import COVERS, TARGET, check_text_attention, normed
 
 
 def _make(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -22,11 +23,16 @@ def _make(original: Callable[..., Any]) -> Callable[..., Any]:
         kv: list[tuple[Tensor, Tensor]],
         **_: Any,
     ) -> tuple[Tensor, None]:
-        query, key, value = (x.flatten(2) for x in rotated(self, hidden_states, position_embeddings))
+        query, key = (x.flatten(2) for x in normed(self, hidden_states))
+        batch, seq = hidden_states.shape[:2]
+        # One row of the tables a token: the operator looks rows up by position, and here the three axes have one each.
+        tables = [x[..., : self.head_dim // 2].reshape(batch * seq, -1) for x in position_embeddings]
+        rows = torch.arange(batch * seq, device=hidden_states.device).view(batch, seq)
+        query, key = (rotary_embedding(x, rows, *tables) for x in (query, key))
         out, *present = group_query_attention(
             query,
             key,
-            value,
+            self.v_proj(hidden_states),
             past=kv[self.layer_idx],
             lengths=attention_mask,
             heads=self.config.num_attention_heads,

@@ -48,13 +48,19 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 
 
 @pytest.fixture(scope="session")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
+def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where builds lie beside one another: what is traced for one serves all others of its architecture and targets."""
+    return tmp_path_factory.mktemp("outputs")
+
+
+@pytest.fixture(scope="session")
+def built(outputs: Path) -> Built:
     """`built(checkpoint, recipe)`: folders of the stage `configure`, one a target, built once a session."""
     done: dict[tuple[Path, Recipe], Path] = {}
 
     def folder(checkpoint: Path, recipe: Recipe) -> Path:
         if (checkpoint, recipe) not in done:
-            build = Build(parse_source(str(checkpoint)), recipe, tmp_path_factory.mktemp("built") / "output")
+            build = Build(parse_source(str(checkpoint)), recipe, outputs / f"{len(done)}-{recipe.name}")
             execute(build, until="configure")
             done[checkpoint, recipe] = build.folder("configure")
         return done[checkpoint, recipe]
@@ -66,6 +72,37 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
 def miniature_built(built: Built) -> Path:
     """The miniature's folders `genai` and `onnxruntime`, without what verification would add."""
     return built(MINIATURE, load_recipe("fp32"))
+
+
+@pytest.fixture(scope="session")
+def finished(outputs: Path) -> Callable[[str], Path]:
+    """`finished(recipe)`: the miniature's bundle for `genai` by a shipped recipe, verified, made once a session."""
+    done: dict[str, Path] = {}
+
+    def folder(recipe: str) -> Path:
+        if recipe not in done:
+            build = Build(parse_source(str(MINIATURE)), load_recipe(recipe), outputs / f"finished-{recipe}")
+            execute(build)
+            done[recipe] = build.folder("bundle") / "genai"
+        return done[recipe]
+
+    return folder
+
+
+@pytest.fixture
+def lossy(finished: Callable[[str], Path], tmp_path: Path) -> Callable[[str], Path]:
+    """`lossy(recipe)`: that bundle, which a test may change file by file (they are links); no evidence, no sizes."""
+
+    def folder(recipe: str) -> Path:
+        copy = tmp_path / f"lossy-{recipe}"
+        for file in sorted(file for file in finished(recipe).iterdir() if file.is_file()):
+            link(file, copy / file.name)
+        manifest = json.loads((copy / "manifest.json").read_text())
+        (copy / "manifest.json").unlink()
+        (copy / "manifest.json").write_text(json.dumps({**manifest, "files": {}}))
+        return copy
+
+    return folder
 
 
 @pytest.fixture(scope="session")

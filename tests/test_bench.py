@@ -184,7 +184,7 @@ def test_a_section_has_a_line_a_stage_and_one_for_all_but_verify() -> None:
 
 def test_a_comparator_that_fails_is_a_row() -> None:
     killed = Run(replace(COST, peak_rss=23_000_000_000), "killed by SIGKILL", "")
-    rows = decoder_rows([Decoder(GOOD, 11.0, 7_000_000_000)], [Decoder(killed, 0.0, 0)], "≤ 1.0")
+    rows = decoder_rows("fp32", [Decoder(GOOD, 11.0, 7_000_000_000)], [Decoder(killed, 0.0, 0)], "≤ 1.0")
     assert [(row.ours, row.beside, row.ratio) for row in rows] == [
         ("10.0 s", "–", "–"),
         ("11.0 s", "–", "–"),
@@ -208,7 +208,7 @@ def test_decoders_are_compared_by_their_medians_and_highest_peaks() -> None:
     def side(*walls: float) -> list[Decoder]:
         return [Decoder(replace(GOOD, cost=replace(COST, wall_s=wall)), wall + 1, 5_000_000) for wall in walls]
 
-    wall, flushed, _ = decoder_rows(side(6.0, 30.0, 5.0), side(10.0, 12.0, 99.0), "≤ 1.0")
+    wall, flushed, _ = decoder_rows("fp32", side(6.0, 30.0, 5.0), side(10.0, 12.0, 99.0), "≤ 1.0")
     assert (wall.ours, wall.beside, wall.ratio, wall.note) == ("6.0 s", "12.0 s", "0.50", "5 MB and 5 MB")
     assert (flushed.ours, flushed.beside, flushed.ratio) == ("7.0 s", "13.0 s", "0.54")
 
@@ -217,7 +217,7 @@ def test_the_builder_of_a_package_that_is_not_there_is_a_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(comparators, "GENAI", ("-m", "no_such_builder"))
-    decoder = comparators.theirs(tmp_path, tmp_path / "out")
+    decoder = comparators.theirs(tmp_path, tmp_path / "out", "fp32")
     assert decoder.run.failure is not None
     assert decoder.run.failure.endswith("No module named no_such_builder")
     assert not (tmp_path / "out").exists()
@@ -225,7 +225,7 @@ def test_the_builder_of_a_package_that_is_not_there_is_a_failure(
 
 @pytest.mark.torch
 def test_our_decoder_alone_is_that_of_a_build(miniature: Path, miniature_built: Path, tmp_path: Path) -> None:
-    assert run([sys.executable, *comparators.OURS, miniature, tmp_path]).failure is None
+    assert run([sys.executable, *comparators.OURS, miniature, tmp_path, "fp32"]).failure is None
     assert {file.name: sha256(file) for file in tmp_path.iterdir()} == {
         name: sha256(miniature_built / "genai" / name) for name in ("model.onnx", "model.onnx.data")
     }

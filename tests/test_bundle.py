@@ -73,7 +73,14 @@ def test_every_file_is_listed_with_its_bytes(bundled: Path, target: str) -> None
 def test_it_tells_what_it_was_made_from(bundled: Path, target: str, attention: str) -> None:
     found = manifest(bundled, target)
     assert (found["target"], found["attention"]) == (target, attention)
-    assert found["recipe"] == {"name": "fp32", "precision": "fp32", "max_length": 4096}
+    assert found["recipe"] == {
+        "name": "fp32",
+        "precision": "fp32",
+        "provider": "cpu",
+        "max_length": 4096,
+        "rules": [],
+        "limits": None,
+    }
     assert found["versions"]["torch"] == version("torch")
     weights = found["checkpoint"]["files"]["model.safetensors"]
     assert weights["sha256"] == sha256(MINIATURE / "model.safetensors")

@@ -26,6 +26,7 @@ from builder.dry_run import described
 from builder.errors import BuildError, PromptError
 from builder.estimate import graph_bytes, verify_memory
 from builder.prompt import split_template
+from builder.recipe import load_recipe
 from builder.targets.genai import genai_config
 from builder.targets.settings import pipeline_settings, vision_processor
 from tests import hostile
@@ -67,7 +68,7 @@ def read_whole(folder: Path) -> None:
     checkpoint = open_checkpoint(folder)
     graph_bytes(described(checkpoint), ("genai", "onnxruntime"))
     verify_memory(checkpoint)
-    genai_config(checkpoint, 4096, True)
+    genai_config(checkpoint, load_recipe(), True)
     text = vision_processor(checkpoint) + pipeline_settings(checkpoint, 4096) + checkpoint.config_digest
     text.encode()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
+from builder.blocks import Blocks
 from builder.errors import WeightError
 from builder.graph import UNBOUND, Binding, BoundGraph, bind, bindings_file, load, save, unbound
+from builder.packing import parts
 from tests.small_graphs import bound_graph, drawn, run
 
 WEIGHTS = {"down": drawn(3, 4), "up": drawn(4, 3)}
@@ -98,6 +101,51 @@ def test_a_binding_of_another_shape_than_the_graph_has_is_an_error(binding: Bind
     with pytest.raises(WeightError, match="down") as caught:
         bind(bound_graph(TEXT, WEIGHTS).model, [binding])
     assert str(caught.value.expected) == "[3,4]"
+
+
+PARTED = Binding("q.levels", "q", "uint8", (24, 64), below=("k", "v"), blocks=Blocks(4, 32, True, "mse"), part="levels")
+
+
+def test_the_parts_of_a_quantized_matrix_have_the_shapes_of_their_operator() -> None:
+    scales = replace(PARTED, initializer="q.scales", dtype="float16", part="scales")
+    zeros = replace(PARTED, initializer="q.zero_points", part="zero_points")
+    assert [one.stored_shape for one in (PARTED, scales, zeros)] == [(24, 2, 16), (24, 2), (24, 1)]
+    assert [one.nbytes for one in (PARTED, scales, zeros)] == [24 * 64 // 2, 24 * 2 * 2, 24]
+    assert PARTED.tensors == ("q", "k", "v")
+
+
+def test_content_is_what_is_stored_and_source_what_it_is_made_of() -> None:
+    viewed = replace(PARTED, initializer="other", view=(24, 32))
+    assert viewed.stored_shape == (24, 32)
+    assert viewed.nbytes == PARTED.nbytes
+    assert viewed.content == PARTED.content != replace(PARTED, part="scales").content
+    scales = replace(PARTED, dtype="float16", part="scales")
+    assert scales.source == PARTED.source
+    for other in (
+        replace(PARTED, below=("v", "k")),
+        replace(PARTED, blocks=Blocks(4, 16, True, "mse")),
+        replace(PARTED, blocks=Blocks(4, 32, True, "none")),
+    ):
+        assert other.content != PARTED.content
+        assert other.source != PARTED.source
+
+
+def test_quantized_bindings_survive_the_disk(tmp_path: Path) -> None:
+    text = """quantized (float[n, 64] x, uint8[24, 2, 16] q, float[24, 2] s, uint8[24, 1] z) => (float[n, 24] y) {
+        y = com.microsoft.MatMulNBits <K = 64, N = 24, bits = 4, block_size = 32> (x, q, s, z)
+    }"""
+    model = bound_graph(text).model
+    bindings = [
+        replace(PARTED, initializer=name, part=part, dtype="float32" if name == "s" else "uint8")
+        for name, part in zip("qsz", parts(Blocks(4, 32, True)), strict=True)
+    ]
+    for value in list(model.graph.inputs)[1:]:
+        model.graph.inputs.remove(value)
+        model.graph.initializers.add(value)
+    save(bind(model, bindings), tmp_path / "model.onnx")
+    loaded = load(tmp_path / "model.onnx")
+    assert dict(loaded.bindings) == {one.initializer: one for one in bindings}
+    assert loaded.model.graph.initializers["q"].dtype == ir.DataType.UINT8
 
 
 @pytest.mark.parametrize(("dtype", "kind"), [("float32", "FLOAT"), ("float16", "FLOAT16"), ("bfloat16", "BFLOAT16")])

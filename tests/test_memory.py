@@ -39,7 +39,8 @@ from builder.recipe import Target, load_recipe
 from builder.source import parse_source
 from builder.stage import Build
 
-weights.BLOCK, weights.STRIP, shard.STEP = 1 << 18, 1 << 20, 1 << 18
+weights.BLOCK = shard.BLOCK = 1 << 18
+weights.STRIP, shard.STEP = 1 << 20, 1 << 18
 recipe = replace(load_recipe("fp32"), targets=(Target("genai", "fused"),))
 execute(Build(parse_source(sys.argv[1]), recipe, Path(sys.argv[2])), until=sys.argv[3])
 """

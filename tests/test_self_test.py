@@ -26,6 +26,7 @@ from tests.checkpoints import MINIATURE
 pytestmark = pytest.mark.torch
 
 INAPPLICABLE = {"genai": {"causal mask"}, "onnxruntime": {"image token"}}
+QUANTIZATION = {"scales shifted", "zero points", "nibbles swapped"}  # no exact bundle has any
 TOLERANT = {"vision layers", "image features", "deepstack features", "embeddings", "decoder layers", "decoder prefill"}
 
 
@@ -54,7 +55,9 @@ def test_every_mutant_is_caught_where_it_is(bundle: Callable[[str], Path], targe
     before = digests(folder)
     done = self_test.self_test(folder, MINIATURE)
     assert done.ok, done.table()
-    assert {one.mutant.name for one in done.catches if one.status == "does not apply"} == INAPPLICABLE[target]
+    assert {one.mutant.name for one in done.catches if one.status == "does not apply"} == INAPPLICABLE[
+        target
+    ] | QUANTIZATION
     assert [one.mutant for one in done.catches] == list(MUTANTS)
     assert {one.place for one in done.survivors} == TOLERANT
     assert sum(one.place == "deepstack features" for one in done.survivors) == 3
@@ -67,7 +70,42 @@ def test_every_mutant_is_caught_where_it_is(bundle: Callable[[str], Path], targe
     assert json.loads((folder / "evidence" / "self_test.json").read_text()) == done.as_dict()
     said = (folder / "evidence" / "self_test.txt").read_text()
     assert all(re.search(rf"│ {re.escape(mutant.name)} +│", said) for mutant in MUTANTS)
-    assert done.markdown().count("| caught |") == len(MUTANTS) - 1
+    assert done.markdown().count("| caught |") == len(MUTANTS) - 1 - len(QUANTIZATION)
+
+
+# Of each kind one: of settings, of the vision encoder, of the decoder, of stored weights, of quantized ones.
+FEW = QUANTIZATION | {"newline lost", "DeepStack swapped", "MLP scaled", "layers swapped"}
+STORED = QUANTIZATION | {"layers swapped", "weight transposed"}
+
+
+@pytest.mark.usefixtures("_no_survivors")
+def test_mutants_of_a_quantized_bundle_are_caught_through_its_twin(lossy: Callable[[str], Path]) -> None:
+    check_lossy(lossy("int4"), tuple(mutant for mutant in MUTANTS if mutant.name in FEW))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["int4", "fp16"])
+def test_every_mutant_of_a_lossy_bundle_is_caught_where_it_is(lossy: Callable[[str], Path], recipe: str) -> None:
+    done = check_lossy(lossy(recipe), MUTANTS)
+    none = {one.mutant.name for one in done.catches if one.status == "does not apply"}
+    assert none == INAPPLICABLE["genai"] | (QUANTIZATION if recipe == "fp16" else set())
+    assert {one.place for one in done.survivors} == TOLERANT
+
+
+def check_lossy(folder: Path, mutants: tuple[Mutant, ...]) -> self_test.SelfTest:
+    """What is wrong with a stored weight is seen at the weights where they are quantized, all else where it is."""
+    before = digests(folder)
+    done = self_test.self_test(folder, MINIATURE, mutants=mutants)
+    assert done.ok, done.table()
+    for one in done.catches:
+        if one.mutant.name in QUANTIZATION and one.status == "caught":
+            assert one.first is not None
+            assert one.first.place == "weights", done.table()
+        elif one.mutant.name not in STORED and one.status == "caught":
+            assert one.first is not None
+            assert one.first.place in one.mutant.places["genai"], done.table()
+    assert digests(folder) == before
+    return done
 
 
 def test_the_table_names_each_mutant_once_and_only_places() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from builder import shard, weights
+from builder import shard
 from builder.checkpoint import open_checkpoint
 from builder.errors import CheckpointError
 from builder.graph import Binding
@@ -165,7 +165,7 @@ def test_a_shard_that_changes_while_the_weights_are_written(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The second of three files, behind its first tensor; no data file has its name after that."""
-    monkeypatch.setattr(weights, "BLOCK", 1000)
+    monkeypatch.setattr(shard, "BLOCK", 1000)
     opened = open_checkpoint(sharded)
     second = sorted(sharded.glob("*.safetensors"))[1]
     os.utime(second, ns=(LONG_AGO, LONG_AGO))

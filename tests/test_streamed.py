@@ -242,13 +242,13 @@ def test_one_part_at_a_time_is_in_memory(pair: Pair) -> None:
 def rows_read(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int]]:
     """(tensor, first row, row behind the last) of every read."""
     reads: list[tuple[str, int, int]] = []
-    read = streamed._read_rows
+    read = streamed.read_rows
 
     def recorded(folder: Path, tensor: Any, start: int, stop: int) -> Any:
         reads.append((tensor.name, start, stop))
         return read(folder, tensor, start, stop)
 
-    monkeypatch.setattr(streamed, "_read_rows", recorded)
+    monkeypatch.setattr(streamed, "read_rows", recorded)
     return reads
 
 

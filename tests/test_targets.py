@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +12,17 @@ import pytest
 
 from builder.checkpoint import open_checkpoint
 from builder.prompt import token_text
-from builder.recipe import Recipe, Target
+from builder.recipe import Recipe, Target, load_recipe
 from builder.targets import TARGETS
 from builder.targets.genai import genai_config
 from tests.checkpoints import SHAPES, write_checkpoint, write_shape
 
 GENAI, PLAIN = Target("genai", "fused"), Target("onnxruntime", "eager")
 RECIPE = Recipe("fp32", "fp32", (GENAI, PLAIN), 4096)
+
+
+def recipe(max_length: int) -> Recipe:
+    return replace(load_recipe(), max_length=max_length)
 
 
 def edited(folder: Path, file: str, **changes: Any) -> None:
@@ -27,7 +33,7 @@ def edited(folder: Path, file: str, **changes: Any) -> None:
 @pytest.mark.parametrize("shape", sorted(SHAPES))
 def test_genai_config_follows_the_checkpoint(shape: str, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(write_shape(tmp_path / "c", shape))
-    config = genai_config(checkpoint, 4096, fused=True)
+    config = genai_config(checkpoint, recipe(4096), fused=True)
     model, text, vision = config["model"], checkpoint.config["text_config"], checkpoint.config["vision_config"]
     assert model["type"] == "qwen3_vl"
     assert model["vocab_size"] == text["vocab_size"]
@@ -49,19 +55,43 @@ def test_genai_config_follows_the_checkpoint(shape: str, tmp_path: Path) -> None
 
 def test_max_length_is_the_recipes_within_the_context(miniature: Path) -> None:
     checkpoint = open_checkpoint(miniature)
-    assert genai_config(checkpoint, 1000, fused=True)["search"]["max_length"] == 1000
-    assert genai_config(checkpoint, 10**6, fused=True)["search"]["max_length"] == checkpoint.text.max_position
+    assert genai_config(checkpoint, recipe(1000), fused=True)["search"]["max_length"] == 1000
+    assert genai_config(checkpoint, recipe(10**6), fused=True)["search"]["max_length"] == checkpoint.text.max_position
 
 
 def test_only_a_fused_decoder_shares_its_buffer(miniature: Path) -> None:
     checkpoint = open_checkpoint(miniature)
-    assert genai_config(checkpoint, 64, fused=True)["search"]["past_present_share_buffer"] is True
-    assert genai_config(checkpoint, 64, fused=False)["search"]["past_present_share_buffer"] is False
+    assert genai_config(checkpoint, recipe(64), fused=True)["search"]["past_present_share_buffer"] is True
+    assert genai_config(checkpoint, recipe(64), fused=False)["search"]["past_present_share_buffer"] is False
+
+
+@pytest.mark.parametrize("shape", ["biased", "untied"])
+@pytest.mark.parametrize(
+    ("name", "providers"),
+    [
+        ("fp32", (None, None, None)),
+        ("int4-fast", (None, None, None)),
+        ("fp16", ("cuda", "cuda", "cuda")),
+        ("int4-webgpu", ("webgpu", "webgpu", "webgpu")),
+        # Whole rows are looked up by an operator that it has, quantized ones are not.
+        ("fp16-dml", ("dml", "dml", "dml")),
+        ("int4-dml", ("dml", None, "dml")),
+    ],
+)
+def test_each_graph_runs_on_the_recipes_provider(
+    checkpoint: Callable[[str], Path], shape: str, name: str, providers: tuple[str | None, ...]
+) -> None:
+    """None: the CPU, with as many threads as it has cores."""
+    model = genai_config(open_checkpoint(checkpoint(shape)), load_recipe(name), fused=True)["model"]
+    for graph, provider in zip(("decoder", "embedding", "vision"), providers, strict=True):
+        options = model[graph]["session_options"]
+        assert [list(one) for one in options["provider_options"]] == ([] if provider is None else [[provider]])
+        assert options.get("intra_op_num_threads") == (0 if provider is None else None)
 
 
 def test_padding_is_no_token_that_a_prompt_may_hold(miniature: Path) -> None:
     checkpoint = open_checkpoint(miniature)
-    padding = genai_config(checkpoint, 64, fused=True)["model"]["pad_token_id"]
+    padding = genai_config(checkpoint, recipe(64), fused=True)["model"]["pad_token_id"]
     assert token_text(checkpoint, padding) == "<|video_pad|>"
     assert padding != checkpoint.generation["pad_token_id"]
 

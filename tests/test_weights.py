@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from builder import weights
+from builder import shard, weights
 from builder.checkpoint import Checkpoint, open_checkpoint
 from builder.errors import WeightError
 from builder.graph import Binding
@@ -70,7 +70,9 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
     def make(**sizes: int) -> None:
         for name, size in sizes.items():
-            monkeypatch.setattr(weights, name, size)
+            for module in (weights, shard):
+                if hasattr(module, name):
+                    monkeypatch.setattr(module, name, size)
 
     return make
 
@@ -193,7 +195,7 @@ def test_a_content_of_two_names_lies_there_once(source: Checkpoint, tmp_path: Pa
 
 
 @pytest.mark.parametrize("queued", [1, 3])
-@pytest.mark.parametrize("block", [7, weights.BLOCK])
+@pytest.mark.parametrize("block", [7, shard.BLOCK])
 def test_the_digest_is_that_of_the_file_and_the_same_each_time(
     source: Checkpoint, tmp_path: Path, small: Callable[..., None], block: int, queued: int
 ) -> None:

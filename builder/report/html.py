@@ -19,6 +19,7 @@ from builder.evidence import Exhibit
 from builder.figures import duration, size
 from builder.gates import PLACES, Gate, Report
 from builder.report.context import Context, StageCost, Table
+from builder.report.losses import loss_tables
 from builder.report.plots import error_plot, histogram, scatter
 from builder.report.summary import clean, cut, excess, failures, figure, headline, margin, measured, notes, places
 
@@ -170,4 +171,4 @@ def _tables(report: Report, context: Context) -> list[Table]:
     versions = report.facts.get("versions")
     rows = tuple((str(a), str(b)) for a, b in versions.items()) if isinstance(versions, dict) else ()
     verified = [Table("Verified with", ("package", "version"), rows)] if rows else []
-    return [*verified, *context.tables]
+    return [*loss_tables(report), *verified, *context.tables]

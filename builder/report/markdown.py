@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from builder.figures import duration, size
 from builder.gates import Report
 from builder.report.context import Context, Table
+from builder.report.losses import loss_tables
 from builder.report.summary import clean, cut, failures, figure, headline, margin, measured, notes, places
 
 LARGEST = 65_000
@@ -69,6 +70,7 @@ def _details(report: Report, context: Context) -> list[tuple[str, list[str]]]:
     if failing:
         rows = [f"- **{one.place}**, {code(one.case)}: {measured(one)} {code(one.detail, 300)}" for one in failing]
         found.append((f"What differs, in the order of the computation ({len(failing)})", rows))
+    found += [(table.title, _rows(table)) for table in loss_tables(report)]
     answers = [one for one in report.exhibits if one.answers]
     if answers:
         rows = ["| case | prompt | PyTorch | here | |", "|---|---|---|---|---|"]

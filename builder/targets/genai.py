@@ -12,9 +12,12 @@ from typing import Any
 
 from builder.checkpoint import Checkpoint
 from builder.contract import CONTRIB, DECODER, EMBEDDINGS, VISION, components, packed_width
+from builder.providers import session_options
 from builder.recipe import Recipe, Target
+from builder.rules import resolve
 from builder.targets.runtime import Runtime
 from builder.targets.settings import as_json, eos_token_ids, pipeline_settings, text_config, vision_processor
+from builder.weight_names import EMBEDDINGS as EMBEDDING_MATRIX
 
 SAMPLING = ("temperature", "top_k", "top_p", "repetition_penalty")
 
@@ -39,18 +42,19 @@ def _module(checkpoint: Checkpoint, model: Any, graph: str, fused: bool) -> Any:
 
 def _configs(checkpoint: Checkpoint, recipe: Recipe, target: Target) -> Mapping[str, str]:
     return {
-        "genai_config.json": as_json(genai_config(checkpoint, recipe.max_length, target.attention == "fused")),
+        "genai_config.json": as_json(genai_config(checkpoint, recipe, target.attention == "fused")),
         "vision_processor.json": vision_processor(checkpoint),
         "pipeline.json": pipeline_settings(checkpoint, recipe.max_length),
     }
 
 
-def genai_config(checkpoint: Checkpoint, max_length: int, fused: bool) -> dict[str, Any]:
+def genai_config(checkpoint: Checkpoint, recipe: Recipe, fused: bool) -> dict[str, Any]:
     """genai_config.json. `max_length` is bounded by the checkpoint's context; an eager decoder shares no buffer."""
     text, vision = checkpoint.text, checkpoint.vision
     graphs = {component.name: component for component in components(checkpoint, "genai")}
     names = {name: {port.name: port.name for port in graph.inputs} for name, graph in graphs.items()}
-    session: dict[str, Any] = {"log_id": "onnxruntime-genai", "provider_options": []}
+    session = session_options(recipe.provider)
+    quantized = EMBEDDING_MATRIX in resolve(recipe.rules, checkpoint.tensors)
     decoder = {
         "session_options": session,
         "filename": graphs[DECODER].file,
@@ -82,7 +86,7 @@ def genai_config(checkpoint: Checkpoint, max_length: int, fused: bool) -> dict[s
             "filename": graphs[EMBEDDINGS].file,
             "inputs": names[EMBEDDINGS],
             "outputs": {"inputs_embeds": "inputs_embeds"},
-            "session_options": session,
+            "session_options": session_options(recipe.provider, lookup=quantized),
         },
         "vision": {
             "filename": graphs[VISION].file,
@@ -94,7 +98,7 @@ def genai_config(checkpoint: Checkpoint, max_length: int, fused: bool) -> dict[s
             "session_options": session,
         },
     }
-    return {"model": model, "search": _search(checkpoint, max_length, fused)}
+    return {"model": model, "search": _search(checkpoint, recipe.max_length, fused)}
 
 
 def _tokens(checkpoint: Checkpoint) -> dict[str, Any]:

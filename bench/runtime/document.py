@@ -1,0 +1,182 @@
+"""In: what was measured at one size. Out: Markdown.
+
+Guaranteed: a document says on what machine it was measured; sections of another run stay in it only where that was the
+same one. Nothing of this machine's folders is in it.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from bench.runtime import claims
+from bench.runtime.claims import shown
+from bench.runtime.contestants import Contestant
+from bench.runtime.figures import (
+    COLD,
+    DECODE,
+    DISTURBED,
+    LOAD,
+    PICTURE_PEAK,
+    PICTURES,
+    PROMPTS,
+    READ,
+    STEPS,
+    TEXT_PEAK,
+    VISION_PEAK,
+    Outcome,
+    answer,
+    prefill,
+    vision,
+)
+from bench.table import PACKAGES, UNKNOWN, row_table
+
+EXPLAINED = f"""\
+Written by `make bench-runtime`. Everyone in turn, round after round; medians of the rounds, of peaks the highest.
+Each figure comes from a process of its own, its peak RSS is that of the whole process, mapped files included; MB are
+10⁶ bytes. Weights are random, dimensions real; prompts are the same tokens for everyone.
+
+- *load*: until the model can be asked. Of llama.cpp: its process without the test.
+- *first answer*: the first token behind {PROMPTS[0]} tokens, asked for as soon as it is loaded.
+- *prefill*: tokens of the prompt through seconds to the first token, of a model that has answered before.
+- *decode*: tokens a second, {STEPS} of them behind {PROMPTS[0]} (PyTorch: 8).
+- *of the limit*: what decodes, beside what this machine's memory could: bytes read a second, with all threads at once,
+  through bytes of weights that a step multiplies with.
+- *as it comes*: nothing is set. *threads set*: `intra_op_num_threads` in `genai_config.json`.
+- *encoder*: the vision encoder alone. *answer*: from pixel values and token ids to the first token, whole bundle.
+
+## llama.cpp
+Measured where `--llama DIR`, or the variable `LLAMA_CPP`, names a folder made like this (a C++ compiler, cmake, ninja):
+
+```
+mkdir DIR && cd DIR
+pip download --no-deps --no-binary :all: llama-cpp-python==0.3.36 && tar xf llama_cpp_python-*.tar.gz
+ln -s llama_cpp_python-*/vendor/llama.cpp source
+cmake -S source -B build -G Ninja -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON -DBUILD_SHARED_LIBS=OFF \\
+  -DLLAMA_CURL=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_SERVER=OFF
+cmake --build build --target llama-bench llama-quantize
+pip install --no-deps --target python sentencepiece    # its converter imports it
+```"""
+TEXT_HEAD = ("load", "first answer", *(f"prefill {tokens:,}" for tokens in PROMPTS), "decode", "of the limit")
+TEXT_FIGURES = (LOAD, COLD, *map(prefill, PROMPTS), DECODE)
+
+
+@dataclass(frozen=True)
+class Result:
+    """One run at one size.
+
+    Args:
+        ours: recipes, as their contestants are named.
+    """
+
+    size: str
+    threads: int
+    rounds: int
+    ours: tuple[str, ...]
+    contestants: tuple[Contestant, ...]
+    outcomes: Mapping[str, Outcome]
+
+
+def section(result: Result) -> str:
+    """`## size`, text, pictures, and what is wanted."""
+    fastest = bandwidth(result.outcomes.values())
+    parts = [f"## {result.size}", _about(result, fastest)]
+    measured = [(one, result.outcomes.get(one.name, Outcome())) for one in result.contestants]
+    parts.append(_text_table(measured, fastest and fastest[1]))
+    parts.append(_picture_table(measured))
+    for recipe in result.ours:
+        parts.append(row_table(claims.rows(recipe, result.outcomes, result.threads)).replace("ours", recipe, 1))
+    if notes := [f"- {one.name}: {note}" for one, outcome in measured if (note := _note(one, outcome))]:
+        parts.append("\n".join(notes))
+    return "\n\n".join(parts)
+
+
+def bandwidth(outcomes: Iterable[Outcome]) -> tuple[str, float] | None:
+    """The kernel that read memory fastest, and its bytes a second."""
+    rates = {
+        name.removeprefix(READ): rate
+        for outcome in outcomes
+        for name in outcome.runs
+        if name.startswith(READ) and (rate := outcome.typical(name)) is not None
+    }
+    return max(rates.items(), key=lambda item: item[1], default=None)
+
+
+def document(sections: Mapping[str, str], file: Path) -> str:
+    """The head and every section: those given, and those that `file` has from the same machine and packages."""
+    kept: dict[str, str] = {}
+    head = _head()
+    if file.is_file() and (old := file.read_text(encoding="utf-8")).startswith(head):
+        for part in re.split(r"^(?=## )", old.removeprefix(head), flags=re.MULTILINE)[1:]:
+            kept[part.splitlines()[0].removeprefix("## ")] = part.rstrip("\n")
+    return head + "\n" + "\n\n".join({**kept, **sections}.values()) + "\n"
+
+
+def _about(result: Result, fastest: tuple[str, float] | None) -> str:
+    worst = max((one.others for one in result.outcomes.values()), default=0.0)
+    text = f"Everyone on {result.threads} threads; {result.rounds} rounds."
+    if fastest is not None:
+        text += f" Memory is read at {fastest[1] / 1e9:.1f} GB/s ({fastest[0]})."
+    if worst > DISTURBED:
+        text += f" **Disturbed**: others took up to {worst:.1f} cores meanwhile."
+    return text
+
+
+def _text_table(measured: Sequence[tuple[Contestant, Outcome]], fastest: float | None) -> str:
+    lines = [_line("text", *TEXT_HEAD, "peak RSS", "on disk"), "|---|" + "--:|" * (len(TEXT_HEAD) + 2)]
+    for one, outcome in measured:
+        if not _is_machine(outcome):
+            cells = [shown(name, outcome.typical(name)) for name in TEXT_FIGURES]
+            rate, peak = outcome.typical(DECODE), outcome.typical(TEXT_PEAK)
+            limit = f"{rate * one.step / fastest:.0%}" if rate and one.step and fastest else UNKNOWN
+            disk = f"{one.nbytes / 1e6:,.0f} MB" if one.nbytes else UNKNOWN
+            lines.append(_line(one.name, *cells, limit, shown(TEXT_PEAK, peak), disk))
+    return "\n".join(lines)
+
+
+def _picture_table(measured: Sequence[tuple[Contestant, Outcome]]) -> str:
+    names = [name(picture) for name in (vision, answer) for picture in PICTURES]
+    heads = [f"{what} {picture}" for what in ("encoder", "answer") for picture in PICTURES]
+    lines = [_line("pictures", *heads, "encoder's peak RSS", "peak RSS"), "|---|" + "--:|" * (len(names) + 2)]
+    for one, outcome in measured:
+        values = [shown(name, outcome.typical(name)) for name in (*names, VISION_PEAK, PICTURE_PEAK)]
+        if any(value != UNKNOWN for value in values):
+            lines.append(_line(one.name, *values))
+    return "\n".join(lines)
+
+
+def _is_machine(outcome: Outcome) -> bool:
+    return any(name.startswith(READ) for name in outcome.runs)
+
+
+def _note(one: Contestant, outcome: Outcome) -> str:
+    parts = [one.absent] if one.absent else list(outcome.failures)
+    return "; ".join([*parts, *(["one round"] if one.once and outcome.runs else [])])
+
+
+def _line(*cells: str) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _head() -> str:
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    packages = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
+    machine = (
+        f"{os.cpu_count()} CPUs ({_vectors()}), {memory:.0f} GiB of memory, {platform.system()} {platform.machine()}"
+    )
+    return f"# How fast an artifact is\n\n{machine}, Python {platform.python_version()}; {packages}.\n\n{EXPLAINED}\n"
+
+
+def _vectors() -> str:
+    """The vector instructions that kernels are chosen by."""
+    try:
+        flags = set(re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)[1].split())  # type: ignore[index]
+    except (OSError, TypeError):
+        return "vector instructions unknown"
+    known = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8")
+    return ", ".join(name for name in known if name in flags) or "no AVX2"

@@ -1,0 +1,117 @@
+"""Where an artifact's time goes: `python -m bench.runtime.profile FOLDER --threads N`.
+
+In: a folder of onnxruntime-genai. Out: a table on stdout, milliseconds an operator of the decoder, of a decode step and
+of both prefills. Guaranteed: what no operator took is a line too; the folder is not changed.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any
+
+import typer
+
+from bench.runtime.figures import PROMPTS, STEPS
+from bench.runtime.folders import CONFIG, with_threads
+from bench.runtime.genai import generate, prompt
+
+BETWEEN, OUTSIDE = "between operators", "outside the session"
+STEP = "a decode step"
+
+
+@dataclass(frozen=True)
+class Spent:
+    """Milliseconds of one run of the decoder: operator → time; and all of it."""
+
+    operators: Mapping[str, float]
+    total: float
+
+
+def runs(events: Sequence[Mapping[str, Any]]) -> list[Spent]:
+    """Each run of the session in a profile of ONNX Runtime, in order.
+
+    Args:
+        events: microseconds; a node's lies within its run's.
+    """
+    bounds = sorted((event["ts"], event["ts"] + event["dur"]) for event in events if event.get("name") == "model_run")
+    nodes = sorted(
+        (event["ts"], event["dur"], event["args"]["op_name"])
+        for event in events
+        if event.get("cat") == "Node" and str(event.get("name", "")).endswith("_kernel_time")
+    )
+    found, place = [], 0
+    for begin, end in bounds:
+        spent: Counter[str] = Counter()
+        while place < len(nodes) and nodes[place][0] < end:
+            at, duration, operator = nodes[place]
+            if at >= begin:
+                spent[operator] += duration / 1e3
+            place += 1
+        total = (end - begin) / 1e3
+        found.append(Spent({**spent, BETWEEN: total - sum(spent.values())}, total))
+    return found
+
+
+def mean(each: Sequence[Spent], wall_ms: float) -> Spent:
+    """The mean of several; what they took of `wall_ms` besides is `OUTSIDE`."""
+    names = dict.fromkeys(name for one in each for name in one.operators)
+    operators = {name: fmean(one.operators.get(name, 0.0) for one in each) for name in names}
+    return Spent({**operators, OUTSIDE: wall_ms - fmean(one.total for one in each)}, wall_ms)
+
+
+def table(columns: Mapping[str, Spent]) -> str:
+    """A line an operator, the longest of the first column first; milliseconds and share."""
+    first = next(iter(columns.values()))
+    names = sorted(
+        dict.fromkeys(name for one in columns.values() for name in one.operators),
+        key=lambda name: -first.operators.get(name, 0.0),
+    )
+    lines = ["| ms | " + " | ".join(f"{name} | " for name in columns) + " |", "|---" + "|--:|--:" * len(columns) + "|"]
+    for name in names:
+        cells = [(one.operators.get(name, 0.0), one.total) for one in columns.values()]
+        lines.append(
+            f"| {name} | " + " | ".join(f"{spent:,.2f} | {spent / total:.0%}" for spent, total in cells) + " |"
+        )
+    totals = " | ".join(f"{one.total:,.2f} | " for one in columns.values())
+    return "\n".join([*lines, f"| **all** | {totals} |"])
+
+
+def profile(folder: Path, threads: int) -> dict[str, Spent]:
+    """Column → what it took. The model has answered before."""
+    import onnxruntime_genai as og
+
+    short, long = map(prompt, PROMPTS)
+    with TemporaryDirectory(dir=folder.parent) as scratch:
+        copy = with_threads(folder, Path(scratch) / "folder", threads)
+        config = json.loads((copy / CONFIG).read_bytes())
+        config["model"]["decoder"]["session_options"]["enable_profiling"] = str(Path(scratch) / "profile")
+        (copy / CONFIG).write_text(json.dumps(config))
+        model = og.Model(str(copy))
+        sum(generate(og, model, short, 2))
+        walls = [[1e3 * spent for spent in generate(og, model, *asked)] for asked in ((short, STEPS + 1), (long, 1))]
+        del model
+        time.sleep(1)
+        events = json.loads(next(Path(scratch).glob("profile*")).read_bytes())
+    prefilled, *steps, longer = runs(events)[2:]
+    (first, *rest), (last,) = walls
+    return {
+        STEP: mean(steps, fmean(rest)),
+        f"prefill of {PROMPTS[0]}": mean([prefilled], first),
+        f"prefill of {PROMPTS[1]:,}": mean([longer], last),
+    }
+
+
+def main(folder: Path, threads: Annotated[int, typer.Option(min=1)] = 1) -> None:
+    """Profile the decoder of an artifact."""
+    print(table(profile(folder.resolve(), threads)))
+
+
+if __name__ == "__main__":
+    typer.run(main)

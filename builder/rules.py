@@ -1,0 +1,115 @@
+"""Which weights are stored how: the policy of a recipe.
+
+In: a recipe's rules and the names and shapes of a checkpoint's matrices. Out: a `Storage` for each matrix that a rule
+names. Guaranteed: the first rule that matches wins; one that decides nothing is an error; what no rule names is kept as
+it is. Vectors (norms, biases) and position tables are never quantized, whatever a pattern matches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Literal
+
+from builder.blocks import SMALLEST, Blocks, Search
+from builder.errors import RecipeError
+from builder.weight_names import EMBEDDINGS, LM_HEAD
+
+if TYPE_CHECKING:
+    from builder.safetensors_index import Tensor
+
+Store = Literal["int4", "int8", "keep"]
+BITS: Mapping[Store, int] = {"int4": 4, "int8": 8}
+POSITIONS = "model.visual.pos_embed.weight"  # a table that is interpolated, not looked up
+
+
+@dataclass(frozen=True)
+class Rule:
+    """
+    Args:
+        weights: patterns (`*`, `?`, `[…]`) of checkpoint tensors; one that matches is enough.
+        store: as what.
+        block: elements that share a scale; where a row's length is no multiple of it, its half, its quarter, and so on.
+        zero_points: a zero point a block.
+        search: how levels are found (`builder.blocks.Blocks`); "gptq" is for the text decoder and the head.
+        accuracy: least precision of the activations in the product, as the operator counts: 1 fp32, 2 fp16, 4 int8.
+    """
+
+    weights: tuple[str, ...]
+    store: Store
+    block: int = 32
+    zero_points: bool = False
+    search: Search = "mse"
+    accuracy: int = 4
+
+    def matches(self, name: str) -> bool:
+        return any(fnmatchcase(name, pattern) for pattern in self.weights)
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How one matrix is stored, and the least precision of what it is multiplied with (see `Rule`)."""
+
+    blocks: Blocks
+    accuracy: int
+
+
+def matrices(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """Name → length of a row, of every matrix that can be quantized: weights of linear layers, and the embeddings."""
+    return {
+        name: tensor.shape[1]
+        for name, tensor in tensors.items()
+        if len(tensor.shape) == 2 and name.endswith(".weight") and name != POSITIONS
+    }
+
+
+def resolve(rules: Sequence[Rule], tensors: Mapping[str, Tensor]) -> dict[str, Storage]:
+    """How each matrix is stored that is not kept.
+
+    Raises:
+        RecipeError: a rule decides nothing, or no block size fits a matrix.
+    """
+    found: dict[str, Storage] = {}
+    used: set[int] = set()
+    for name, columns in matrices(tensors).items():
+        for number, rule in enumerate(rules):
+            if rule.matches(name):
+                used.add(number)
+                if rule.store != "keep":
+                    found[name] = Storage(_blocks(name, columns, rule), rule.accuracy)
+                break
+    idle = [rule for number, rule in enumerate(rules) if number not in used]
+    if idle:
+        raise RecipeError(
+            f"the rule for {', '.join(idle[0].weights)} decides nothing",
+            expected="a matrix of the checkpoint that no earlier rule decides",
+            found=_why_idle(idle[0], tensors),
+            next="remove the rule, or put it before those that are wider",
+        )
+    return found
+
+
+def shares_the_head(tensors: Mapping[str, Tensor], name: str) -> bool:
+    """Whether `name` is the matrix that is both looked up and multiplied with."""
+    return name == EMBEDDINGS and LM_HEAD not in tensors
+
+
+def _blocks(name: str, columns: int, rule: Rule) -> Blocks:
+    asked = Blocks(BITS[rule.store], rule.block, rule.zero_points, rule.search)
+    size = asked.fitting(columns)
+    if size is None:
+        raise RecipeError(
+            f"no block size fits {name}",
+            expected=f"rows of a multiple of {SMALLEST}",
+            found=f"rows of {columns}",
+            next=f'put a rule before it: weights = ["{name}"], store = "keep"',
+        )
+    return Blocks(asked.bits, size, asked.zero_points, asked.search)
+
+
+def _why_idle(rule: Rule, tensors: Iterable[str]) -> str:
+    named = [name for name in tensors if rule.matches(name)]
+    if not named:
+        return "no tensor of that name"
+    return f"{named[0]}, which an earlier rule decides, or which is no matrix"
