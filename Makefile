@@ -10,7 +10,7 @@ PICTURE := builder/miniature/heldout/pic002.png
 RESULTS := outputs/test-full.xml
 SIZE ?= 2b 4b
 
-.PHONY: help setup build explain verify check test test-full bench matrix clean
+.PHONY: help setup build explain verify check test test-full bench bench-runtime matrix clean
 .DEFAULT_GOAL := help
 
 help:
@@ -41,7 +41,7 @@ check: setup ## style, types, and the tests that need no torch
 	$(PY) -m pytest -q -m "not torch and not slow" -n logical --dist worksteal
 
 test: setup ## every test that takes seconds
-	$(PY) -m pytest -q
+	$(PY) -m pytest -q -n logical --dist loadfile
 
 test-full: setup ## every test; the results go to docs/test-full.md
 	@mkdir -p docs outputs && rm -f $(RESULTS)
@@ -50,6 +50,9 @@ test-full: setup ## every test; the results go to docs/test-full.md
 
 bench: setup ## time, memory and bytes of builds at real sizes, beside others; SIZE=8b for the largest; docs/bench.md
 	$(PY) -m bench $(addprefix --size ,$(SIZE))
+
+bench-runtime: setup ## how fast artifacts run at the 2B size, beside others; docs/bench-runtime.md
+	$(PY) -m bench.runtime
 
 matrix: setup ## build and verify on the oldest and the newest supported releases; docs/matrix.md
 	$(PY) -m ci.matrix --write docs/matrix.md

@@ -82,7 +82,9 @@ def run(build: Build, out: Path) -> Mapping[str, object]:
     facts = {
         path.relative_to(out).as_posix(): {"bytes": data.size, "sha256": data.sha256} for path, data in files.items()
     }
-    found = {"data": facts, "checkpoint": shards, MAGNITUDES: [asdict(one) | {"wide": one.wide} for one in ranges]}
+    found: dict[str, object] = {"data": facts, "checkpoint": shards}
+    if ranges:
+        found[MAGNITUDES] = [asdict(one) | {"wide": one.wide} for one in ranges]
     text = json.dumps(found, indent=1, sort_keys=True)
     (out / DIGESTS).write_text(text + "\n", encoding="utf-8")
     return dict(facts)
