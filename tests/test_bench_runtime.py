@@ -292,7 +292,9 @@ def test_a_disturbed_run_says_so() -> None:
 
 def test_a_document_keeps_sections_of_the_same_machine_only(tmp_path: Path) -> None:
     file = tmp_path / "bench-runtime.md"
-    file.write_text(document.document({"2b": "## 2b\n\nearlier figures", "4b": "## 4b\n\nkept"}, file), encoding="utf-8")
+    file.write_text(
+        document.document({"2b": "## 2b\n\nearlier figures", "4b": "## 4b\n\nkept"}, file), encoding="utf-8"
+    )
     text = document.document({"2b": "## 2b\n\nnew"}, file)
     assert "earlier figures" not in text
     assert text.index("## llama.cpp") < text.index("## 2b\n\nnew") < text.index("## 4b\n\nkept")
