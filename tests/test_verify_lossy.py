@@ -32,7 +32,7 @@ SUITE = Suite(tuple(case for case in shipped_cases() if case.name == "one pictur
 
 @pytest.fixture
 def _few(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verify, "whole_suite", lambda checkpoint, folder, more: SUITE)
+    monkeypatch.setattr(verify, "whole_suite", lambda checkpoint, folder, more=(): SUITE)
 
 
 def edit_recipe(bundle: Path, **changes: Any) -> None:
@@ -130,7 +130,7 @@ def test_what_this_machine_cannot_compute_is_said(built: Built, reference: Refer
     assert recipe.limits is not None
     terms = Terms(recipe.precision, recipe.provider, recipe.limits)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(verify, "whole_suite", lambda checkpoint, folder, more: SUITE)
+        patch.setattr(verify, "whole_suite", lambda checkpoint, folder, more=(): SUITE)
         report = verify.comparison(reference.checkpoint, None, tmp_path / "store", terms=terms)(folder, "genai")
     assert {"KL divergence", "generated tokens", "the provider cuda"} <= set(report.not_run)
     assert report.verdict == "sliced", report.table()
