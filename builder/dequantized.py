@@ -33,11 +33,8 @@ from builder.weight_names import EMBEDDINGS, LM_HEAD
 Matrix = npt.NDArray[np.float32]
 NUMPY = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32}
 ROUNDED = {"fp16": np.float16, "bf16": ml_dtypes.bfloat16, "fp32": np.float32}
-OPERATORS = {
-    "MatMulNBits": 1,
-    "GatherBlockQuantized": 0,
-}  # which of its inputs are the levels; scales, zero points follow
-SCALES, ZEROS = {"MatMulNBits": 2, "GatherBlockQuantized": 2}, 3
+TURNED = "DynamicQuantizeMatMul"  # its rows are the checkpoint's columns, and a column has one scale
+OPERATORS = ("MatMulNBits", "GatherBlockQuantized", TURNED)
 
 
 @dataclass(frozen=True)
@@ -100,12 +97,19 @@ class _Place:
 
     @property
     def blocks(self) -> Blocks:
+        if self.node.op_type == TURNED:
+            levels = self.node.input[1]
+            return Blocks(8, next(one.dims[0] for one in self.model.graph.initializer if one.name == levels))
         attributes = {one.name: one.i for one in self.node.attribute}
         return Blocks(attributes["bits"], attributes["block_size"], len(_inputs(self.node)) > 2)
 
     def matrix(self) -> Matrix:
         """fp32 [rows, columns]."""
-        levels, scales, *zeros = (_rows(self.folder, self.model, name, self) for name in _inputs(self.node))
+        turned = self.node.op_type == TURNED
+        part = (0, None) if turned else (self.begin, self.end)
+        levels, scales, *zeros = (_rows(self.folder, self.model, name, *part) for name in _inputs(self.node))
+        if turned:
+            levels, scales = levels.T[self.begin : self.end], scales[self.begin : self.end]
         columns = math.prod(levels.shape[1:]) * 8 // self.blocks.bits
         quantized: Quantized = unpacked(levels, scales, zeros[0] if zeros else None, self.blocks, columns)
         return dequantize(quantized)
@@ -130,7 +134,8 @@ def _places(folder: Path, checkpoint: Checkpoint) -> Iterator[tuple[str, _Place]
                 end = begin + checkpoint.tensors[name].shape[0]
                 yield name, _Place(folder, model, node, begin, end)
                 begin = end
-            rows = next(one.dims[0] for one in model.graph.initializer if one.name == levels)
+            (shape,) = [one.dims for one in model.graph.initializer if one.name == levels]
+            rows = shape[1 if node.op_type == TURNED else 0]
             if begin != rows:
                 raise _other_shape(levels.removesuffix(".levels"), begin, rows)
 
@@ -139,6 +144,8 @@ def _inputs(node: NodeProto) -> list[str]:
     """Levels, scales and, where there are, zero points."""
     if node.op_type == "GatherBlockQuantized":
         return [node.input[0], *node.input[2:4]]
+    if node.op_type == TURNED:
+        return list(node.input[1:3])
     return [name for name in node.input[1:4] if name]
 
 
@@ -155,17 +162,18 @@ def _tensors(levels: str, checkpoint: Checkpoint) -> Iterator[str]:
             yield f"model.{full}"
 
 
-def _rows(folder: Path, model: ModelProto, name: str, place: _Place) -> npt.NDArray[Any]:
-    """Those rows of an initializer, read from its data file."""
+def _rows(folder: Path, model: ModelProto, name: str, begin: int, end: int | None) -> npt.NDArray[Any]:
+    """Those rows of an initializer (to the last, where `end` is None), read from its data file."""
     tensor: TensorProto = next(one for one in model.graph.initializer if one.name == name)
     if tensor.data_location != TensorProto.EXTERNAL:
-        return numpy_helper.to_array(tensor)[place.begin : place.end]
+        return numpy_helper.to_array(tensor)[begin:end]
+    count = (tensor.dims[0] if end is None else end) - begin
     entries = {one.key: one.value for one in tensor.external_data}
     dtype = helper_dtype(tensor)
     width = math.prod(tensor.dims[1:])
-    start = int(entries.get("offset", 0)) + place.begin * width * dtype.itemsize
-    flat = np.fromfile(folder / entries["location"], dtype, (place.end - place.begin) * width, offset=start)
-    return flat.reshape(place.end - place.begin, *tensor.dims[1:])
+    start = int(entries.get("offset", 0)) + begin * width * dtype.itemsize
+    flat = np.fromfile(folder / entries["location"], dtype, count * width, offset=start)
+    return flat.reshape(count, *tensor.dims[1:])
 
 
 def helper_dtype(tensor: TensorProto) -> np.dtype[Any]:

@@ -63,7 +63,8 @@ class Binding:
         if self.view:
             return self.view
         if self.blocks is not None and self.part is not None:
-            return part_shape(self.part, self.blocks, *self.shape)
+            shape = part_shape(self.part, self.blocks, *self.shape)
+            return self.shape[::-1] if self.transpose and self.part == "levels" else shape
         return self.shape[::-1] if self.transpose else self.shape
 
     @property

@@ -26,6 +26,7 @@ class Provider:
         precisions: of activations that its MatMul, GroupQueryAttention and norms take.
         bits: of the levels that its MatMulNBits takes.
         lookup: whether it has GatherBlockQuantized; where not, the embeddings graph runs on the CPU.
+        whole_numbers: whether it has DynamicQuantizeMatMul.
         options: of the provider, as genai_config.json has them.
         session: further session options.
     """
@@ -33,6 +34,7 @@ class Provider:
     precisions: tuple[Precision, ...]
     bits: tuple[int, ...]
     lookup: bool = True
+    whole_numbers: bool = False
     options: Mapping[str, str] = field(default_factory=dict)
     session: Mapping[str, Any] = field(default_factory=dict)
 
@@ -40,7 +42,7 @@ class Provider:
 PROVIDERS: Mapping[Name, Provider] = {
     # Threads: 0 lets onnxruntime count the cores of the machine that it runs on. Without the setting onnxruntime-genai
     # takes half of the logical ones, which is half of the machine where a core has one thread.
-    "cpu": Provider(("fp32", "fp16"), (4, 8), session={"intra_op_num_threads": 0}),
+    "cpu": Provider(("fp32", "fp16"), (4, 8), whole_numbers=True, session={"intra_op_num_threads": 0}),
     "cuda": Provider(("fp32", "fp16", "bf16"), (4, 8), options={"enable_cuda_graph": "0"}),
     "dml": Provider(("fp32", "fp16"), (4,), lookup=False),
     "webgpu": Provider(("fp32", "fp16"), (4, 8)),
@@ -65,6 +67,13 @@ def check_provider(name: Name, precision: Precision, rules: Sequence[Rule], wher
             next=f'provider = "{able[0]}"' if able else None,
         )
     for rule in rules:
+        if rule.activations == "int8" and not (provider.whole_numbers and precision == "fp32"):
+            raise RecipeError(
+                f"recipe {where}: the provider {name} does not multiply 8-bit activations in {precision}",
+                expected='provider = "cpu" and precision = "fp32", or activations as they are',
+                found=f"activations of 8 bits for {', '.join(rule.weights)}",
+                next="remove `activations`",
+            )
         if rule.store != "keep" and BITS[rule.store] not in provider.bits and not _looked_up(rule):
             raise RecipeError(
                 f"recipe {where}: the provider {name} has no MatMulNBits for {rule.store}",

@@ -1,8 +1,8 @@
 """Quantize a checkpoint's matrix while it is read: a block of rows at a time, a few of them side by side.
 
 In: the parts of one quantized matrix, and the open checkpoint. Out: the bytes of each part, in the order in which
-they lie in the file. Guaranteed: levels are handed on as they come; what is held beside them are the matrix's scales
-and zero points, which are a sixteenth of it or less.
+they lie in the file. Guaranteed: levels are handed on as they come, but for a matrix that is turned, which is held;
+what is held beside them are the matrix's scales and zero points, which are a sixteenth of it or less.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def quantized_parts(contents: Sequence[Binding], source: Source) -> Iterator[Ite
                 pieces.append(packed[part])
             yield packed["levels"]
 
-    yield levels()
+    yield [np.concatenate(list(levels())).T.copy()] if contents[0].transpose else levels()
     yield from kept.values()
 
 

@@ -21,7 +21,7 @@ from builder.blocks import LARGEST, SMALLEST, Search
 from builder.errors import RecipeError
 from builder.providers import Name, Precision
 from builder.recipe_checks import check_runnable
-from builder.rules import Rule, Store
+from builder.rules import Activations, Rule, Store
 
 Runtime = Literal["genai", "onnxruntime"]
 Attention = Literal["eager", "fused"]
@@ -114,6 +114,7 @@ class _Rule:
     zero_points: Annotated[bool, Field(strict=True)] = False
     search: Search = "mse"
     accuracy: Literal[1, 2, 4] = 4
+    activations: Activations = "float"
 
 
 _Share = Annotated[float, Field(gt=0, le=1)]

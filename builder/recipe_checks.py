@@ -21,6 +21,14 @@ def check_runnable(path: Path, recipe: Recipe) -> None:
         RecipeError: limits that are missing or superfluous; a precision, rules or a provider that a target cannot have.
     """
     check_provider(recipe.provider, recipe.precision, recipe.rules, path)
+    for rule in recipe.rules:
+        if rule.activations == "int8" and (rule.store != "int8" or rule.zero_points or rule.search == "gptq"):
+            raise RecipeError(
+                f"recipe {path}: 8-bit activations are multiplied with 8-bit weights of one scale a row",
+                expected='store = "int8", no zero points, search = "none" or "mse"',
+                found=f"store = {rule.store!r}, zero_points = {rule.zero_points}, search = {rule.search!r}",
+                next="remove `activations`, or change the others",
+            )
     if recipe.exact != (recipe.limits is None):
         raise RecipeError(
             f"recipe {path}: " + ("`limits` is for what may lose" if recipe.exact else "`limits` is missing"),

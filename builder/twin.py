@@ -47,6 +47,7 @@ def write_for_cpu(folder: Path, out: Path, *, widened: bool = False) -> None:
 def in_fp32(model: ModelProto) -> ModelProto:
     """The graph with every product, norm and attention in fp32, and fp32 ports."""
     graph = model.graph
+    multiplied_in_fp32(graph)
     casts: list[NodeProto] = []
     for tensor in graph.initializer:
         if tensor.data_type in HALF:
@@ -62,6 +63,33 @@ def in_fp32(model: ModelProto) -> ModelProto:
     del graph.node[:]
     graph.node.extend(nodes)
     return model
+
+
+def multiplied_in_fp32(graph: GraphProto) -> None:
+    """DequantizeLinear, MatMul and Add in the place of each DynamicQuantizeMatMul: no activation is rounded."""
+    whole = {node.output[0]: node.attribute[0].t for node in graph.node if node.op_type == "Constant"}
+    columns = {one.name: one.dims[-1] for one in graph.initializer if one.dims}
+    nodes: list[NodeProto] = []
+    for node in graph.node:
+        if node.op_type != "DynamicQuantizeMatMul":
+            nodes.append(node)
+            continue
+        x, levels, scale, zero, *bias = node.input
+        out, matrix, zeros = node.output[0], f"{levels}.matrix", f"{levels}.zeros"
+        # Of one zero point for all columns, one for each: DequantizeLinear has as many as scales.
+        each = np.full(columns[levels], numpy_helper.to_array(whole[zero]))
+        graph.initializer.append(numpy_helper.from_array(each, zeros))
+        product = f"{out}.product" if bias else out
+        nodes += [
+            helper.make_node("DequantizeLinear", [levels, scale, zeros], [f"{matrix}.own"], axis=1),
+            # The largest of one: side by side, ONNX Runtime makes one product of both, which rounds activations.
+            helper.make_node("Max", [f"{matrix}.own"], [matrix]),
+            helper.make_node("MatMul", [x, matrix], [product]),
+            *([helper.make_node("Add", [product, *bias], [out])] if bias else []),
+        ]
+    read = {name for node in nodes for name in node.input}
+    del graph.node[:]
+    graph.node.extend(node for node in nodes if node.op_type != "Constant" or node.output[0] in read)
 
 
 def with_all_logits(model: ModelProto) -> ModelProto:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 SETS: dict[str, tuple[str, ...]] = {
     "eager": ("text_rotary", "vision_forward", "vision_attention", "text_attention_eager"),
-    "fused": ("text_rotary", "vision_forward", "vision_attention", "text_attention_fused"),
+    "fused": ("text_rotary", "vision_forward", "vision_attention_fused", "text_attention_fused"),
 }
 
 
@@ -31,6 +31,7 @@ def every() -> tuple[Patch, ...]:
             text_attention_fused,
             text_rotary,
             vision_attention,
+            vision_attention_fused,
             vision_forward,
         )
     except ModuleNotFoundError as error:
@@ -39,8 +40,8 @@ def every() -> tuple[Patch, ...]:
         raise MissingPackageError(
             f"the patches need {error.name}, which is not installed", next='pip install "qwen3vl-onnx[build]"'
         ) from error
-    modules = (text_rotary, text_attention_eager, text_attention_fused, vision_forward, vision_attention)
-    return tuple(module.PATCH for module in modules)
+    text = (text_rotary, text_attention_eager, text_attention_fused)
+    return tuple(module.PATCH for module in (*text, vision_forward, vision_attention, vision_attention_fused))
 
 
 def patch(name: str) -> Patch:

@@ -18,6 +18,10 @@ from patches.registry import Patch, applied
 from patches.text_attention import MODELING, rotate
 from patches.tiny import assert_close, tiny_model
 
+TARGET = f"{MODELING}:Qwen3VLVisionAttention.forward"
+COVERS = (f"{MODELING}:apply_rotary_pos_emb_vision", f"{MODELING}:eager_attention_forward")
+WHY = "upstream splits by lengths.tolist(), a Python loop whose length depends on the pictures"
+
 
 def _make(original: Callable[..., Any]) -> Callable[..., Any]:
     def forward(
@@ -39,9 +43,14 @@ def _make(original: Callable[..., Any]) -> Callable[..., Any]:
     return forward
 
 
-@torch.no_grad()
 def check() -> None:
-    """Upstream's eager attention, which loops over segments in Python, against this one."""
+    """Upstream's eager attention against this one."""
+    check_vision_attention(PATCH)
+
+
+@torch.no_grad()
+def check_vision_attention(patch: Patch) -> None:
+    """Upstream's eager attention, which loops over segments in Python, against `patch`."""
     attention = tiny_model().model.visual.blocks[0].attn
     for lengths in ((16,), (4, 12), (8, 8, 4)):
         ends = torch.tensor(lengths).cumsum(0)
@@ -54,17 +63,17 @@ def check() -> None:
         ranges = torch.stack((offsets[:-1].long()[segment], ends[segment]))
         rotary = (angles.cos(), angles.sin())
         want = attention(hidden, cu_seqlens=offsets, position_embeddings=rotary)
-        with applied([PATCH]):
+        with applied([patch]):
             got = attention(hidden, cu_seqlens=ranges, position_embeddings=rotary)
-        assert_close(f"vision attention over {lengths}", got, want)
+        assert_close(f"{patch.name} over {lengths}", got, want)
 
 
 PATCH = Patch(
     name="vision_attention",
-    target=f"{MODELING}:Qwen3VLVisionAttention.forward",
-    why="upstream splits by lengths.tolist(), a Python loop whose length depends on the pictures",
+    target=TARGET,
+    why=WHY,
     remove_when="upstream's segment attention exports with any number of segments",
-    covers=(f"{MODELING}:apply_rotary_pos_emb_vision", f"{MODELING}:eager_attention_forward"),
+    covers=COVERS,
     make=_make,
     check=check,
 )

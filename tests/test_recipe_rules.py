@@ -161,8 +161,8 @@ def test_a_provider_without_the_kernels_is_refused(file: Path, head: str, said: 
 
 
 def test_what_is_like_another_has_its_keys_but_for_its_own(file: Path) -> None:
-    model = load_recipe("int4-fast")
-    file.write_text('like = "int4-fast"\nmax_length = 77\nprovider = "cuda"\nprecision = "fp16"\n', encoding="utf-8")
+    model = load_recipe("int4")
+    file.write_text('like = "int4"\nmax_length = 77\nprovider = "cuda"\nprecision = "fp16"\n', encoding="utf-8")
     recipe = load_recipe(file)
     assert (recipe.name, recipe.max_length, recipe.provider, recipe.precision) == ("mine", 77, "cuda", "fp16")
     assert (recipe.rules, recipe.limits, recipe.targets) == (model.rules, model.limits, model.targets)

@@ -1,4 +1,4 @@
-"""Matrices that a recipe's rules name → com.microsoft::MatMulNBits and ::GatherBlockQuantized.
+"""Matrices that a recipe's rules name → com.microsoft::MatMulNBits, ::DynamicQuantizeMatMul, ::GatherBlockQuantized.
 
 In: a graph whose matrices are bound to the checkpoint's, and how each is to be stored. Out: the same products and
 lookups on quantized matrices, their parts bound. Guaranteed: products of one input with matrices of one format become
@@ -50,7 +50,7 @@ def quantize_weights(graph: BoundGraph, storages: Mapping[str, Storage], scales:
             if storage is None or value is None or len(graph.bindings[name].shape) != 2:
                 continue
             turned = graph.bindings[name].transpose
-            if node.op_type == "Gather" and node.inputs[0] is value and not turned:
+            if node.op_type == "Gather" and node.inputs[0] is value and not turned and not storage.turned:
                 rewriter.look_up(node, value, storage)
                 matches += 1
             elif (product := _product(node, value, storage, turned)) is not None:
@@ -100,7 +100,7 @@ class _Rewriter:
         return BoundGraph(self.model, self.bindings)
 
     def multiply(self, group: Sequence[Product]) -> None:
-        """One MatMulNBits for all of them."""
+        """One node for all of them."""
         first, storage = group[0], group[0].storage
         sources = [self.bindings[str(one.weight.name)] for one in group]
         # What is bound turned is [out, in] in the checkpoint, which is how the operator wants it.
@@ -109,25 +109,10 @@ class _Rewriter:
             sources[0],
             initializer=_joined([one.initializer for one in sources]),
             shape=(sum(rows), sources[0].shape[1]),
-            transpose=False,
+            transpose=storage.turned,
             below=tuple(one.tensor for one in sources[1:]),
         )
-        # The node's own: what it reads may be another product's output by now.
-        inputs: list[ir.Value | None] = [first.node.inputs[0], *self._parts(whole, storage, lookup=False)]
-        if first.bias is not None:
-            inputs += [None] * (5 - len(inputs)) + [first.bias]
-        node = ir.node(
-            "MatMulNBits",
-            inputs=inputs,
-            attributes={
-                "K": whole.shape[1],
-                "N": whole.shape[0],
-                "bits": storage.blocks.bits,
-                "block_size": storage.blocks.size,
-                "accuracy_level": storage.accuracy,
-            },
-            domain=CONTRIB,
-        )
+        node = (self._whole_numbers if storage.turned else self._blockwise)(first, whole)
         self.model.graph.insert_before(first.node, node)
         outputs = [node.outputs[0]] if len(group) == 1 else self._split(first.node, node.outputs[0], rows)
         for one, output in zip(group, outputs, strict=True):
@@ -137,6 +122,31 @@ class _Rewriter:
             self.model.graph.remove(one.node, safe=True)
         if len(group) > 1:
             node.outputs[0].type = outputs[0].type
+
+    def _blockwise(self, product: Product, matrix: Binding) -> ir.Node:
+        storage = product.storage
+        # The node's own: what it reads may be another product's output by now.
+        inputs: list[ir.Value | None] = [product.node.inputs[0], *self._parts(matrix, storage, lookup=False)]
+        if product.bias is not None:
+            inputs += [None] * (5 - len(inputs)) + [product.bias]
+        attributes = {
+            "K": matrix.shape[1],
+            "N": matrix.shape[0],
+            "bits": storage.blocks.bits,
+            "block_size": storage.blocks.size,
+            "accuracy_level": storage.accuracy,
+        }
+        return ir.node("MatMulNBits", inputs=inputs, attributes=attributes, domain=CONTRIB)
+
+    def _whole_numbers(self, product: Product, matrix: Binding) -> ir.Node:
+        levels, scales = self._parts(matrix, product.storage, lookup=False)
+        middle = ir.tensor(np.array(product.storage.blocks.middle, np.uint8))
+        zero = ir.node("Constant", inputs=[], attributes={"value": middle})
+        self.model.graph.insert_before(product.node, zero)
+        inputs = [product.node.inputs[0], levels, scales, zero.outputs[0], product.bias]
+        return ir.node(
+            "DynamicQuantizeMatMul", inputs=inputs[: None if product.bias else -1], attributes={}, domain=CONTRIB
+        )
 
     def look_up(self, node: ir.Node, table: ir.Value, storage: Storage) -> None:
         """GatherBlockQuantized in the place of a Gather over rows."""
@@ -164,6 +174,7 @@ class _Rewriter:
         for part in parts(storage.blocks):
             dtype = self.scales if part == "scales" else "uint8"
             view = lookup_shape(part, storage.blocks, rows, columns) if lookup and part == "levels" else ()
+            view = (rows,) if storage.turned and part == "scales" else view
             name = f"{source.initializer}.{SUFFIX[part]}"
             binding = replace(source, initializer=name, dtype=dtype, blocks=storage.blocks, part=part, view=view)
             if binding not in self.made:
