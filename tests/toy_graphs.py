@@ -88,7 +88,7 @@ class Toy:
         folder.mkdir(parents=True)
         for name, graph in self.graphs(runtime).items():
             onnx.save(graph, folder / f"{name}.onnx")
-        recipe = Recipe("toy", "fp32", (Target(runtime, "eager"),), 512)  # type: ignore[arg-type]
+        recipe = Recipe("toy", "fp32", (Target(runtime, "eager"),), 512)
         configs = targets.TARGETS[runtime].configs(self.checkpoint, recipe, recipe.targets[0])
         (folder / "manifest.json").write_text(f'{{"target": "{runtime}"}}')
         for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
