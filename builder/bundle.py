@@ -16,10 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
+from builder import graph_facts
 from builder.bom import BOM, bom
+from builder.bundle_files import EVIDENCE, MANIFEST, load_graph, own_files
 from builder.contract import components
 from builder.fetch import FETCHED, NOTICES
 from builder.files import link, sha256
+from builder.json_file import read_json
 from builder.key import plain
 from builder.licence import read_licence
 from builder.model_card import CARD, model_card
@@ -27,13 +30,14 @@ from builder.optimize import operator
 from builder.quantize import DIGESTS
 from builder.report import rendered, write_pages
 from builder.targets import TARGETS
+from builder.targets.runtime import by_name
 from patches import SETS
 
 if TYPE_CHECKING:
     from builder.recipe import Target
     from builder.stage import Build
 
-MANIFEST, EVIDENCE = "manifest.json", "evidence"
+SIDES = "inputs", "outputs"
 TYPES = {ir.DataType.FLOAT: "float32"}
 BUILT_WITH = (
     "torch",
@@ -52,8 +56,10 @@ def run(build: Build, out: Path) -> Mapping[str, object]:
     facts: dict[str, object] = {}
     for target in build.recipe.targets:
         folder = out / target.runtime
-        for file in sorted((build.folder("configure") / target.runtime).iterdir()):
-            link(file, folder / file.name)
+        configured = build.folder("configure") / target.runtime
+        for name in own_files(configured):
+            if name != MANIFEST:
+                link(configured / name, folder / name)
         text = json.dumps(_described(build, target, folder), indent=1, ensure_ascii=False) + "\n"
         _write(folder / MANIFEST, text)
         _evidence(build, target, folder / EVIDENCE)
@@ -89,8 +95,10 @@ def manifest(build: Build, target: Target, folder: Path) -> dict[str, Any]:
     patches = json.loads((build.folder("patch") / "patches.json").read_text(encoding="utf-8"))["patches"]
     fetched = json.loads((build.folder("fetch") / FETCHED).read_text(encoding="utf-8"))["files"]
     digests = json.loads((build.folder("quantize") / DIGESTS).read_text(encoding="utf-8"))
-    files = sorted(file for file in folder.iterdir() if file.is_file() and file.name != MANIFEST)
-    written = {file: digests["data"].get(f"{target.runtime}/{file.name}", {}).get("sha256") for file in files}
+    names = [component.name for component in components(checkpoint, target.runtime)]
+    filled = {runtime.layout(name, build.recipe).data: by_name(name, build.recipe).data for name in names}
+    written = {name: digests["data"].get(f"{target.runtime}/{own}", {}).get("sha256") for name, own in filled.items()}
+    files = [name for name in own_files(folder) if name != MANIFEST]
     return {
         "format": 1,
         "target": target.runtime,
@@ -113,12 +121,29 @@ def manifest(build: Build, target: Target, folder: Path) -> dict[str, Any]:
                 for name, one in fetched.items()
             },
         },
-        "graphs": {c.file: _graph(folder / c.file, c.as_dict()) for c in components(checkpoint, target.runtime)},
+        "graphs": _graphs(build, target, folder),
         "opset": runtime.opset,
         "patches": {name: patches[name] for name in sorted(SETS[target.attention])},
         "versions": {"qwen3vl-onnx": version("qwen3vl-onnx"), **{name: version(name) for name in BUILT_WITH}},
-        "files": {file.name: {"size": file.stat().st_size, "sha256": written[file] or sha256(file)} for file in files},
+        "files": {
+            name: {"size": (folder / name).stat().st_size, "sha256": written.get(name) or sha256(folder / name)}
+            for name in files
+        },
     }
+
+
+def _graphs(build: Build, target: Target, folder: Path) -> dict[str, Any]:
+    """What each graph takes and gives, by its name; where it lies and what it is for, `configure` has said."""
+    laid = read_json(build.folder("configure") / target.runtime / MANIFEST)["graphs"]
+    known = {component.name: component.as_dict() for component in components(build.checkpoint, target.runtime)}
+    found = {}
+    for name, facts in laid.items():
+        model = load_graph(folder / name)
+        ports = known.get(facts["role"]) or {side: graph_facts.ports(model.graph, side) for side in SIDES}
+        found[name] = {**facts, **_graph(folder / name, ports)}
+        opset = graph_facts.opsets(model).get("")
+        found[name] |= {"opset": opset} if opset != TARGETS[target.runtime].opset else {}
+    return found
 
 
 def _graph(path: Path, ports: dict[str, Any]) -> dict[str, Any]:

@@ -8,9 +8,10 @@ what the runtime reads as JSON is JSON of moderate size and depth.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+from builder.contract import ROLES
 from builder.errors import BundleError, CheckpointError, UnsafeError
 from builder.json_file import read_json
 from builder.safetensors_index import leaves_folder
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 MANIFEST, EVIDENCE = "manifest.json", "evidence"
 MAX_GRAPH = 512 * 2**20  # bytes of a graph file; weights lie beside it
+GRAPH = ".onnx"
 GENAI = "genai_config.json"
 READ_BY_RUNTIMES = (GENAI, "vision_processor.json", "pipeline.json", "tokenizer.json")
 OTHERWISE = "take the bundle again from where it was built; do not run one that someone changed"
@@ -42,11 +44,48 @@ def check_bundle(folder: Path) -> str:
             content = _read(folder / name, None)
             for file in _file_names(content) if name == GENAI else ():
                 _inside(folder, file, name)
-    for graph in sorted(folder.glob("*.onnx")):
-        _inside(folder, graph.name, MANIFEST)
-        for location in _locations(graph):
-            _inside(folder, location, graph.name)
+    graphs = (path.relative_to(folder) for path in folder.rglob(f"*{GRAPH}"))
+    for name in sorted(path.as_posix() for path in graphs if path.parts[0] != EVIDENCE):
+        _inside(folder, name, MANIFEST)
+        for location in _locations(folder / name):
+            _inside((folder / name).parent, location, name)
     return target
+
+
+def graph_files(folder: Path) -> dict[str, Path]:
+    """Role → the graph that has it, as the manifest says; without one, the names that `quantize` gives.
+
+    Raises:
+        BundleError: a manifest that gives a role twice, or to no graph; UnsafeError: to a file outside the folder.
+    """
+    path = folder / MANIFEST
+    graphs = _read(path, OTHERWISE).get("graphs", {}) if path.exists() else {}
+    found: dict[str, Path] = {}
+    for name, facts in graphs.items() if isinstance(graphs, Mapping) else ():
+        # A bundle from before roles had the role as its name.
+        role = str(facts.get("role", PurePosixPath(name).stem)) if isinstance(facts, Mapping) else ""
+        if role in found or not name.endswith(GRAPH) or name.startswith(f"{EVIDENCE}/"):
+            raise BundleError(
+                f"{path} does not say which graph is which",
+                expected=f"graphs (*{GRAPH}), each with a role of its own",
+                found=f"{name}: {role}",
+                next=OTHERWISE,
+            )
+        _inside(folder, name, MANIFEST)
+        found[role] = folder / name
+    return {role: folder / f"{role}{GRAPH}" for role in ROLES} | found
+
+
+def own_files(folder: Path) -> list[str]:
+    """Names of all files but the evidence, relative, with `/`, sorted."""
+    found = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    return sorted(name.as_posix() for name in found if name.parts[0] != EVIDENCE)
+
+
+def data_files(folder: Path) -> set[Path]:
+    """The external data that the graphs refer to."""
+    graphs = graph_files(folder).values()
+    return {(graph.parent / location).resolve() for graph in graphs for location in _locations(graph)}
 
 
 def own_evidence(folder: Path, part: str = "") -> Path:

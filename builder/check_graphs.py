@@ -17,15 +17,13 @@ import onnx
 import onnx_ir as ir
 from onnx import GraphProto, ModelProto, TensorProto
 
-from builder.bundle_files import MANIFEST, OTHERWISE, load_graph
+from builder.bundle_files import GRAPH, MANIFEST, OTHERWISE, graph_files, load_graph
 from builder.content import Content
 from builder.contract import CONTRIB
 from builder.errors import BundleError, UnsafeError
 from builder.graph_facts import ONNX, operators, opsets, ports, readable, tensors
 from builder.safetensors_index import leaves_folder
 from builder.targets import TARGETS
-
-SUFFIX = ".onnx"
 
 
 def check_graphs(content: Content) -> dict[str, int]:
@@ -45,14 +43,15 @@ def check_graphs(content: Content) -> dict[str, int]:
         )
     declared = content.manifest.get("graphs")
     declared = declared if isinstance(declared, Mapping) else {}
-    graphs = sorted(name for name in content.files if name.endswith(SUFFIX))
-    if differ := sorted({*graphs} ^ {*declared}) or ([] if graphs else [f"*{SUFFIX}"]):
+    graphs = sorted(name for name in content.files if name.endswith(GRAPH))
+    if differ := sorted({*graphs} ^ {*declared}) or ([] if graphs else [f"*{GRAPH}"]):
         raise BundleError(
             f"{differ[0]} is either a graph that {MANIFEST} does not describe, or described and not there",
             expected=", ".join(sorted(declared)) or "graphs",
             found=", ".join(graphs) or "none",
             next=OTHERWISE,
         )
+    graph_files(content.folder)  # each of them has a role of its own
     counts = {"graphs": len(graphs), "ports": 0, "operators": 0, "external tensors": 0}
     for name in graphs:
         model = load_graph(content.folder / name)

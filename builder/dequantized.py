@@ -24,6 +24,7 @@ import onnx
 from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 
 from builder.blocks import Blocks, Quantized, dequantize
+from builder.bundle_files import own_files
 from builder.checkpoint import Checkpoint
 from builder.errors import BundleError
 from builder.packing import unpacked
@@ -117,7 +118,7 @@ class _Place:
 
 def _places(folder: Path, checkpoint: Checkpoint) -> Iterator[tuple[str, _Place]]:
     """Every quantized matrix of the checkpoint, and where the bundle has it."""
-    for path in sorted(folder.glob("*.onnx")):
+    for path in (folder / name for name in own_files(folder) if name.endswith(".onnx")):
         model = onnx.load(path, load_external_data=False)
         for node in model.graph.node:
             if node.op_type not in OPERATORS:
@@ -132,7 +133,7 @@ def _places(folder: Path, checkpoint: Checkpoint) -> Iterator[tuple[str, _Place]
                         found=levels,
                     )
                 end = begin + checkpoint.tensors[name].shape[0]
-                yield name, _Place(folder, model, node, begin, end)
+                yield name, _Place(path.parent, model, node, begin, end)
                 begin = end
             (shape,) = [one.dims for one in model.graph.initializer if one.name == levels]
             rows = shape[1 if node.op_type == TURNED else 0]

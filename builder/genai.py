@@ -7,7 +7,7 @@ generator, is silently wrong in this runtime (0.18), so neither can be asked for
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import onnx
 
+from builder import pipeline
 from builder.contract import VISION
 from builder.errors import BundleError, MissingPackageError
 from builder.json_file import read_json
@@ -33,6 +34,9 @@ from builder.pipeline import (
 
 class GenaiBundle:
     """Reads the settings at once, loads the model when first asked for tokens."""
+
+    module: Any = pipeline
+    not_run: str | None = None
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -69,9 +73,24 @@ class GenaiBundle:
         return onnx.helper.tensor_dtype_to_np_dtype(port.type.tensor_type.elem_type)
 
     @property
-    def context_length(self) -> int:
-        """Most tokens of prompt and answer together that the checkpoint was made for."""
-        return int(read_json(self.folder / "genai_config.json")["model"]["context_length"])
+    def own(self) -> GenaiBundle:
+        """Its own image processor is verified beside ours."""
+        return self
+
+    @property
+    def most_tokens(self) -> int:
+        """Of prompt and answer together, that the checkpoint was made for."""
+        return int(self._config["context_length"])
+
+    @property
+    def padding(self) -> int | None:
+        """The runtime masks this token wherever it stands: the answer would be to another question."""
+        return int(self._config["pad_token_id"])
+
+    @property
+    def _config(self) -> Mapping[str, Any]:
+        config: Mapping[str, Any] = read_json(self.folder / "genai_config.json")["model"]
+        return config
 
     def prepare(self, prompt: str, images: Sequence[Path]) -> Inputs:
         """Exact preprocessing, from files to inputs."""

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import onnx
 
-from builder.contract import DECODER, EMBEDDINGS, RESIDUAL, VISION
+from builder.bundle_files import graph_files
+from builder.contract import DECODER, RESIDUAL, ROLES, VISION
 from builder.errors import BundleError
 from builder.gates import FP32, Gate, attempted
 from builder.golden import POSITIONS, floats
@@ -39,7 +40,8 @@ class Tapped:
         Raises:
             BundleError: ONNX Runtime does not accept a graph.
         """
-        opened = {name: _session(folder, name) for name in (VISION, EMBEDDINGS, DECODER)}
+        files = graph_files(folder)
+        opened = {name: _session(files[name]) for name in ROLES}
         vision, embeddings, decoder = (session for session, _ in opened.values())
         return cls(
             Graphs(vision, embeddings, decoder, packed, hidden),
@@ -52,12 +54,11 @@ class Tapped:
         return dict(zip(names, session.run(names, feed), strict=True))
 
 
-def _session(folder: Path, name: str) -> tuple[Any, tuple[str, ...]]:
+def _session(path: Path) -> tuple[Any, tuple[str, ...]]:
     import onnxruntime
 
-    path = folder / f"{name}.onnx"
     options = onnxruntime.SessionOptions()
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
     try:
         model = onnx.load(path, load_external_data=False)
         made = [value for node in model.graph.node for value in node.output if value.startswith(f"{RESIDUAL}.")]
@@ -189,12 +190,9 @@ def _decoder(tapped: Tapped, case: GoldenCase, inputs: Inputs, embedded: list[Ar
     gates: list[Gate] = []
     for place, begin, end, want in zip(places, [0, *ends], ends, case.logits, strict=False):
         main, *levels = (tensor[:, begin:end] for tensor in embedded)
-        feed = {"attention_mask": np.ones((1, end), np.int64), "position_ids": inputs.position_ids[:, :, begin:end]}
-        if graphs.packed:
-            feed["inputs_embeds"] = np.concatenate([main, *levels], axis=-1)
-        else:
-            feed |= {"inputs_embeds": main, **({"deepstack_embeds": np.stack(levels)} if levels else {})}
-        values = tapped.run(DECODER, graphs.model, feed | past)
+        positions, mask = inputs.position_ids[:, :, begin:end], np.ones((1, end), np.int64)
+        feed = graphs.decoder_feed(main, levels, positions, mask, past)
+        values = tapped.run(DECODER, graphs.model, feed)
         past = dict(zip(past, (values[name] for name in presents), strict=True))
         streams.append([values[name] for name in tapped.streams[DECODER]])
         gates.append(near(place, f"{case.name}, tokens {begin}–{end}", values["logits"][0, -1], want, limit))

@@ -17,7 +17,9 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from builder.bundle_files import graph_files
 from builder.files import write_text
+from builder.targets import TARGETS
 
 
 class InapplicableError(Exception):
@@ -26,11 +28,11 @@ class InapplicableError(Exception):
 
 @contextmanager
 def edited(bundle: Path, name: str) -> Iterator[ir.Graph]:
-    """A graph to change."""
-    path = bundle / f"{name}.onnx"
+    """A graph to change, by its role."""
+    path = graph_files(bundle)[name]
     model = ir.load(path)
     yield model.graph
-    part = bundle / f"{name}.onnx.part"
+    part = path.with_name(path.name + ".part")
     ir.save(model, part)
     part.replace(path)
 
@@ -70,14 +72,14 @@ def weight(graph: ir.Graph, ending: str) -> ir.Value:
     return found
 
 
-def numbers(bundle: Path, value: ir.Value) -> np.ndarray:
+def numbers(value: ir.Value) -> np.ndarray:
     """What an initializer holds; read here, as onnx_ir reads no data file that has several hard links."""
     tensor = value.const_value
     assert tensor is not None
     if not isinstance(tensor, ir.ExternalTensor):
         return tensor.numpy()
     shape = tensor.shape.numpy()
-    flat = np.fromfile(bundle / tensor.location, tensor.dtype.numpy(), math.prod(shape), offset=tensor.offset or 0)
+    flat = np.fromfile(tensor.path, tensor.dtype.numpy(), math.prod(shape), offset=tensor.offset or 0)
     return flat.reshape(shape)
 
 
@@ -132,13 +134,14 @@ def feature_levels(graph: ir.Graph, target: str) -> tuple[ir.Node, list[int]]:
     Raises:
         InapplicableError: the checkpoint has none.
     """
-    name = "image_features" if target == "genai" else "deepstack_features"
+    runtime = TARGETS[target]
+    name = runtime.features if runtime.packed else "deepstack_features"
     found = [one.producer() for one in graph.outputs if one.name == name]
     node = found[0] if found else None
     packed = node is not None and node.op_type == "Concat"
-    if node is None or (target == "genai" and not packed):
+    if node is None or (runtime.packed and not packed):
         raise InapplicableError("the checkpoint has no DeepStack")
-    if target == "genai":
+    if runtime.packed:
         return node, list(range(1, len(node.inputs)))
     # One level alone is not put beside others.
     return node, list(range(len(node.inputs))) if packed else [0]

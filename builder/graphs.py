@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from builder.contract import DECODER, EMBEDDINGS, VISION
+from builder.bundle_files import graph_files
+from builder.contract import PACKED_FEATURES, ROLES
 from builder.errors import BundleError
 
 Array = npt.NDArray[Any]
@@ -40,14 +41,13 @@ class Graphs:
         """
         import onnxruntime
 
-        sessions = []
-        for name in (VISION, EMBEDDINGS, DECODER):
+        files, sessions = graph_files(folder), []
+        for name in ROLES:
             try:
-                path = str(folder / f"{name}.onnx")
-                sessions.append(onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]))
+                sessions.append(onnxruntime.InferenceSession(str(files[name]), providers=["CPUExecutionProvider"]))
             except Exception as error:  # the runtime has no base class of its own for what it throws
                 raise BundleError(
-                    f"{folder / name}.onnx does not load in onnxruntime {onnxruntime.__version__}",
+                    f"{files[name]} does not load in onnxruntime {onnxruntime.__version__}",
                     found=str(error).splitlines()[0],
                     next="build it again: python -m builder build --force export",
                 ) from error
@@ -64,27 +64,36 @@ class Graphs:
 
     def embed(self, ids: Array, main: Array, levels: Sequence[Array], image_token_id: int) -> tuple[Array, list[Array]]:
         """inputs_embeds [batch, seq, H] with the features merged, and D DeepStack inputs [batch, seq, H]."""
-        if self.packed:
+        if self.packed and self.merges:
             features = np.concatenate([main, *levels], axis=1)
-            feed = {"input_ids": ids, "image_features": features}
-            first, *rest = self._unpacked(self.embeddings.run(None, feed)[0])
+            first, *rest = self._unpacked(self.embeddings.run(None, {"input_ids": ids, PACKED_FEATURES: features})[0])
             return first, rest
-        (embeds,) = self.embeddings.run(None, {"input_ids": ids})
-        return merged(embeds, ids == image_token_id, main, levels)
+        (found,) = self.embeddings.run(None, {"input_ids": ids})
+        embeds, *blank = self._unpacked(found)  # behind a lookup's own columns, those of DeepStack are 0
+        first, rest = merged(embeds, ids == image_token_id, main, levels)
+        return first, [a + b for a, b in zip(rest, blank, strict=True)] if self.packed else rest
+
+    @property
+    def merges(self) -> bool:
+        """Whether the embeddings graph puts the features in their place."""
+        return any(port.name == PACKED_FEATURES for port in self.embeddings.get_inputs())
 
     def decode(
         self, embeds: Array, levels: Sequence[Array], positions: Array, mask: Array, past: Past | None = None
     ) -> tuple[Array, Past]:
         """logits [batch, seq, vocab] (packed: [batch, 1, vocab], the last position's) and the next past."""
         past = self.empty_past(embeds.shape[0]) if past is None else past
+        logits, *present = self.model.run(None, self.decoder_feed(embeds, levels, positions, mask, past))
+        return logits, dict(zip(past, present, strict=True))
+
+    def decoder_feed(
+        self, embeds: Array, levels: Sequence[Array], positions: Array, mask: Array, past: Past
+    ) -> dict[str, Array]:
+        """The decoder's inputs, by name."""
         feed = {"attention_mask": mask, "position_ids": positions, **past}
         if self.packed:
-            feed["inputs_embeds"] = np.concatenate([embeds, *levels], axis=-1)
-        else:
-            feed["inputs_embeds"] = embeds
-            feed |= {"deepstack_embeds": np.stack(levels)} if levels else {}
-        logits, *present = self.model.run(None, feed)
-        return logits, dict(zip(past, present, strict=True))
+            return {**feed, "inputs_embeds": np.concatenate([embeds, *levels], axis=-1)}
+        return {**feed, "inputs_embeds": embeds, **({"deepstack_embeds": np.stack(levels)} if levels else {})}
 
     def empty_past(self, batch: int) -> Past:
         """past_key_values.N.key and .value, [batch, kv_heads, 0, head_dim] each."""

@@ -8,11 +8,12 @@ to; what a checkpoint names is shown as text; limits are those of the target's r
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from builder.licence import Licence
 from builder.report.summary import clean, cut
+from builder.targets import TARGETS
+from builder.targets.runtime import Notes
 
 CARD = "README.md"
 TOOL = "qwen3vl-onnx"
@@ -20,82 +21,16 @@ TASK = "image-text-to-text"
 NAME = 120  # characters
 
 
-@dataclass(frozen=True)
-class Notes:
-    """What a card says of a runtime.
-
-    Args:
-        library: the hub's name for it.
-        packages: from PyPI, with which the bundle runs.
-        run: lines of a shell that ask it, in the bundle's folder.
-        limits: one sentence each.
-        code: a Python program that asks it, in the bundle's folder.
-    """
-
-    library: str
-    packages: tuple[str, ...]
-    run: tuple[str, ...]
-    limits: tuple[str, ...]
-    code: str = ""
-
-
 SHARED = (
     "One prompt and its answer are at most {max_length} tokens together, as the bundle's settings say.",
     "Pictures only: there is no video.",
 )
-NOTES: Mapping[str, Notes] = {
-    "genai": Notes(
-        "onnxruntime-genai",
-        ("onnxruntime-genai",),
-        (),
-        (
-            "The runtime's own processor is bit-equal to transformers' for pictures that need no resize. Where it must "
-            "resize, its grid can differ (sides ≡ 16 mod 64) and so can single pixels; resize first, or hand over "
-            "`pixel_values`, as `builder run` does.",
-            "The runtime's JPEG decoder differs from PIL's, and it does not turn pictures by their EXIF orientation.",
-            "A padded batch is silently wrong in this runtime (0.18): use prompts of equal length.",
-            "A second turn with a picture on one generator is silently wrong in this runtime (0.18): use a new "
-            "generator for each conversation with pictures.",
-            "The runtime masks every padding token of a prompt; so `pad_token_id` is the video token, which no prompt "
-            "here holds.",
-            "Logits are the last position's only.",
-        ),
-        """\
-import json
-
-import onnxruntime_genai as og
-
-model = og.Model(".")
-processor = model.create_multimodal_processor()
-with open("pipeline.json", encoding="utf-8") as file:
-    words = json.load(file)["prompt"]
-prompt = words["prefix"] + words["image"] + "What is this?" + words["suffix"]
-params = og.GeneratorParams(model)
-params.set_search_options(do_sample=False)
-generator = og.Generator(model, params)
-generator.set_inputs(processor(prompt, images=og.Images.open("picture.png")))
-stream = processor.create_stream()
-while not generator.is_done():
-    generator.generate_next_token()
-    print(stream.decode(generator.get_next_tokens()[0]), end="", flush=True)
-""",
-    ),
-    "onnxruntime": Notes(
-        "onnx",
-        ("onnxruntime", "numpy", "pillow", "tokenizers"),
-        ('python pipeline.py --prompt "What is this?" --image picture.png',),
-        (
-            "`pipeline.py` is code, and the reference for ports: read it before you run a copy that somebody gave you.",
-            "Attention scores are computed in blocks of query rows; memory grows with the number of patches.",
-        ),
-    ),
-}
 OTHERS = Notes("onnx", ("onnxruntime",), (), ())
 
 
 def notes(target: str) -> Notes:
     """Of a runtime; what holds for every runtime where nobody has written any."""
-    return NOTES.get(target, OTHERS)
+    return TARGETS[target].notes if target in TARGETS else OTHERS
 
 
 def limits(manifest: Mapping[str, Any]) -> tuple[str, ...]:

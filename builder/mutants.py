@@ -12,6 +12,7 @@ from pathlib import Path
 
 from builder import mutations
 from builder.gates import Gate
+from builder.targets import TARGETS
 
 WEIGHTS = "weights"
 Mutation = Callable[[Path, str], None]
@@ -47,7 +48,7 @@ class Mutant:
 
 
 def _both(*places: str) -> dict[str, frozenset[str]]:
-    return dict.fromkeys(("genai", "onnxruntime"), frozenset(places))
+    return dict.fromkeys(TARGETS, frozenset(places))
 
 
 LAYERS = "decoder layers"
@@ -61,8 +62,8 @@ MUTANTS: tuple[Mutant, ...] = (
         "features shifted",
         "each image token takes the next one's features",
         mutations.image_features_shifted,
-        # The plain target's client merges: there the features themselves are shifted.
-        {"genai": frozenset({"embeddings"}), "onnxruntime": frozenset({"image features"})},
+        # Where the client merges, the features themselves are shifted.
+        {name: frozenset({"embeddings" if one.merges else "image features"}) for name, one in TARGETS.items()},
     ),
     Mutant("last picture lost", "its features are 0", mutations.last_picture_dropped, _both("image features")),
     Mutant("DeepStack zeroed", "the usual recipes' fault", mutations.deepstack_zeroed, _both("deepstack features")),

@@ -32,6 +32,7 @@ from builder.graph_edits import (
     zeros_behind,
 )
 from builder.packing import pack, unpack
+from builder.targets import TARGETS
 
 DOWN = "layers.{}.mlp.down_proj.weight"
 
@@ -81,12 +82,13 @@ def vision_mlp_scaled(bundle: Path, target: str, block: int = 1) -> None:
 
 def image_features_shifted(bundle: Path, target: str) -> None:
     """Each image token takes the features of the next one, the last one those of the first."""
-    with edited(bundle, EMBEDDINGS if target == "genai" else VISION) as graph:
-        if target == "genai":
-            features = port(graph.inputs, "image_features")
+    runtime = TARGETS[target]
+    with edited(bundle, EMBEDDINGS if runtime.merges else VISION) as graph:
+        if runtime.merges:
+            features = port(graph.inputs, runtime.features)
             behind(graph, features, *rolled(graph, features))
         else:
-            features = port(graph.outputs, "pooled_embeds")
+            features = port(graph.outputs, runtime.features)
             as_output(graph, features, *rolled(graph, features))
 
 
@@ -94,7 +96,7 @@ def last_picture_dropped(bundle: Path, target: str) -> None:
     """Features of the last picture of a call are 0."""
     with edited(bundle, VISION) as graph:
         pixels, grid = port(graph.inputs, "pixel_values"), port(graph.inputs, "image_grid_thw")
-        features = port(graph.outputs, "image_features" if target == "genai" else "pooled_embeds")
+        features = port(graph.outputs, TARGETS[target].features)
         last, end, axis = (constant(graph, f"row_{n}", np.array([n], np.int64)) for n in (-1, 2**62, 0))
         row = ir.node("Slice", [grid, last, end, axis])
         patches = ir.node("ReduceProd", [row.outputs[0]], {"keepdims": 0})
@@ -170,7 +172,7 @@ def mrope_sections_permuted(bundle: Path, target: str) -> None:
         (node,) = [node for node, _ in port(graph.inputs, "position_ids").uses() if node.op_type == "Gather"]
         axes = node.inputs[1]
         assert axes is not None
-        interleaved = numbers(bundle, axes)
+        interleaved = numbers(axes)
         blocks = np.sort(interleaved)
         if (blocks == interleaved).all():
             raise InapplicableError("the sections are blocks")
@@ -181,7 +183,7 @@ def rotary_theta_changed(bundle: Path, target: str) -> None:
     """The base of the rotary frequencies, 1 % too large."""
     with edited(bundle, DECODER) as graph:
         frequencies = weight(graph, "rotary_emb.inv_freq")
-        values = numbers(bundle, frequencies)
+        values = numbers(frequencies)
         exponents = np.arange(values.size).reshape(values.shape) / values.size
         frequencies.const_value = ir.tensor((values * 1.01**-exponents).astype(np.float32), name=frequencies.name)
 
@@ -225,7 +227,7 @@ def weight_transposed(bundle: Path, target: str, layer: int = 1) -> None:
     with edited(bundle, DECODER) as graph:
         _need(graph, layer)
         matrix = weight(graph, f"layers.{layer}.self_attn.o_proj.weight")
-        values = numbers(bundle, matrix)
+        values = numbers(matrix)
         turned = np.ascontiguousarray(values.T).reshape(values.shape)
         matrix.const_value = ir.tensor(turned, name=matrix.name)
 
@@ -236,7 +238,7 @@ def scales_shifted(bundle: Path, target: str, layer: int = 1) -> None:
         node = _quantized(graph, layer)
         scales = node.inputs[2]
         assert scales is not None
-        values = np.roll(numbers(bundle, scales), -1)
+        values = np.roll(numbers(scales), -1)
         scales.const_value = ir.tensor(values, name=scales.name)
 
 
@@ -248,7 +250,7 @@ def zero_points_shifted(bundle: Path, target: str, layer: int = 1) -> None:
         rows, blocks = node.inputs[2].shape.numpy()  # type: ignore[union-attr]
         middle = np.full((rows, blocks), (1 << (bits - 1)) + 1, np.uint8)
         if len(node.inputs) > 3 and node.inputs[3] is not None:
-            middle = unpack(numbers(bundle, node.inputs[3]).reshape(rows, -1), bits, blocks) + 1
+            middle = unpack(numbers(node.inputs[3]).reshape(rows, -1), bits, blocks) + 1
         zeros = constant(graph, "zero_points", pack(middle, bits))
         node.resize_inputs(max(4, len(node.inputs)))
         node.replace_input_with(3, zeros)
@@ -262,7 +264,7 @@ def nibbles_swapped(bundle: Path, target: str, layer: int = 1) -> None:
             raise InapplicableError("a level has a byte of its own")
         levels = node.inputs[1]
         assert levels is not None
-        values = numbers(bundle, levels)
+        values = numbers(levels)
         levels.const_value = ir.tensor((values >> 4) | (values << 4), name=levels.name)
 
 

@@ -21,11 +21,11 @@ import numpy.typing as npt
 from builder.cases import SUITE, Case, Suite
 from builder.gates import Gate
 from builder.graphs import Graphs
+from builder.player import Player, open_player
 from builder.recipe import Limits
 from builder.reference import Prompt, Reference
 from builder.shipped import forced, shipped_graphs
 from builder.targets.settings import eos_token_ids
-from builder.verify_tokens import Player, open_player
 
 PROSE = SUITE / "prose.txt"
 ANSWER = 16  # tokens of an answer that is made to be compared
@@ -65,7 +65,7 @@ class Sides:
 
     @classmethod
     def open(cls, folder: Path, target: str, reference: Reference) -> Sides:
-        graphs, outputs = shipped_graphs(folder, reference.checkpoint.text.hidden)
+        graphs, outputs = shipped_graphs(folder, target, reference.checkpoint.text.hidden)
         return cls(graphs, outputs, open_player(folder, target), reference)
 
     def forced(self, prompt: Prompt, answer: Sequence[int]) -> tuple[Array, list[Array]]:
@@ -94,10 +94,12 @@ def quality_gates(
     facts["positions"], facts["drift"] = positions, [float(x) for x in np.mean([one.drift for one in compared], axis=0)]
     yield from _position_gates(positions, limits)
     worst = max((one for one in compared if one.case in suite.cases), key=lambda one: one.lead)
-    facts["largest lead"] = worst.lead
-    yield Gate("generated tokens", f"{worst.case.name}, PyTorch's lead", worst.lead, limits.lead, worst.detail)
+    played = sides.player.not_run is None
+    if played:
+        facts["largest lead"] = worst.lead
+        yield Gate("generated tokens", f"{worst.case.name}, PyTorch's lead", worst.lead, limits.lead, worst.detail)
     yield _perplexity(sides, limits, facts)
-    if suite.tasks:
+    if suite.tasks and played:
         yield _task([one for one in compared if one.case in suite.tasks], sides, limits, facts)
 
 
@@ -122,10 +124,13 @@ def log_softmax(logits: Array) -> Array:
 
 
 def _compared(case: Case, prompt: Prompt, sides: Sides) -> Compared:
-    """The bundle answers in its own runtime; then both sides are given its answer, token by token."""
+    """The bundle answers in its own runtime (PyTorch, where that is not here); both sides are given that answer."""
     reference, free = sides.reference, case.answer is not None
-    inputs = sides.player.prepare(case.prompt, case.images)
-    tokens = tuple(sides.player.tokens(inputs, ANSWER, 0 if free else ANSWER))
+    if sides.player.not_run is None:
+        inputs = sides.player.prepare(case.prompt, case.images)
+        tokens = tuple(sides.player.tokens(inputs, ANSWER, 0 if free else ANSWER))
+    else:
+        tokens = reference.generate(prompt, ANSWER, 0 if free else ANSWER).tokens
     ids = prompt.input_ids[0]
     (pictures,) = np.nonzero(ids == reference.image_token_id)
     seq = len(ids) + len(tokens) - 1

@@ -33,6 +33,7 @@ from builder.passes.narrow import narrow
 from builder.passes.quantize_weights import quantize_weights
 from builder.quantized_rows import Given
 from builder.rules import Storage, resolve
+from builder.targets import TARGETS
 from builder.weights import DataFile, write_data
 
 if TYPE_CHECKING:
@@ -76,7 +77,8 @@ def run(build: Build, out: Path) -> Mapping[str, object]:
         _check_complete(checkpoint, runtime, graphs.values(), storages)
     given = calibrated_rows(checkpoint, storages, out / CALIBRATED)
     with progress("weights, MB", sum(tensor.nbytes for tensor in checkpoint.tensors.values()) // MEGABYTE) as advance:
-        files, shards = fill(list(targets.values()), checkpoint, lambda count: advance(count // MEGABYTE), given)
+        apart = [TARGETS[runtime].apart for runtime in targets]
+        files, shards = fill(list(targets.values()), checkpoint, lambda count: advance(count // MEGABYTE), given, apart)
     shutil.rmtree(out / CALIBRATED, ignore_errors=True)
     check_unchanged(build, shards)
     facts = {
@@ -106,12 +108,16 @@ def fill(
     checkpoint: Checkpoint,
     on_read: Callable[[int], None] = lambda _: None,
     given: Given | None = None,
+    apart: Sequence[bool] = (),
 ) -> tuple[Mapping[Path, DataFile], Mapping[str, str]]:
     """Writes each target's graphs at their paths, and the data that they refer to beside them.
 
+    Args:
+        apart: of each target, whether no graph of it may refer to another's data.
+
     Returns every data file, and the SHA-256 of every checkpoint file that was read.
     """
-    plan = shared_out(targets)
+    plan = shared_out(targets, apart)
     for path in plan.wanted:
         path.parent.mkdir(parents=True, exist_ok=True)
     written = write_data(plan.wanted, checkpoint, on_read, given)
@@ -122,20 +128,21 @@ def fill(
     for graphs in targets:
         folder = {path: files[path] for path in map(data_path, graphs) if path in files}
         for path, bound in graphs.items():
-            _refer(bound, path, folder)
+            first = {one: folder[one] for one in (data_path(path),) if one in folder}
+            _refer(bound, path, first | folder)
     return files, written.shards
 
 
-def shared_out(targets: Sequence[Mapping[Path, BoundGraph]]) -> DataFiles:
-    """Which content lies in which file: that of the last graph of its target which reads it."""
+def shared_out(targets: Sequence[Mapping[Path, BoundGraph]], apart: Sequence[bool] = ()) -> DataFiles:
+    """Which content lies in which file: that of the last graph of its target which reads it, or of each."""
     wanted: dict[Path, Sequence[Binding]] = {}
     twins: dict[Path, Path] = {}
     known: dict[frozenset[Binding], Path] = {}
-    for graphs in targets:
+    for graphs, each in zip(targets, apart or [False] * len(targets), strict=True):
         placed: set[Binding] = set()
         for path, bound in reversed(list(graphs.items())):
             own = {binding.content for binding in bound.bindings.values()} - placed
-            placed |= own
+            placed |= set() if each else own
             if not own:
                 continue
             if (twin := known.setdefault(frozenset(own), data_path(path))) == data_path(path):

@@ -12,7 +12,7 @@ import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked
@@ -22,13 +22,12 @@ from builder.errors import RecipeError
 from builder.providers import Name, Precision
 from builder.recipe_checks import check_runnable
 from builder.rules import Activations, Rule, Store
+from builder.targets import TARGETS
 
-Runtime = Literal["genai", "onnxruntime"]
 Attention = Literal["eager", "fused"]
 
 SHIPPED = Path(__file__).parent / "recipes"
 DEFAULT = "fp32"
-OWN_ATTENTION: Mapping[Runtime, Attention] = {"genai": "fused", "onnxruntime": "eager"}
 # At the checkpoint's own context (262,144) onnxruntime-genai would allocate a key-value buffer of that size.
 MAX_LENGTH = 4096
 
@@ -37,7 +36,7 @@ MAX_LENGTH = 4096
 class Target:
     """One consuming runtime and the attention that its graphs use."""
 
-    runtime: Runtime
+    runtime: str
     attention: Attention
 
 
@@ -94,10 +93,10 @@ class Recipe:
 _STRICT = ConfigDict(extra="forbid")
 
 
-@checked(frozen=True, config=_STRICT)
-class _AttentionTable:
-    genai: Attention | None = None
-    onnxruntime: Attention | None = None
+def _known(runtime: str) -> str:
+    if runtime not in TARGETS:
+        raise ValueError(f"Input should be one of: {', '.join(TARGETS)}")
+    return runtime
 
 
 def _block_size(value: int) -> int:
@@ -135,15 +134,15 @@ class _Limits:
 @checked(frozen=True, config=_STRICT)
 class _Document:
     precision: Precision
-    targets: Annotated[tuple[Runtime, ...], Field(min_length=1)]
-    attention: _AttentionTable = field(default_factory=_AttentionTable)
+    targets: Annotated[tuple[Annotated[str, AfterValidator(_known)], ...], Field(min_length=1)]
+    attention: dict[str, Attention] = field(default_factory=dict)
     max_length: Annotated[int, Field(strict=True, ge=1)] = MAX_LENGTH
     provider: Name = "cpu"
     rules: tuple[_Rule, ...] = ()
     limits: _Limits | None = None
 
 
-_SECTIONS: Mapping[str, type] = {"": _Document, "attention": _AttentionTable, "rules": _Rule, "limits": _Limits}
+_SECTIONS: Mapping[str, type] = {"": _Document, "rules": _Rule, "limits": _Limits}
 _UNKNOWN = "unexpected_keyword_argument"
 _A_TABLE = 'one of "eager", "fused" for every target, or a table such as { genai = "eager" }'
 
@@ -164,7 +163,9 @@ def load_recipe(name_or_path: str | Path = DEFAULT) -> Recipe:
     document = _completed(path, _parsed(path))
     attention = document.get("attention")
     if isinstance(attention, str):
-        document = {**document, "attention": dict.fromkeys(get_args(Runtime), attention)}
+        document = {**document, "attention": dict.fromkeys(TARGETS, attention)}
+    elif isinstance(attention, dict):
+        _check_runtimes(path, attention)
     try:
         checked_document = TypeAdapter(_Document).validate_python(document)
     except ValidationError as error:
@@ -236,29 +237,36 @@ def _explained(path: Path, error: ValidationError) -> RecipeError:
     key = ".".join(place)
     if problem["type"] == _UNKNOWN:
         section = ".".join(part for part in place[:-1] if not part.isdigit())
-        known = [one.name for one in fields(_SECTIONS[section])]
-        near = nearest(place[-1], known)
-        return RecipeError(
-            f"recipe {path}: unknown key `{key}`",
-            expected=f"one of: {', '.join(sorted(known))}",
-            found=place[-1],
-            next=f"did you mean `{near}`?" if near else f"remove `{key}`",
-        )
+        return _unknown(path, key, [one.name for one in fields(_SECTIONS[section])])
     if problem["type"] == "missing":
         return RecipeError(f"recipe {path}: the key `{key}` is missing", next=f"add `{key} = …`")
     expected = _A_TABLE if problem["type"] == "dataclass_type" else problem["msg"]
     return RecipeError(f"recipe {path}: `{key}` is not right", expected=expected, found=repr(problem["input"]))
 
 
+def _unknown(path: Path, key: str, known: Iterable[str]) -> RecipeError:
+    word = key.rpartition(".")[2]
+    near = nearest(word, known)
+    return RecipeError(
+        f"recipe {path}: unknown key `{key}`",
+        expected=f"one of: {', '.join(sorted(known))}",
+        found=word,
+        next=f"did you mean `{near}`?" if near else f"remove `{key}`",
+    )
+
+
+def _check_runtimes(path: Path, attention: Mapping[str, Any]) -> None:
+    for runtime in attention:
+        if runtime not in TARGETS:
+            raise _unknown(path, f"attention.{runtime}", TARGETS)
+
+
 def _targets(path: Path, document: _Document, *, one_for_all: bool) -> tuple[Target, ...]:
     runtimes = document.targets
     if len(set(runtimes)) != len(runtimes):
         raise RecipeError(f"recipe {path}: `targets` names a runtime twice", found=", ".join(runtimes))
-    asked: dict[Runtime, Attention | None] = {
-        "genai": document.attention.genai,
-        "onnxruntime": document.attention.onnxruntime,
-    }
-    unused = [runtime for runtime in asked if asked[runtime] and runtime not in runtimes]
+    asked = document.attention
+    unused = [runtime for runtime in asked if runtime not in runtimes]
     if unused and not one_for_all:
         raise RecipeError(
             f"recipe {path}: `attention.{unused[0]}` is for a runtime that `targets` does not name",
@@ -266,12 +274,13 @@ def _targets(path: Path, document: _Document, *, one_for_all: bool) -> tuple[Tar
             found=unused[0],
             next=f'add "{unused[0]}" to `targets`, or remove `attention.{unused[0]}`',
         )
-    targets = tuple(Target(runtime, asked[runtime] or OWN_ATTENTION[runtime]) for runtime in runtimes)
-    if Target("onnxruntime", "fused") in targets:
-        raise RecipeError(
-            f"recipe {path}: fused attention is no choice for the target `onnxruntime`",
-            expected="eager: that target has standard ONNX operators only, fused attention is none",
-            found="fused",
-            next='write a table instead: attention = { genai = "fused" }',
-        )
-    return targets
+    for runtime in runtimes:
+        able = TARGETS[runtime].attentions
+        if asked.get(runtime, able[0]) not in able:
+            raise RecipeError(
+                f"recipe {path}: {asked[runtime]} attention is no choice for the target `{runtime}`",
+                expected=" or ".join(able) + ": fused attention is no standard ONNX operator",
+                found=asked[runtime],
+                next='write a table instead: attention = { genai = "fused" }',
+            )
+    return tuple(Target(runtime, asked.get(runtime, TARGETS[runtime].attentions[0])) for runtime in runtimes)

@@ -5,14 +5,17 @@ In: a recipe whose every key has its type. Out: nothing, or a `RecipeError` befo
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from builder.errors import RecipeError
 from builder.providers import check_provider
+from builder.targets import TARGETS
 
 if TYPE_CHECKING:
     from builder.recipe import Recipe
+    from builder.targets.runtime import Runtime
 
 
 def check_runnable(path: Path, recipe: Recipe) -> None:
@@ -36,21 +39,24 @@ def check_runnable(path: Path, recipe: Recipe) -> None:
             found="limits" if recipe.exact else "none",
             next="remove `limits`" if recipe.exact else "take those of a shipped recipe, or measure and set your own",
         )
-    plain = [target.runtime for target in recipe.targets if target.runtime == "onnxruntime"]
-    if recipe.rules and plain:
+    runtimes = [TARGETS[target.runtime] for target in recipe.targets]
+    exact = [one.name for one in runtimes if not one.quantized]
+    if recipe.rules and exact:
         raise RecipeError(
-            f"recipe {path}: `rules` cannot be carried out for the target `onnxruntime`",
-            expected='targets = ["genai"]: the operators for quantized blocks are no standard ones',
-            found=", ".join(target.runtime for target in recipe.targets),
-            next='remove "onnxruntime" from `targets`, or `rules`',
+            f"recipe {path}: `rules` cannot be carried out for the target `{exact[0]}`",
+            expected=f"{_able(lambda one: one.quantized)}: the operators for quantized blocks are no standard ones",
+            found=", ".join(one.name for one in runtimes),
+            next=f'remove "{exact[0]}" from `targets`, or `rules`',
         )
-    if plain and (recipe.provider != "cpu" or recipe.precision != "fp32"):
-        raise RecipeError(
-            f"recipe {path}: the target `onnxruntime` is built in fp32, and its runtime chooses the provider",
-            expected='provider = "cpu", precision = "fp32"',
-            found=f"{recipe.provider}, {recipe.precision}",
-            next='targets = ["genai"]',
-        )
+    for one in runtimes:
+        if recipe.precision not in one.precisions or (recipe.provider != "cpu" and not one.provider):
+            provider = "" if one.provider else ", and its runtime chooses the provider"
+            raise RecipeError(
+                f"recipe {path}: the target `{one.name}` is built in {' or '.join(one.precisions)}{provider}",
+                expected=f'provider = "cpu", precision = "{one.precisions[0]}"',
+                found=f"{recipe.provider}, {recipe.precision}",
+                next=_able(lambda one: recipe.precision in one.precisions and one.provider),
+            )
     if not recipe.exact and any(target.attention == "eager" for target in recipe.targets):
         raise RecipeError(
             f"recipe {path}: eager attention is built in fp32 only",
@@ -58,3 +64,9 @@ def check_runnable(path: Path, recipe: Recipe) -> None:
             found="eager",
             next="remove `attention`",
         )
+
+
+def _able(may: Callable[[Runtime], bool]) -> str:
+    """The line of a recipe with every target that may."""
+    names = ", ".join(f'"{one.name}"' for one in TARGETS.values() if may(one))
+    return f"targets = [{names}]"

@@ -7,15 +7,11 @@ A bundle for `onnxruntime` is driven by the pipeline.py that lies in it. That is
 
 from __future__ import annotations
 
-import sys
-import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from builder import pipeline
 from builder.bundle_files import check_bundle
 from builder.errors import (
     BuildError,
@@ -24,9 +20,9 @@ from builder.errors import (
     MissingPackageError,
     PromptError,
 )
-from builder.genai import GenaiBundle
-from builder.json_file import read_json
 from builder.pipeline import Inputs
+from builder.player import Player
+from builder.targets import TARGETS
 
 
 @dataclass(frozen=True)
@@ -36,25 +32,6 @@ class Answer:
     text: str
     token_ids: tuple[int, ...]
     prompt_tokens: int
-
-
-@dataclass(frozen=True)
-class Opened:
-    """A bundle in its runtime.
-
-    Args:
-        module: its pipeline, with `stream` and the errors that `prepare` raises.
-        tokens: (inputs, max_new_tokens) → greedy tokens as they come.
-        most_tokens: of prompt and answer together.
-        padding: a token that no prompt may hold.
-    """
-
-    module: Any
-    tokenizer: Any
-    prepare: Callable[[str, Sequence[Path]], Inputs]
-    tokens: Callable[[Inputs, int], Iterator[int]]
-    most_tokens: int
-    padding: int | None = None
 
 
 def answer(
@@ -93,7 +70,7 @@ def answer(
     return Answer("".join(pieces), tuple(tokens), inputs.input_ids.shape[1])
 
 
-def open_bundle(folder: Path) -> Opened:
+def open_bundle(folder: Path) -> Player:
     """A bundle in the runtime that its manifest names.
 
     Raises:
@@ -101,52 +78,14 @@ def open_bundle(folder: Path) -> Opened:
         MissingPackageError: the runtime is not installed.
     """
     target = check_bundle(folder)
-    if target not in OPEN:
+    if target not in TARGETS:
         raise BundleError(
-            f"{folder} is for a runtime that cannot be run here", expected=" or ".join(OPEN), found=target
+            f"{folder} is for a runtime that cannot be run here", expected=" or ".join(TARGETS), found=target
         )
+    if why := TARGETS[target].needs():
+        raise MissingPackageError(f"{folder} cannot be run here", found=why, next="install what is missing")
     with _in_use(folder, "cannot be opened"):
-        return OPEN[target](folder)
-
-
-def _open_genai(folder: Path) -> Opened:
-    bundle = GenaiBundle(folder)
-    _ = bundle.model  # now, so that a broken bundle is told from a broken question
-    return Opened(
-        module=pipeline,
-        tokenizer=bundle.tokenizer,
-        prepare=bundle.prepare,
-        tokens=bundle.tokens,
-        most_tokens=bundle.context_length,
-        # The runtime masks this token wherever it stands: the answer would be to another question.
-        padding=int(read_json(folder / "genai_config.json")["model"]["pad_token_id"]),
-    )
-
-
-def _open_onnxruntime(folder: Path) -> Opened:
-    module = _load_module(folder / "pipeline.py")
-    with _in_use(folder, "cannot be opened"):
-        bundled = module.Pipeline.load(folder)
-    return Opened(
-        module=module,
-        tokenizer=bundled.tokenizer,
-        prepare=bundled.prepare,
-        tokens=bundled.generate,
-        most_tokens=bundled.settings.max_length,
-    )
-
-
-OPEN: dict[str, Callable[[Path], Opened]] = {"genai": _open_genai, "onnxruntime": _open_onnxruntime}
-
-
-def _load_module(path: Path) -> Any:
-    """The module in `path`, without the compiled copy that an import would leave in the bundle."""
-    source = path.read_text(encoding="utf-8")
-    module = types.ModuleType("bundled_pipeline")
-    module.__file__ = str(path)
-    sys.modules[module.__name__] = module  # where its dataclasses look for their module
-    exec(compile(source, str(path), "exec"), module.__dict__)
-    return module
+        return TARGETS[target].play(folder, True)
 
 
 @contextmanager
@@ -170,7 +109,7 @@ def _in_use(folder: Path, what: str) -> Iterator[None]:
         ) from error
 
 
-def _prepare(opened: Opened, prompt: str, images: Sequence[Path]) -> Inputs:
+def _prepare(opened: Player, prompt: str, images: Sequence[Path]) -> Inputs:
     try:
         inputs = opened.prepare(prompt, images)
     except opened.module.PictureError as error:
@@ -180,7 +119,7 @@ def _prepare(opened: Opened, prompt: str, images: Sequence[Path]) -> Inputs:
     if opened.padding is not None and opened.padding in inputs.input_ids:
         token = opened.tokenizer.id_to_token(opened.padding)
         raise PromptError(
-            f"the text holds {token}, which onnxruntime-genai takes for padding",
+            f"the text holds {token}, which its runtime takes for padding",
             next="take it out of the prompt",
         )
     return inputs

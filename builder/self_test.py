@@ -19,7 +19,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from builder import machine
-from builder.bundle_files import MANIFEST, check_bundle, own_evidence
+from builder.bundle_files import MANIFEST, check_bundle, own_evidence, own_files
 from builder.cases import Suite, shipped_cases
 from builder.catch_table import catch_markdown, catch_text
 from builder.checkpoint import Checkpoint, open_checkpoint
@@ -273,8 +273,8 @@ def _copied(bundle: Path, folder: Path) -> Iterator[None]:
     """The bundle's files, but for its evidence, as links in a folder that goes."""
     folder.mkdir()
     with TemporaryDirectory(dir=folder.parent) as gone:
-        for file in sorted(path for path in bundle.iterdir() if path.is_file()):
-            link(file, folder / file.name)
+        for name in own_files(bundle):
+            link(bundle / name, folder / name)
         try:
             yield
         finally:

@@ -13,10 +13,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from builder.contract import DECODER, EMBEDDINGS, RESIDUAL, VISION
+from builder.bundle_files import graph_files
+from builder.contract import DECODER, RESIDUAL, ROLES
 from builder.errors import BundleError
 from builder.graphs import Graphs
 from builder.reference import Prompt
+from builder.targets import TARGETS
 from builder.twin import decoder_with_all_logits
 
 Array = npt.NDArray[Any]
@@ -42,7 +44,7 @@ class FloatSession:
         ]
 
 
-def shipped_graphs(folder: Path, hidden: int) -> tuple[Graphs, list[str]]:
+def shipped_graphs(folder: Path, target: str, hidden: int) -> tuple[Graphs, list[str]]:
     """The three sessions on the CPU, and the names of the decoder's outputs.
 
     Raises:
@@ -50,25 +52,26 @@ def shipped_graphs(folder: Path, hidden: int) -> tuple[Graphs, list[str]]:
     """
     import onnxruntime
 
-    sessions = []
+    files, sessions = graph_files(folder), []
     outputs: list[str] = []
-    for name in (VISION, EMBEDDINGS, DECODER):
-        model = decoder_with_all_logits(folder) if name == DECODER else str(folder / f"{name}.onnx")
+    for name in ROLES:
+        path = files[name]
+        model = decoder_with_all_logits(path) if name == DECODER else str(path)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3  # it warns of the constants of what was taken out
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
         try:
             session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # the runtime has no base class of its own for what it throws
             raise BundleError(
-                f"{folder / name}.onnx does not load in onnxruntime {onnxruntime.__version__}",
+                f"{path} does not load in onnxruntime {onnxruntime.__version__}",
                 expected="a graph of a precision that the CPU provider computes in",
                 found=str(error).splitlines()[0],
             ) from error
         sessions.append(FloatSession(session))
         outputs = [port.name for port in session.get_outputs()]
     vision, embeddings, decoder = sessions
-    return Graphs(vision, embeddings, decoder, packed=True, hidden=hidden), outputs
+    return Graphs(vision, embeddings, decoder, TARGETS[target].packed, hidden), outputs
 
 
 def forced(
@@ -87,20 +90,17 @@ def forced(
     if prompt.pixel_values is not None and prompt.image_grid_thw is not None:
         main, levels = graphs.vision(prompt.pixel_values, prompt.image_grid_thw)
     embeds, spread = graphs.embed(ids, main, levels, image_token_id)
-    feed = {
-        "inputs_embeds": np.concatenate([embeds, *spread], axis=-1),
-        "attention_mask": np.ones((1, ids.shape[1]), np.int64),
-        "position_ids": positions,
-        **graphs.empty_past(1),
-    }
+    feed = graphs.decoder_feed(embeds, spread, positions, np.ones((1, ids.shape[1]), np.int64), graphs.empty_past(1))
     values = dict(zip(outputs, graphs.model.run(None, feed), strict=True))
     streams = sorted((name for name in values if name.startswith(f"{RESIDUAL}.")), key=_layer)
     return values["logits"][0], [values[name][0] for name in streams]
 
 
 def _levels(graphs: Graphs) -> int:
-    (port,) = [port for port in graphs.model.get_inputs() if port.name == "inputs_embeds"]
-    return int(port.shape[2]) // graphs.hidden - 1
+    shapes = {port.name: port.shape for port in graphs.model.get_inputs()}
+    if graphs.packed:
+        return int(shapes["inputs_embeds"][2]) // graphs.hidden - 1
+    return int(shapes.get("deepstack_embeds", [0])[0])
 
 
 def _layer(name: str) -> int:

@@ -13,12 +13,14 @@ from pathlib import Path
 
 import numpy as np
 
+from builder.bundle_files import graph_files
 from builder.contract import DECODER, EMBEDDINGS, RESIDUAL, VISION
 from builder.evidence import show_logits
 from builder.gates import FP32, Gate, close, uncomputed
 from builder.graphs import merged
 from builder.reference import Prompt, Reference, Trace
 from builder.slices import Values, run_slices, sliced
+from builder.targets import TARGETS
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class SlicedGraphs:
 
     def __init__(self, folder: Path, target: str, reference: Reference, budget: int, apart: bool = True) -> None:
         self.folder, self.reference, self.budget, self.apart = folder, reference, budget, apart
-        self.packed = target == "genai"
+        self.packed, self.merges = TARGETS[target].packed, TARGETS[target].merges
         self.levels = len(reference.checkpoint.vision.deepstack)
         self.peak = 0
 
@@ -77,16 +79,19 @@ class SlicedGraphs:
         calls = []
         for one in asked:
             call: Values = {"input_ids": one.prompt.input_ids, **one.more}
-            if self.packed:
+            if self.merges:
                 call["image_features"] = np.concatenate(self._reference_features(one), axis=-1)
             calls.append([call])
         gates = []
         for one, (values,) in zip(asked, self._run(EMBEDDINGS, calls), strict=True):
-            main, levels = self._merged(one)
             got = values["inputs_embeds"]
+            main = self.reference.embed(one.prompt.input_ids)
+            levels = [np.zeros_like(main)] * self.levels
             if not self.packed:
-                gates.append(close("embeddings", one.name, got, self.reference.embed(one.prompt.input_ids), one.limit))
+                gates.append(close("embeddings", one.name, got, main, one.limit))
                 continue
+            if self.merges:
+                main, levels = self._merged(one)
             for level, (a, b) in enumerate(zip(self._unpacked(got), (main, *levels), strict=True)):
                 name = f"{one.name}, {f'level {level - 1}' if level else 'main'}"
                 gates.append(close("embeddings", name, a, b, one.limit))
@@ -145,9 +150,8 @@ class SlicedGraphs:
     def _run(self, name: str, calls: list[list[Values]]) -> list[list[Values]]:
         if not calls:
             return []
-        results, peak = run_slices(
-            sliced(self.folder / f"{name}.onnx", self.budget), self.folder, calls, apart=self.apart
-        )
+        path = graph_files(self.folder)[name]
+        results, peak = run_slices(sliced(path, self.budget), path.parent, calls, apart=self.apart)
         self.peak = max(self.peak, peak)
         return results
 

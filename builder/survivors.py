@@ -21,6 +21,7 @@ from builder.gates import Gate
 from builder.graph_edits import InapplicableError, as_output, behind, edited, feature_levels, port, reader, weight
 from builder.mutations import DOWN
 from builder.sliced_graphs import Asked, SlicedGraphs
+from builder.targets import TARGETS
 
 FACTOR = "mutation_factor"
 DECADES = tuple(10.0**power for power in range(-7, 1))
@@ -60,7 +61,7 @@ class Survivor:
 def sites(target: str, levels: int, blocks: int, layers: int) -> tuple[Site, ...]:
     """What is scaled: a feed-forward network in the middle of either stack, and what each graph gives."""
     block, layer = blocks // 2, layers // 2
-    features = "image_features" if target == "genai" else "pooled_embeds"
+    features = TARGETS[target].features
     return (
         Site("vision layers", f"MLP of block {block}", VISION, lambda graph, _: _added(graph, block)),
         Site("image features", "main features", VISION, lambda graph, t: _main(graph, t, features)),
@@ -137,7 +138,7 @@ def _main(graph: ir.Graph, target: str, name: str) -> ir.Value:
     except InapplicableError:
         return output
     first = packing.inputs[0]
-    return first if target == "genai" and first is not None else output
+    return first if TARGETS[target].packed and first is not None else output
 
 
 def _level(level: int, graph: ir.Graph, target: str) -> ir.Value:

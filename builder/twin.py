@@ -15,7 +15,8 @@ import numpy as np
 import onnx
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from builder.contract import DECODER, RESIDUAL
+from builder.bundle_files import own_files
+from builder.contract import RESIDUAL
 from builder.files import link, write_text
 from builder.json_file import read_json
 from builder.providers import session_options
@@ -35,13 +36,15 @@ def write_twins(folder: Path, out: Path) -> None:
 def write_for_cpu(folder: Path, out: Path, *, widened: bool = False) -> None:
     """The bundle, its files linked, with the settings of the CPU provider: to run what was built for another one."""
     out.mkdir(parents=True, exist_ok=True)
-    for file in sorted(file for file in folder.iterdir() if file.is_file()):
+    for name in own_files(folder):
+        file, copy = folder / name, out / name
         if widened and file.suffix == ".onnx":
-            onnx.save(in_fp32(onnx.load(file, load_external_data=False)), out / file.name)
-        elif file.name == GENAI_CONFIG:
-            write_text(out / file.name, as_json(_on_cpu(dict(read_json(file)))))
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            onnx.save(in_fp32(onnx.load(file, load_external_data=False)), copy)
+        elif name == GENAI_CONFIG:
+            write_text(copy, as_json(_on_cpu(dict(read_json(file)))))
         else:
-            link(file, out / file.name)
+            link(file, copy)
 
 
 def in_fp32(model: ModelProto) -> ModelProto:
@@ -106,9 +109,9 @@ def with_all_logits(model: ModelProto) -> ModelProto:
     return model
 
 
-def decoder_with_all_logits(folder: Path) -> bytes:
-    """The serialized `with_all_logits` of a bundle's decoder."""
-    model: bytes = with_all_logits(onnx.load(folder / f"{DECODER}.onnx", load_external_data=False)).SerializeToString()
+def decoder_with_all_logits(path: Path) -> bytes:
+    """The serialized `with_all_logits` of the decoder at `path`."""
+    model: bytes = with_all_logits(onnx.load(path, load_external_data=False)).SerializeToString()
     return model
 
 

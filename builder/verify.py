@@ -26,13 +26,15 @@ from builder.gates import Gate, Report, attempted
 from builder.graph_gates import batch_gates, geometry_gates, graph_gates, layer_gates
 from builder.graphs import Graphs
 from builder.json_file import read_json
+from builder.player import Player, open_player
 from builder.quantize import DIGESTS, MAGNITUDES
 from builder.reference import Prompt, Reference
 from builder.report import write
 from builder.report.context import of_build, of_bundle
+from builder.targets import TARGETS
 from builder.verify_lossy import Terms, verify_lossy
 from builder.verify_sliced import for_slices, verify_sliced
-from builder.verify_tokens import Player, Ties, input_gates, open_player, token_gates
+from builder.verify_tokens import Ties, input_gates, token_gates
 
 if TYPE_CHECKING:
     from builder.stage import Build
@@ -155,14 +157,15 @@ def verify(
             whole = whole_suite(checkpoint, Path(drawn))
             return verify(folder, target, reference, whole, until_failure=until_failure)
     gates: list[Gate] = []
-    facts: dict[str, object] = {"versions": {name: version(name) for name in RUNNING}, "not checked": unchecked(suite)}
+    versions = {name: version(name) for name in RUNNING} | dict(TARGETS[target].versions())
+    facts: dict[str, object] = {"versions": versions, "not checked": unchecked(suite)}
     total = 2 * len(suite.cases) + len(suite.tasks) + 1
     with progress(f"verify {target}", total) as advance, collecting(checkpoint.vision) as exhibits:
         for compared in _compared(folder, target, reference, suite, facts, advance):
             gates += compared
             if until_failure and not all(gate.ok for gate in compared):
                 break
-    return Report(target, checkpoint.name, tuple(gates), facts, exhibits=exhibits())
+    return Report(target, checkpoint.name, tuple(gates), facts, unplayed(target, bool(suite.tasks)), exhibits())
 
 
 def _compared(
@@ -188,7 +191,7 @@ def _compared(
     for case, prompt in asked:
         if case == located:
             yield from layer_gates(folder, target, reference, case.name, prompt, case.limit)
-    graphs = Graphs.load(folder, target == "genai", reference.checkpoint.text.hidden)
+    graphs = Graphs.load(folder, TARGETS[target].packed, reference.checkpoint.text.hidden)
     yield attempted("image features", "grids", geometry_gates, graphs, reference)
     yield attempted("decoder prefill", "batch of two", batch_gates, graphs, reference)
     advance()
@@ -203,10 +206,18 @@ def _compared(
         yield played
         ties.append(near)
         advance()
+    if player.not_run is not None:
+        return
     found = tuple(one for near in ties for one in near.found)
     yield [Ties(sum(near.compared for near in ties), found).gate(allowed=not suite.tasks)]
     if suite.tasks:
         yield attempted("task", "held-out answers", task_gates, suite.tasks, player, reference, facts, advance)
+
+
+def unplayed(target: str, tasks: bool) -> dict[str, str]:
+    """Place → why it was not compared, where the runtime cannot be played on this machine."""
+    why = TARGETS[target].needs()
+    return dict.fromkeys(("tokens", "task") if tasks else ("tokens",), why) if why else {}
 
 
 def unchecked(suite: Suite) -> dict[str, list[str]]:

@@ -23,7 +23,6 @@ from builder.console import progress
 from builder.drawn import Limits
 from builder.errors import GoldenError, VerificationError
 from builder.gates import Gate, Report, attempted, exact
-from builder.genai import GenaiBundle
 from builder.golden import (
     MADE_WITH,
     TASK_TOKENS,
@@ -40,11 +39,14 @@ from builder.golden_graphs import Tapped, graph_gates
 from builder.json_file import read_json
 from builder.key import version
 from builder.pipeline import Inputs, encode, load_image, position_ids, preprocess
+from builder.player import OwnProcessor, Player, open_player
 from builder.reference import ANY_SIZE, Answer
 from builder.report import write
 from builder.report.context import of_bundle
+from builder.targets import TARGETS
 from builder.verify import failed as verify_failed
-from builder.verify_tokens import Player, Ties, answer_from, compare, open_player
+from builder.verify import unplayed
+from builder.verify_tokens import Ties, answer_from, compare
 
 RUNNING = ("onnxruntime", "onnxruntime-genai", "tokenizers", "pillow", "numpy")
 PART = "golden"  # of a bundle's evidence/
@@ -71,7 +73,7 @@ def verify_golden(bundle: Path, path: Path, more: Sequence[Path] = (), reference
     with TemporaryDirectory() as drawn:
         cases = placed(read_cases((SUITE, *more)), Limits(*golden.limits), Path(drawn))
         _check_cases(golden, path, cases)
-        tapped = Tapped.load(bundle, target == "genai", golden.hidden)
+        tapped = Tapped.load(bundle, TARGETS[target].packed, golden.hidden)
         return _report(target, golden, cases, player, tapped, checkpoint)
 
 
@@ -110,7 +112,7 @@ def _report(
 ) -> Report:
     gates: list[Gate] = []
     ties: list[Ties] = []
-    not_run: dict[str, str] = {}
+    not_run = unplayed(target, golden.task is not None)
     wanted = {case.name: case for case in golden.cases}
     tasks = held_out(checkpoint) if checkpoint else ()
     with progress(f"verify {target} by a golden", len(cases) + len(tasks)) as advance:
@@ -121,16 +123,17 @@ def _report(
             not_run |= {f"case {case.name}": why} if why else {}
             advance()
         found = tuple(one for near in ties for one in near.found)
-        gates.append(Ties(sum(near.compared for near in ties), found).gate(allowed=golden.task is None))
-        if golden.task is not None and tasks:
+        if player.not_run is None:
+            gates.append(Ties(sum(near.compared for near in ties), found).gate(allowed=golden.task is None))
+        if golden.task is not None and tasks and player.not_run is None:
             gates += attempted("task", "held-out answers", _task_gates, tasks, golden, player)
-    if golden.task is not None and not tasks:
+    if golden.task is not None and not tasks and player.not_run is None:
         not_run["task"] = "the held-out set lies beside the checkpoint: give --reference CHECKPOINT"
-    if target == "genai":
+    if player.own is not None:
         not_run["tokens of the runtime's pixels"] = "needs PyTorch, fed with the runtime's pixels"
     facts = {
         "golden of": golden.versions,
-        "versions": {name: version(name) for name in RUNNING},
+        "versions": {name: version(name) for name in RUNNING} | dict(TARGETS[target].versions()),
         "not checked": {case.name: list(case.unchecked) for case in cases if case.unchecked},
     }
     return Report(target, golden.checkpoint.name, tuple(gates), facts, not_run)
@@ -150,12 +153,12 @@ def case_gates(
     computed, logit_error = graph_gates(tapped, golden, want, kept[0], case.limit)
     gates += computed
     ties = []
-    if want.tokens:
+    if want.tokens and player.not_run is None:
         found: list[Ties] = []
         gates += attempted("tokens", case.name, _token_gates, case, want, player, kept[0], logit_error, found)
         ties = found
-    if isinstance(player, GenaiBundle) and case.images and "runtime" in case.checks:
-        gates += attempted("runtime's pixel values", case.name, _runtime_gates, case, want, player)
+    if player.own is not None and case.images and "runtime" in case.checks:
+        gates += attempted("runtime's pixel values", case.name, _runtime_gates, case, want, player.own)
     return gates, ties, ""
 
 
@@ -220,11 +223,11 @@ def _token_gates(
     return [gate]
 
 
-def _runtime_gates(case: Case, want: GoldenCase, player: GenaiBundle) -> list[Gate]:
+def _runtime_gates(case: Case, want: GoldenCase, own: OwnProcessor) -> list[Gate]:
     """The runtime's own processor, where it sees what upstream sees: see `builder.verify_tokens.runtime_gates`."""
-    if not all(player.at_target_size(path) for path in case.images):
+    if not all(own.at_target_size(path) for path in case.images):
         return []
-    _, inputs = player.runtime_inputs(case.prompt, case.images)
+    _, inputs = own.runtime_inputs(case.prompt, case.images)
     ids = np.array([want.input_ids], np.int64)
     return [
         _pixel_gate("runtime's pixel values", case, want, inputs),

@@ -23,6 +23,7 @@ from builder.gates import Gate, Report
 from builder.quality import quality_gates
 from builder.recipe import Limits
 from builder.reference import Reference
+from builder.targets import TARGETS
 from builder.twin import write_for_cpu, write_twins
 
 # What the twin is asked: every graph, one and several pictures, a prompt without. Cases that differ in preprocessing
@@ -83,7 +84,7 @@ def verify_lossy(
         report = exact(twin, open_checkpoint(dequantized), replace(suite, cases=_chosen(suite.cases), tasks=()))
         gates, facts = [*weight_gates(errors, terms.limits), *report.gates], dict(report.facts)
         facts["weights"] = [vars(one) for one in errors]
-        not_run = {**report.not_run, **_not_run(terms)}
+        not_run = {**report.not_run, **_not_run(terms, target)}
         if terms.precision != "bf16":
             measured: dict[str, Any] = {}
             # A streamed reference reads all weights for every case.
@@ -96,9 +97,11 @@ def verify_lossy(
     return Report(target, checkpoint.name, tuple(gates), facts, not_run, report.exhibits)
 
 
-def _not_run(terms: Terms) -> dict[str, str]:
+def _not_run(terms: Terms, target: str) -> dict[str, str]:
     """What this machine cannot show."""
+    why = TARGETS[target].needs()
     found = {} if terms.precision != "bf16" else dict.fromkeys(("KL divergence", "generated tokens"), NO_BF16)
+    found = (dict.fromkeys(("generated tokens", "task"), why) if why else {}) | found
     if terms.provider != "cpu":
         found[f"the provider {terms.provider}"] = (
             "no such device here: its kernels are looked up (builder/providers.py), the graphs ran on the CPU provider"

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from builder import memory
+from builder.bundle_files import data_files
 from builder.cases import SUITE, Case, Suite, read_cases, shipped_cases
 from builder.console import progress
 from builder.errors import CasesError
@@ -25,11 +26,13 @@ from builder.evidence import collecting, show_case
 from builder.figures import size
 from builder.gates import Gate, Report, attempted
 from builder.pipeline import load_tokenizer, prepare, read_image_settings, read_settings
+from builder.player import open_player
 from builder.reference import Reference
 from builder.sliced_graphs import Asked, SlicedGraphs
 from builder.stored import traced
+from builder.targets import TARGETS
 from builder.targets.settings import eos_token_ids
-from builder.verify_tokens import TIE, Ties, input_gates, open_player
+from builder.verify_tokens import TIE, Ties, input_gates
 
 CASES = ("text", "one picture", "wide, tall")
 TOKENS = 16
@@ -83,8 +86,9 @@ def verify_sliced(
             told, not_run = _tokens(folder, target, reference, chosen, asked, gates, limit)
             gates += told
         advance()
+    versions = {name: version(name) for name in ("torch", "transformers", "onnxruntime", "numpy")}
     facts = {
-        "versions": {name: version(name) for name in ("torch", "transformers", "onnxruntime", "numpy")},
+        "versions": versions | dict(TARGETS[target].versions()),
         "peak_rss": max(graphs.peak, memory.peak_rss() or 0),
         "cases": [one.name for one in asked],
     }
@@ -136,7 +140,9 @@ def _tokens(
     limit: int,
 ) -> tuple[list[Gate], dict[str, str]]:
     """Greedy tokens of the bundle's own runtime, each of which PyTorch must give after those before it."""
-    needed = VERIFY_MEMORY + round(RUNNING * sum(file.stat().st_size for file in folder.glob("*.data")))
+    if why := TARGETS[target].needs():
+        return [], {"tokens": why}
+    needed = VERIFY_MEMORY + round(RUNNING * sum(file.stat().st_size for file in data_files(folder)))
     if needed > limit:
         return [], {"tokens": f"needs {size(needed)} of memory, there are {size(limit)}"}
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:

@@ -8,83 +8,22 @@ runtime that throws fails the gate.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
-from typing import Protocol
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from builder.cases import TOKENS, Case
-from builder.errors import BuildError, BundleError
+from builder.errors import BuildError
 from builder.evidence import show_answers, show_pixels
 from builder.gates import Gate, exact, uncomputed
-from builder.genai import GenaiBundle
-from builder.pipeline import ImageSettings, Inputs, Pipeline, Settings, SettingsError
+from builder.pipeline import Inputs
+from builder.player import OwnProcessor, Player
 from builder.reference import Answer, Prompt, Reference
 
 TIE = 4.0  # a lead below this multiple of the measured logit error is no lead
 TIES_EVERY = 1000  # tokens, of which one may be a near tie
-
-
-class Player(Protocol):
-    """A bundle in its own runtime.
-
-    Args:
-        settings, vision, tokenizer: what `prepare` makes inputs by.
-    """
-
-    @property
-    def settings(self) -> Settings: ...
-
-    @property
-    def vision(self) -> ImageSettings: ...
-
-    @property
-    def tokenizer(self) -> Tokenizer: ...
-
-    def prepare(self, prompt: str, images: Sequence[Path]) -> Inputs: ...
-
-    def tokens(self, inputs: Inputs, max_new_tokens: int, min_new_tokens: int = 0) -> Iterator[int]: ...
-
-    def text(self, tokens: Sequence[int]) -> str: ...
-
-
-class OnnxRuntimePlayer:
-    """The `onnxruntime` target through its pipeline."""
-
-    def __init__(self, folder: Path) -> None:
-        self.pipeline = Pipeline.load(folder)
-        self.settings, self.vision = self.pipeline.settings, self.pipeline.vision
-        self.tokenizer = self.pipeline.tokenizer
-
-    def prepare(self, prompt: str, images: Sequence[Path]) -> Inputs:
-        return self.pipeline.prepare(prompt, images)
-
-    def tokens(self, inputs: Inputs, max_new_tokens: int, min_new_tokens: int = 0) -> Iterator[int]:
-        return self.pipeline.generate(inputs, max_new_tokens, min_new_tokens)
-
-    def text(self, tokens: Sequence[int]) -> str:
-        return self.pipeline.text(tokens)
-
-
-PLAYERS: dict[str, Callable[[Path], Player]] = {"genai": GenaiBundle, "onnxruntime": OnnxRuntimePlayer}
-
-
-def open_player(folder: Path, target: str) -> Player:
-    """The bundle in `folder`, opened in the runtime of `target`.
-
-    Raises:
-        BundleError: an unknown target, or settings that cannot be carried out.
-    """
-    if target not in PLAYERS:
-        raise BundleError(f"{folder} is for the target {target!r}", expected=" or ".join(PLAYERS), found=target)
-    try:
-        return PLAYERS[target](folder)
-    except SettingsError as error:
-        raise BundleError(f"the settings in {folder} cannot be carried out", found=str(error)) from error
 
 
 @dataclass(frozen=True)
@@ -119,7 +58,7 @@ def input_gates(name: str, inputs: Inputs, prompt: Prompt) -> list[Gate]:
 def token_gates(
     case: Case, prompt: Prompt, player: Player, reference: Reference, logit_error: float, tokens: int = TOKENS
 ) -> tuple[list[Gate], Ties]:
-    """Greedy tokens from the picture files on; for `genai` also from the runtime's own processor.
+    """Greedy tokens from the picture files on, and from the runtime's own processor where it has one.
 
     Args:
         logit_error: largest absolute difference of a logit in this case's decoder gates.
@@ -128,11 +67,13 @@ def token_gates(
     gates: list[Gate] = []
     ties: list[str] = []
     ways = []
+    if player.not_run is not None:
+        return [], Ties(0, ())
     tokens = min(tokens, case.tokens)
     if "tokens" in case.checks:
         ways.append(("tokens", partial(file_gates, case, prompt, player, reference, logit_error, tokens)))
-    if isinstance(player, GenaiBundle) and case.images and "runtime" in case.checks:
-        own = partial(runtime_gates, case, prompt, player, reference, logit_error, tokens)
+    if player.own is not None and case.images and "runtime" in case.checks:
+        own = partial(runtime_gates, case, prompt, player, player.own, reference, logit_error, tokens)
         ways.append(("tokens of the runtime's pixels", own))
     for place, way in ways:
         try:
@@ -163,14 +104,20 @@ def file_gates(
 
 
 def runtime_gates(
-    case: Case, prompt: Prompt, player: GenaiBundle, reference: Reference, logit_error: float, tokens: int
+    case: Case,
+    prompt: Prompt,
+    player: Player,
+    own: OwnProcessor,
+    reference: Reference,
+    logit_error: float,
+    tokens: int,
 ) -> tuple[list[Gate], list[str]]:
-    """`create_multimodal_processor()` with our vision_processor.json.
+    """The runtime's own image processor, with our settings.
 
     Pixels are gated where upstream and the runtime see the same bytes: an RGB PNG that needs no resize. Elsewhere the
     decoders and resizers differ (README: Ask a bundle), and tokens are compared with PyTorch fed the same pixels.
     """
-    tensors, inputs = player.runtime_inputs(case.prompt, case.images)
+    tensors, inputs = own.runtime_inputs(case.prompt, case.images)
     show_pixels(
         "the runtime's own processor",
         inputs.pixel_values,
@@ -179,7 +126,7 @@ def runtime_gates(
         prompt.image_grid_thw,
     )
     gates = []
-    if all(player.at_target_size(path) for path in case.images):
+    if all(own.at_target_size(path) for path in case.images):
         assert inputs.pixel_values is not None
         assert prompt.pixel_values is not None
         gates.append(exact("runtime's pixel values", case.name, inputs.pixel_values, prompt.pixel_values))
@@ -189,7 +136,7 @@ def runtime_gates(
     again = answer_from(player, inputs, want)
 
     def play(given: int) -> list[int]:
-        return again(given) if given else list(player.tokens_of(tensors, inputs.input_ids.shape[1], tokens, tokens))
+        return again(given) if given else list(own.tokens_of(tensors, inputs.input_ids.shape[1], tokens, tokens))
 
     gate, ties = compare(f"{case.name}, {tokens} tokens", play, want, logit_error)
     return [*gates, replace(gate, place="tokens of the runtime's pixels")], ties

@@ -122,6 +122,7 @@ def bundle(miniature_built: Path, tmp_path: Path) -> Callable[[str], Path]:
         copy = tmp_path / target
         for file in sorted((miniature_built / target).iterdir()):
             link(file, copy / file.name)
+        (copy / "manifest.json").unlink()  # the link, through which a file of the stage would be written
         (copy / "manifest.json").write_text(json.dumps({"target": target}))
         return copy
 

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from builder.licence import Licence, read_licence
-from builder.model_card import NOTES, limits, metadata, model_card, notes
+from builder.model_card import limits, metadata, model_card, notes
 from builder.targets import TARGETS
 from tests.checkpoints import MINIATURE
 from tests.manifests import COMMIT, manifest
@@ -176,7 +176,7 @@ def test_the_program_of_the_card_answers(bundle: Callable[[str], Path]) -> None:
 def test_the_command_of_the_card_answers(bundle: Callable[[str], Path]) -> None:
     folder = bundle("onnxruntime")
     shutil.copyfile(PICTURE, folder / "picture.png")
-    (command,) = NOTES["onnxruntime"].run
+    (command,) = notes("onnxruntime").run
     asked = command.replace("What is this?", "Read the number.").replace("python", sys.executable, 1)
     done = subprocess.run(asked, shell=True, cwd=folder, capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "28", done.stderr

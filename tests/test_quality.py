@@ -67,7 +67,7 @@ def scaled(folder: Path, **factors: float) -> None:
         for name, value in graph.initializers.items():
             for part, factor in factors.items():
                 if name.endswith(".scales") and part in name.replace(".", "_"):
-                    value.const_value = ir.tensor(numbers(folder, value) * np.float32(factor), name=name)
+                    value.const_value = ir.tensor(numbers(value) * np.float32(factor), name=name)
 
 
 def failed_places(gates: list[Gate]) -> set[str]:

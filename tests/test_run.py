@@ -92,7 +92,7 @@ def test_a_token_that_the_runtime_masks_is_refused(bundles: dict[str, Path], tmp
     config = json.loads(file.read_text())
     config["model"]["pad_token_id"] = STOPS[1]
     file.write_text(json.dumps(config))
-    with pytest.raises(PromptError, match=r"the text holds <\|endoftext\|>, which onnxruntime-genai takes for padding"):
+    with pytest.raises(PromptError, match=r"the text holds <\|endoftext\|>, which its runtime takes for padding"):
         ask(folder, "What is <|endoftext|>?")
 
 

@@ -86,10 +86,9 @@ class Toy:
     def write(self, folder: Path, runtime: str) -> Path:
         """A bundle of the graphs, its configuration, and the least manifest."""
         folder.mkdir(parents=True)
-        build = {"vision_encoder": self._vision, "embeddings": self._embeddings, "model": self._model}
-        for component in components(self.checkpoint, runtime):
-            onnx.save(build[component.name](component, runtime == "genai"), folder / component.file)
-        recipe = Recipe("toy", "fp32", (Target(runtime, "eager"),), 512)  # type: ignore[arg-type]
+        for name, graph in self.graphs(runtime).items():
+            onnx.save(graph, folder / f"{name}.onnx")
+        recipe = Recipe("toy", "fp32", (Target(runtime, "eager"),), 512)
         configs = targets.TARGETS[runtime].configs(self.checkpoint, recipe, recipe.targets[0])
         (folder / "manifest.json").write_text(f'{{"target": "{runtime}"}}')
         for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
@@ -97,6 +96,16 @@ class Toy:
         for file, text in configs.items():
             (folder / file).write_text(text, encoding="utf-8")
         return folder
+
+    def graphs(self, runtime: str) -> dict[str, onnx.ModelProto]:
+        """By role."""
+        asked = targets.TARGETS[runtime]
+        vision, embeddings, model = components(self.checkpoint, runtime)
+        return {
+            vision.name: self._vision(vision, asked.packed),
+            embeddings.name: self._embeddings(embeddings, asked.merges),
+            model.name: self._model(model, asked.packed),
+        }
 
     def _vision(self, component: Component, packed: bool) -> onnx.ModelProto:
         project, hidden = self.weights["project"], self.checkpoint.text.hidden
@@ -117,10 +126,10 @@ class Toy:
         sizes = np.array([hidden, levels * hidden])
         return _graph(component, nodes, project=project, square=square, sizes=sizes, by_level=by_level)
 
-    def _embeddings(self, component: Component, packed: bool) -> onnx.ModelProto:
+    def _embeddings(self, component: Component, merges: bool) -> onnx.ModelProto:
         width = int(component.outputs[0].shape[-1])
         embed = self.weights["embed"][:, :width]
-        if not packed:
+        if not merges:
             return _graph(component, [_node("Gather", "embed input_ids", "inputs_embeds")], embed=embed)
         nodes = [
             _node("Gather", "embed input_ids", "text"),

@@ -8,16 +8,20 @@ The runtime allocates `image_features` and `inputs_embeds` with `model.decoder.h
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from builder.checkpoint import Checkpoint
-from builder.contract import CONTRIB, DECODER, EMBEDDINGS, VISION, components, packed_width
+from builder.contract import CONTRIB, DECODER, EMBEDDINGS, VISION, packed_components, packed_width
 from builder.providers import session_options
-from builder.recipe import Recipe, Target
 from builder.rules import resolve
-from builder.targets.runtime import Runtime
+from builder.targets.runtime import Notes, Runtime
 from builder.targets.settings import as_json, eos_token_ids, pipeline_settings, text_config, vision_processor
 from builder.weight_names import EMBEDDINGS as EMBEDDING_MATRIX
+
+if TYPE_CHECKING:
+    from builder.genai import GenaiBundle
+    from builder.recipe import Recipe, Target
 
 SAMPLING = ("temperature", "top_k", "top_p", "repetition_penalty")
 
@@ -51,7 +55,7 @@ def _configs(checkpoint: Checkpoint, recipe: Recipe, target: Target) -> Mapping[
 def genai_config(checkpoint: Checkpoint, recipe: Recipe, fused: bool) -> dict[str, Any]:
     """genai_config.json. `max_length` is bounded by the checkpoint's context; an eager decoder shares no buffer."""
     text, vision = checkpoint.text, checkpoint.vision
-    graphs = {component.name: component for component in components(checkpoint, "genai")}
+    graphs = {component.name: component for component in packed_components(checkpoint)}
     names = {name: {port.name: port.name for port in graph.inputs} for name, graph in graphs.items()}
     session = session_options(recipe.provider)
     quantized = EMBEDDING_MATRIX in resolve(recipe.rules, checkpoint.tensors)
@@ -132,11 +136,66 @@ def _search(checkpoint: Checkpoint, max_length: int, fused: bool) -> dict[str, A
     }
 
 
+def _play(folder: Path, asked: bool) -> GenaiBundle:
+    from builder.genai import GenaiBundle
+
+    bundle = GenaiBundle(folder)
+    if asked:
+        _ = bundle.model  # now, so that a broken bundle is told from a broken question
+    return bundle
+
+
+NOTES = Notes(
+    "onnxruntime-genai",
+    ("onnxruntime-genai",),
+    (),
+    (
+        "The runtime's own processor is bit-equal to transformers' for pictures that need no resize. Where it must "
+        "resize, its grid can differ (sides ≡ 16 mod 64) and so can single pixels; resize first, or hand over "
+        "`pixel_values`, as `builder run` does.",
+        "The runtime's JPEG decoder differs from PIL's, and it does not turn pictures by their EXIF orientation.",
+        "A padded batch is silently wrong in this runtime (0.18): use prompts of equal length.",
+        "A second turn with a picture on one generator is silently wrong in this runtime (0.18): use a new "
+        "generator for each conversation with pictures.",
+        "The runtime masks every padding token of a prompt; so `pad_token_id` is the video token, which no prompt "
+        "here holds.",
+        "Logits are the last position's only.",
+    ),
+    """\
+import json
+
+import onnxruntime_genai as og
+
+model = og.Model(".")
+processor = model.create_multimodal_processor()
+with open("pipeline.json", encoding="utf-8") as file:
+    words = json.load(file)["prompt"]
+prompt = words["prefix"] + words["image"] + "What is this?" + words["suffix"]
+params = og.GeneratorParams(model)
+params.set_search_options(do_sample=False)
+generator = og.Generator(model, params)
+generator.set_inputs(processor(prompt, images=og.Images.open("picture.png")))
+stream = processor.create_stream()
+while not generator.is_done():
+    generator.generate_next_token()
+    print(stream.decode(generator.get_next_tokens()[0]), end="", flush=True)
+""",
+)
+
 RUNTIME = Runtime(
     name="genai",
     opset=18,
     domains=frozenset({"", CONTRIB}),
+    packed=True,
+    merges=True,
+    attentions=("fused", "eager"),
+    ports=packed_components,
     module=_module,
     passes=_passes,
     configs=_configs,
+    play=_play,
+    notes=NOTES,
+    precisions=("fp32", "fp16", "bf16"),
+    quantized=True,
+    provider=True,
 )

@@ -5,15 +5,20 @@ Ports: see builder/contract.py. The bundle carries builder/pipeline.py, the refe
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sys
+import types
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from builder.checkpoint import Checkpoint
-from builder.contract import DECODER, EMBEDDINGS, VISION
-from builder.recipe import Recipe, Target
-from builder.targets.runtime import Runtime
+from builder.contract import DECODER, EMBEDDINGS, VISION, plain_components
+from builder.targets.runtime import Notes, Runtime
 from builder.targets.settings import pipeline_settings, vision_processor
+
+if TYPE_CHECKING:
+    from builder.pipeline import Inputs
+    from builder.recipe import Recipe, Target
 
 PASSES = {
     VISION: ("simplify", "lower_segment_attention_eager"),
@@ -42,11 +47,73 @@ def _configs(checkpoint: Checkpoint, recipe: Recipe, target: Target) -> Mapping[
     }
 
 
+class PipelinePlayer:
+    """A bundle through its pipeline: ours, or the copy that lies in it.
+
+    Args:
+        module: builder.pipeline, or that copy.
+    """
+
+    padding = own = not_run = None
+
+    def __init__(self, folder: Path, module: Any) -> None:
+        self.module, self.pipeline = module, module.Pipeline.load(folder)
+        self.settings, self.vision = self.pipeline.settings, self.pipeline.vision
+        self.tokenizer = self.pipeline.tokenizer
+
+    @property
+    def most_tokens(self) -> int:
+        return int(self.settings.max_length)
+
+    def prepare(self, prompt: str, images: Sequence[Path]) -> Inputs:
+        inputs: Inputs = self.pipeline.prepare(prompt, images)
+        return inputs
+
+    def tokens(self, inputs: Inputs, max_new_tokens: int, min_new_tokens: int = 0) -> Iterator[int]:
+        tokens: Iterator[int] = self.pipeline.generate(inputs, max_new_tokens, min_new_tokens)
+        return tokens
+
+    def text(self, tokens: Sequence[int]) -> str:
+        return str(self.pipeline.text(tokens))
+
+
+def _play(folder: Path, asked: bool) -> PipelinePlayer:
+    from builder import pipeline
+
+    return PipelinePlayer(folder, _load_module(folder / "pipeline.py") if asked else pipeline)
+
+
+def _load_module(path: Path) -> Any:
+    """The module in `path`, without the compiled copy that an import would leave in the bundle."""
+    source = path.read_text(encoding="utf-8")
+    module = types.ModuleType("bundled_pipeline")
+    module.__file__ = str(path)
+    sys.modules[module.__name__] = module  # where its dataclasses look for their module
+    exec(compile(source, str(path), "exec"), module.__dict__)
+    return module
+
+
+NOTES = Notes(
+    "onnx",
+    ("onnxruntime", "numpy", "pillow", "tokenizers"),
+    ('python pipeline.py --prompt "What is this?" --image picture.png',),
+    (
+        "`pipeline.py` is code, and the reference for ports: read it before you run a copy that somebody gave you.",
+        "Attention scores are computed in blocks of query rows; memory grows with the number of patches.",
+    ),
+)
+
 RUNTIME = Runtime(
     name="onnxruntime",
     opset=18,
     domains=frozenset({""}),
+    packed=False,
+    merges=False,
+    attentions=("eager",),
+    ports=plain_components,
     module=_module,
     passes=lambda graph, fused: PASSES[graph],
     configs=_configs,
+    play=_play,
+    notes=NOTES,
 )
