@@ -18,6 +18,7 @@ import typer
 from builder.arguments import Bundle, Checkpoint, DryRun, Force, Json, Memory, Output, RecipeOption, Rehash, Until
 from builder.exits import emit, reported
 from builder.recipe import DEFAULT
+from builder.recipe_commands import sensitivity
 from builder.ship_commands import check, diff, pack, publish, sign
 from builder.verify_commands import golden, report, verify
 
@@ -163,7 +164,7 @@ def patches(
             print(row["diff"] if diff else _patch_text(row))
 
 
-for command in (verify, golden, report, check, sign, pack, publish, diff):
+for command in (verify, golden, report, sensitivity, check, sign, pack, publish, diff):
     app.command()(command)
 
 

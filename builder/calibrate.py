@@ -10,7 +10,7 @@ exact.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -38,7 +38,7 @@ class _Caught(Exception):  # noqa: N818 – no error: what ends a forward pass w
 
 
 @dataclass
-class _Stream:
+class Stream:
     """One case between two layers: the residual stream, how a layer is called, and where DeepStack is added."""
 
     hidden: Any
@@ -67,7 +67,7 @@ def calibrated(
 
     reference = Reference(checkpoint, streamed=True)
     with reference.torch.no_grad():
-        streams = _begin(reference, checkpoint)
+        streams = begin(reference, calibration_prompts(reference, checkpoint))
         for index in range(checkpoint.text.layers):
             _layer(reference, checkpoint, index, streams, wanted, store)
             advance()
@@ -84,10 +84,10 @@ def load(path: Path) -> Quantized:
         return Quantized(arrays["levels"], arrays["scales"], arrays["zeros"])
 
 
-def _begin(reference: Reference, checkpoint: Checkpoint) -> list[_Stream]:
-    """Every calibration prompt as it enters the first layer."""
+def begin(reference: Reference, prompts: Iterable[tuple[Prompt, Sequence[int]]]) -> list[Stream]:
+    """Each prompt and its answer as they enter the first layer."""
     model = reference.model.model.language_model
-    caught: list[_Stream] = []
+    caught: list[Stream] = []
     given: dict[str, Any] = {}
 
     def note(_module: Any, _args: Any, kwargs: Any) -> None:
@@ -95,7 +95,7 @@ def _begin(reference: Reference, checkpoint: Checkpoint) -> list[_Stream]:
 
     def catch(_module: Any, args: Any, kwargs: Any) -> None:
         embeds, places = given.get("deepstack_visual_embeds"), given.get("visual_pos_masks")
-        caught.append(_Stream(args[0], {k: v for k, v in kwargs.items()}, embeds or (), places))
+        caught.append(Stream(args[0], {k: v for k, v in kwargs.items()}, embeds or (), places))
         raise _Caught
 
     hooks = [
@@ -103,7 +103,7 @@ def _begin(reference: Reference, checkpoint: Checkpoint) -> list[_Stream]:
         model.layers[0].register_forward_pre_hook(catch, with_kwargs=True, prepend=True),
     ]
     try:
-        for prompt, answer in _prompts(reference, checkpoint):
+        for prompt, answer in prompts:
             try:
                 reference.hidden_states(prompt, answer, keep=1)
             except _Caught:
@@ -114,7 +114,7 @@ def _begin(reference: Reference, checkpoint: Checkpoint) -> list[_Stream]:
     return caught
 
 
-def _prompts(reference: Reference, checkpoint: Checkpoint) -> Iterator[tuple[Prompt, tuple[int, ...]]]:
+def calibration_prompts(reference: Reference, checkpoint: Checkpoint) -> Iterator[tuple[Prompt, tuple[int, ...]]]:
     """The suite's cases of moderate size, and those beside the checkpoint with their answers."""
     with TemporaryDirectory() as drawn:
         cases: list[Case] = [*suite_cases(checkpoint, Path(drawn)), *read_calibration(checkpoint)]
@@ -128,16 +128,16 @@ def _layer(
     reference: Reference,
     checkpoint: Checkpoint,
     index: int,
-    streams: list[_Stream],
+    streams: list[Stream],
     wanted: Mapping[str, Blocks],
     store: Store,
 ) -> None:
     """Calibrates one layer, and takes every stream through it."""
-    layer = _loaded(reference, checkpoint, index)
+    layer = loaded_layer(reference, checkpoint, index)
     names = {f"{LAYERS}.{index}.{name}.weight": module for name, module in _linears(reference, layer)}
     groups = {name: module for name, module in names.items() if name in wanted}
     moments = _moments(
-        reference, groups, lambda: [None for one in streams if _through(layer, one, index, add=False) is None]
+        reference, groups, lambda: [None for one in streams if through(layer, one, index, add=False) is None]
     )
     for key in list(moments):
         members, matrix = moments.pop(key)
@@ -148,7 +148,7 @@ def _layer(
             weight.copy_(reference.torch.from_numpy(dequantize(quantized)))
             store(name, quantized)
     for one in streams:
-        one.hidden = _through(layer, one, index, add=True)
+        one.hidden = through(layer, one, index, add=True)
 
 
 def _moments(
@@ -187,7 +187,7 @@ def _moments(
     return {key: (names, (sums.pop(key) / counts[key]).numpy()) for key, names in members.items()}
 
 
-def _through(layer: Any, one: _Stream, index: int, *, add: bool) -> Any:
+def through(layer: Any, one: Stream, index: int, *, add: bool) -> Any:
     """The stream behind the layer; with `add`, and the DeepStack level that follows it."""
     out = layer(one.hidden, **one.call)
     out = out[0] if isinstance(out, tuple) else out
@@ -198,7 +198,7 @@ def _through(layer: Any, one: _Stream, index: int, *, add: bool) -> Any:
 
 
 def _head(
-    reference: Reference, checkpoint: Checkpoint, name: str, streams: list[_Stream], blocks: Blocks, store: Store
+    reference: Reference, checkpoint: Checkpoint, name: str, streams: list[Stream], blocks: Blocks, store: Store
 ) -> None:
     """Calibrates the head on every stream's end, some of its rows at a time."""
     from builder.streamed import read_rows
@@ -215,7 +215,7 @@ def _head(
     store(name, Quantized(*(np.concatenate([getattr(p, n) for p in pieces]) for n in ("levels", "scales", "zeros"))))
 
 
-def _loaded(reference: Reference, checkpoint: Checkpoint, index: int) -> Any:
+def loaded_layer(reference: Reference, checkpoint: Checkpoint, index: int) -> Any:
     """The layer with its weights in memory, apart from the model that streams them."""
     from copy import deepcopy
 

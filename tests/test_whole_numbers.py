@@ -105,7 +105,8 @@ def test_what_is_on_the_disk_is_multiplied_with_activations_of_8_bits(written: P
 
 def external(path: Path, name: str) -> onnx.TensorProto:
     model: onnx.ModelProto = onnx.load(path, load_external_data=False)
-    return next(one for one in model.graph.initializer if one.name.endswith(name))
+    found: onnx.TensorProto = next(one for one in model.graph.initializer if one.name.endswith(name))
+    return found
 
 
 def test_a_twin_computes_in_fp32_on_the_same_bytes(written: Path) -> None:
