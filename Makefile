@@ -40,8 +40,9 @@ check: setup ## style, types, and the tests that need no torch
 	$(PY) -m mypy
 	$(PY) -m pytest -q -m "not torch and not slow" -n logical --dist worksteal
 
+# What `check` has run in the same command is not run again.
 test: setup ## every test that takes seconds
-	$(PY) -m pytest -q -n logical --dist loadfile
+	$(PY) -m pytest -q -n logical --dist loadfile $(if $(filter check,$(MAKECMDGOALS)),-m "torch and not slow")
 
 test-full: setup ## every test; the results go to docs/test-full.md
 	@mkdir -p docs outputs && rm -f $(RESULTS)

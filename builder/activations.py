@@ -21,6 +21,7 @@ from builder.cases import suite_cases
 from builder.contract import DECODER, VISION
 from builder.reference import Reference
 
+MAGNITUDES = "largest magnitudes"  # what they are called in a report
 CASES = ("text", "one picture", "wide, tall", "three pictures", "long prompt")
 LARGEST = float(np.finfo(np.float16).max)
 MARGIN = 4.0  # between the largest magnitude seen and the largest that fits

@@ -27,10 +27,10 @@ from builder.key import plain
 from builder.licence import read_licence
 from builder.model_card import CARD, model_card
 from builder.optimize import operator
-from builder.quantize import DIGESTS
 from builder.report import rendered, write_pages
 from builder.targets import TARGETS
 from builder.targets.runtime import by_name
+from builder.weights import DIGESTS
 from patches import SETS
 
 if TYPE_CHECKING:

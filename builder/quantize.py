@@ -20,7 +20,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from builder import graph
-from builder.activations import Range, activation_ranges, wide_layers
+from builder.activations import MAGNITUDES, Range, activation_ranges, wide_layers
 from builder.checkpoint import Checkpoint
 from builder.console import progress
 from builder.contract import components
@@ -34,12 +34,12 @@ from builder.passes.quantize_weights import quantize_weights
 from builder.quantized_rows import Given
 from builder.rules import Storage, resolve
 from builder.targets import TARGETS
-from builder.weights import DataFile, write_data
+from builder.weights import DIGESTS, DataFile, write_data
 
 if TYPE_CHECKING:
     from builder.stage import Build
 
-DIGESTS, CALIBRATED, MAGNITUDES = "digests.json", "calibrated", "largest magnitudes"
+CALIBRATED = "calibrated"
 MEGABYTE = 10**6
 SCALES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}  # of quantized matrices: the activations' type
 

@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from builder import machine
+from builder.activations import MAGNITUDES
 from builder.bundle_files import MANIFEST, check_bundle, own_evidence
 from builder.cases import Case, Suite, whole_suite
 from builder.checkpoint import Checkpoint, open_checkpoint
@@ -26,8 +27,7 @@ from builder.gates import Gate, Report, attempted
 from builder.graph_gates import batch_gates, geometry_gates, graph_gates, layer_gates
 from builder.graphs import Graphs
 from builder.json_file import read_json
-from builder.player import Player, open_player
-from builder.quantize import DIGESTS, MAGNITUDES
+from builder.player import Player, check_target, open_player
 from builder.reference import Prompt, Reference
 from builder.report import write
 from builder.report.context import of_build, of_bundle
@@ -35,6 +35,7 @@ from builder.targets import TARGETS
 from builder.verify_lossy import Terms, verify_lossy
 from builder.verify_sliced import for_slices, verify_sliced
 from builder.verify_tokens import Ties, input_gates, token_gates
+from builder.weights import DIGESTS
 
 if TYPE_CHECKING:
     from builder.stage import Build
@@ -121,6 +122,7 @@ def verify_bundle(
         with TemporaryDirectory() as passing:
             return verify_bundle(bundle, reference, limit, Path(passing), more)
     target, evidence = check_bundle(bundle), own_evidence(bundle)
+    check_target(bundle, target)
     terms = Terms.of(read_json(bundle / MANIFEST).get("recipe", {}))
     report = comparison(open_checkpoint(reference), limit, store, more, terms)(bundle, target)
     write(report, evidence, of_bundle(bundle))

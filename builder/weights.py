@@ -31,6 +31,7 @@ from builder.quantized_rows import PARTS, Given, Source, quantized_parts
 from builder.safetensors_index import NUMPY_TYPES, Tensor
 from builder.shard import BLOCK, Shard, blocks_of, open_shard
 
+DIGESTS = "digests.json"  # beside the data files: what lies in them, and what was read
 ALIGNMENT = 4096  # pages: the runtime maps the file instead of copying it
 STRIP = 256 << 20  # bytes of a tensor that are held to be transposed
 TILE = 64  # rows turned at a time: what fits a core's cache is 2.8 times as fast as the whole (measured)

@@ -30,7 +30,7 @@ from builder.safetensors_index import index_tensors
 from builder.source import parse_source
 from builder.stage import Build
 from builder.weight_names import EMBEDDINGS, LM_HEAD
-from builder.weights import DataFile, padded
+from builder.weights import DIGESTS, DataFile, padded
 from tests.small_graphs import Array, bound_graph, drawn
 from tests.test_pass_gemm_head import bound_to
 from tests.test_shard import rewritten
@@ -248,7 +248,7 @@ def test_the_stage_writes_every_tensor_once_for_all_targets(build: Build, tmp_pa
     assert set(seen) == {f"{name}_out" for name in build.checkpoint.tensors}
     for name in build.checkpoint.tensors:
         np.testing.assert_array_equal(seen[f"{name}_out"], build.checkpoint.read(name))
-    digests = json.loads((out / quantize.DIGESTS).read_text())
+    digests = json.loads((out / DIGESTS).read_text())
     shards = {file.name: sha256(file) for file in build.checkpoint.folder.glob("*.safetensors")}
     assert digests == {"data": facts, "checkpoint": shards}
     assert len(shards) == 2
@@ -267,7 +267,7 @@ def test_a_shard_that_changed_since_it_was_fetched_is_an_error(build: Build, tmp
     assert str(shard) in caught.value.what
     assert str(caught.value.found).startswith("sha256" if forged else "time")
     assert all(caught.value.as_dict()[part] for part in ("expected", "found", "next"))
-    assert not (tmp_path / "part" / quantize.DIGESTS).exists()
+    assert not (tmp_path / "part" / DIGESTS).exists()
 
 
 @pytest.mark.parametrize("runtime", ["genai", "onnxruntime"])
