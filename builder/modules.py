@@ -1,7 +1,7 @@
 """The three graphs as thin modules, composed from upstream's submodules.
 
 In: upstream's `Qwen3VLForConditionalGeneration`, to be traced under `patches.registry.applied`.
-Out: `VisionEncoder`, `Embeddings`, `TextDecoder`, whose forward takes the ports of builder/contract.py in their order.
+Out: `VisionEncoder`, `Embeddings` and its kin, `TextDecoder`, whose forward takes the ports of builder/contract.py in their order.
 Guaranteed: no parameter is copied or renamed, so that a graph's initializer is found in the checkpoint by identity.
 """
 
@@ -43,6 +43,21 @@ class Embeddings(nn.Module):
     def forward(self, input_ids: Tensor) -> Tensor:
         embeds: Tensor = self.embed_tokens(input_ids)
         return embeds
+
+
+class PaddedEmbeddings(nn.Module):
+    """input_ids [batch, seq] → inputs_embeds [batch, seq, (1 + D)·H]: the lookup, and zeros behind it.
+
+    The zeros are where the runtime puts an image token's DeepStack features.
+    """
+
+    def __init__(self, model: Any, levels: int) -> None:
+        super().__init__()
+        self.embed_tokens, self.levels = model.model.language_model.embed_tokens, levels
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        embeds = self.embed_tokens(input_ids)
+        return nn.functional.pad(embeds, (0, self.levels * embeds.shape[-1]))
 
 
 class PackedEmbeddings(nn.Module):

@@ -26,7 +26,7 @@ from builder.gates import Gate, Report, attempted
 from builder.graph_gates import batch_gates, geometry_gates, graph_gates, layer_gates
 from builder.graphs import Graphs
 from builder.json_file import read_json
-from builder.player import Player, open_player
+from builder.player import OwnProcessor, Player, open_player
 from builder.quantize import DIGESTS, MAGNITUDES
 from builder.reference import Prompt, Reference
 from builder.report import write
@@ -34,7 +34,7 @@ from builder.report.context import of_build, of_bundle
 from builder.targets import TARGETS
 from builder.verify_lossy import Terms, verify_lossy
 from builder.verify_sliced import for_slices, verify_sliced
-from builder.verify_tokens import Ties, input_gates, token_gates
+from builder.verify_tokens import Ties, input_gates, takes, token_gates
 
 if TYPE_CHECKING:
     from builder.stage import Build
@@ -158,7 +158,7 @@ def verify(
             return verify(folder, target, reference, whole, until_failure=until_failure)
     gates: list[Gate] = []
     versions = {name: version(name) for name in RUNNING} | dict(TARGETS[target].versions())
-    facts: dict[str, object] = {"versions": versions, "not checked": unchecked(suite)}
+    facts: dict[str, object] = {"versions": versions}
     total = 2 * len(suite.cases) + len(suite.tasks) + 1
     with progress(f"verify {target}", total) as advance, collecting(checkpoint.vision) as exhibits:
         for compared in _compared(folder, target, reference, suite, facts, advance):
@@ -178,6 +178,7 @@ def _compared(
 ) -> Iterator[list[Gate]]:
     """The gates of each comparison: inputs of every case, layers of one, then graph by graph and case by case."""
     player = open_player(folder, target)
+    facts["not checked"] = unchecked(suite, player.own)
     asked: list[tuple[Case, Prompt]] = []
     for case in suite.cases:
         show_case(case.name, case.prompt, case.images)
@@ -220,9 +221,14 @@ def unplayed(target: str, tasks: bool) -> dict[str, str]:
     return dict.fromkeys(("tokens", "task") if tasks else ("tokens",), why) if why else {}
 
 
-def unchecked(suite: Suite) -> dict[str, list[str]]:
-    """What the cases themselves leave out: case → its checks that are not made."""
-    return {case.name: list(case.unchecked) for case in suite.cases if case.unchecked}
+def unchecked(suite: Suite, own: OwnProcessor | None = None) -> dict[str, list[str]]:
+    """What the cases themselves leave out, and what a runtime's own processor cannot take: case → checks not made."""
+    found = {}
+    for case in suite.cases:
+        beyond = ("runtime",) if own is not None and not takes(own, case) else ()
+        if left := [*case.unchecked, *(one for one in beyond if one not in case.unchecked)]:
+            found[case.name] = left
+    return found
 
 
 def _input_gates(case: Case, prompt: Prompt, player: Player) -> list[Gate]:
