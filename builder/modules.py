@@ -87,10 +87,13 @@ class TextDecoder(nn.Module):
 
     packed: inputs_embeds is [batch, seq, (1 + D)·H], slice i + 1 is added behind layer i, logits are the last
     position's [batch, 1, vocab]. Else deepstack_embeds is [D, batch, seq, H] and logits are [batch, seq, vocab].
+    bounded: a position beyond the last token's index, which no prompt has (a picture takes fewer positions than it has
+    tokens), is taken for that index.
     """
 
-    def __init__(self, model: Any, levels: int, packed: bool, fused: bool) -> None:
+    def __init__(self, model: Any, levels: int, packed: bool, fused: bool, bounded: bool = False) -> None:
         super().__init__()
+        self.bounded = bounded
         self.language_model, self.lm_head = model.model.language_model, model.lm_head
         self.levels, self.packed, self.fused = levels, packed, fused
         self.hidden = model.config.text_config.hidden_size
@@ -103,6 +106,8 @@ class TextDecoder(nn.Module):
             hidden, deepstack = inputs_embeds, [rest[0][level] for level in range(self.levels)]
             rest = rest[1:] if self.levels else rest
         attention_mask, position_ids, past = rest
+        if self.bounded:
+            position_ids = torch.minimum(position_ids, (attention_mask.sum(-1) - 1)[None, :, None])
         seq = hidden.shape[1]
         mask = fused_mask(attention_mask) if self.fused else causal_bias(attention_mask, seq, hidden.dtype)
         rotary = self.language_model.rotary_emb(hidden, position_ids)

@@ -47,16 +47,16 @@ class TransformersJs(Unplayed):
     def tokens(self, inputs: Inputs, max_new_tokens: int, min_new_tokens: int = 0) -> Iterator[int]:
         """Greedy tokens as they come, the stop token included; the first `min_new_tokens` are no stop tokens."""
         with TemporaryDirectory() as passing:
-            pixels, grid = None, np.zeros((0, 3), np.int64)
+            pixels, grid = None, None
             if inputs.pixel_values is not None and inputs.image_grid_thw is not None:
-                path, grid = Path(passing) / PIXELS, inputs.image_grid_thw
+                path, grid = Path(passing) / PIXELS, inputs.image_grid_thw.tolist()
                 path.write_bytes(inputs.pixel_values.astype("<f4", copy=False).tobytes())
                 pixels = {"path": str(path), "dims": list(inputs.pixel_values.shape)}
             for told in self.program.ask(
                 "generate",
                 ids=inputs.input_ids[0].tolist(),
                 pixels=pixels,
-                grid=grid.tolist(),
+                grid=grid,
                 most=max_new_tokens,
                 least=min_new_tokens,
                 stop=list(self.settings.eos_token_ids),

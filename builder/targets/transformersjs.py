@@ -71,7 +71,9 @@ def _module(checkpoint: Checkpoint, model: Any, graph: str, fused: bool) -> Any:
         return modules.VisionEncoder(model, packed=True)
     if graph == EMBEDDINGS:
         return modules.PaddedEmbeddings(model, levels)
-    return modules.TextDecoder(model, levels, packed=True, fused=fused)
+    # Without a picture the library (4.3.1) puts the tokens of an answer at three times the prompt's length, where they
+    # belong behind its last token.
+    return modules.TextDecoder(model, levels, packed=True, fused=fused, bounded=True)
 
 
 def _configs(checkpoint: Checkpoint, recipe: Recipe, target: Target) -> Mapping[str, str]:
@@ -150,8 +152,8 @@ NOTES = Notes(
         "The library's own processor is equal to transformers' for RGB PNGs that need no resize. Where it must resize, "
         "grid and pixels differ; hand over `pixel_values` and `image_grid_thw`, as `builder run` does.",
         "The library's own processor takes one picture a question: further ones become frames of one film.",
-        "Give a prompt without pictures an empty `image_grid_thw` of shape [0, 3], as `demo/demo.mjs` does: without "
-        "one the library (4.3.1) counts the positions of an answer wrongly.",
+        "Without a picture the library (4.3.1) gives the tokens of an answer positions far behind the prompt; the "
+        "decoder here puts them right, and takes no position beyond the number of tokens.",
         "Logits are the last position's only.",
         "A browser holds each data file in memory, in one piece: weights beyond 2 GB a file do not load there.",
         "`demo/` is code: look at it before you serve a copy that somebody gave you.",

@@ -42,17 +42,17 @@ const actions = {
     model ??= await Qwen3VLForConditionalGeneration.from_pretrained(bundle);
   },
 
-  // {ids: [seq], pixels?: {path, dims}, grid: [[t, h, w], …], most, least, stop: [id, …]} → {token} a token.
+  // {ids: [seq], pixels?: {path, dims}, grid?: [[t, h, w], …], most, least, stop: [id, …]} → {token} a token.
   async generate({ ids, pixels, grid, most, least, stop }) {
     await actions.open();
     const inputs = {
       input_ids: int64(ids, [1, ids.length]),
       attention_mask: int64(ids.map(() => 1), [1, ids.length]),
-      // Without a picture, too: a grid of no pictures. With none at all the library counts the positions of an answer
-      // from three times the prompt's length on.
-      image_grid_thw: int64(grid, [grid.length, 3]),
     };
-    if (pixels) inputs.pixel_values = new Tensor("float32", await floats(pixels.path), pixels.dims);
+    if (pixels) {
+      inputs.pixel_values = new Tensor("float32", await floats(pixels.path), pixels.dims);
+      inputs.image_grid_thw = int64(grid, [grid.length, 3]);
+    }
     await model.generate({
       ...inputs,
       max_new_tokens: most,
