@@ -1,7 +1,8 @@
 """The three graphs as thin modules, composed from upstream's submodules.
 
 In: upstream's `Qwen3VLForConditionalGeneration`, to be traced under `patches.registry.applied`.
-Out: `VisionEncoder`, `Embeddings` and its kin, `TextDecoder`, whose forward takes the ports of builder/contract.py in their order.
+Out: `VisionEncoder`, `Embeddings` and its kin, `TextDecoder`, whose forward takes the ports of builder/contract.py in
+their order.
 Guaranteed: no parameter is copied or renamed, so that a graph's initializer is found in the checkpoint by identity.
 """
 

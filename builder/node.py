@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import weakref
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -129,7 +130,7 @@ class Program:
 
     def _running(self) -> subprocess.Popen[str]:
         if self._process is None:
-            self._errors = TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115: lives as long as the program
+            self._errors = TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115  (as long as the program)
             self._process = subprocess.Popen(
                 ["node", *self.command],
                 stdin=subprocess.PIPE,
@@ -151,7 +152,5 @@ def _stop(process: subprocess.Popen[str]) -> None:
     process.wait()
     for pipe in (process.stdin, process.stdout):
         if pipe is not None:
-            try:
+            with suppress(BrokenPipeError):  # what was still to be written to it
                 pipe.close()
-            except BrokenPipeError:  # what was still to be written to it
-                pass

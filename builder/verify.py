@@ -178,7 +178,7 @@ def _compared(
 ) -> Iterator[list[Gate]]:
     """The gates of each comparison: inputs of every case, layers of one, then graph by graph and case by case."""
     player = open_player(folder, target)
-    facts["not checked"] = unchecked(suite, player.own)
+    facts |= {"not checked": unchecked(suite), "not asked": unasked(suite, player.own)}
     asked: list[tuple[Case, Prompt]] = []
     for case in suite.cases:
         show_case(case.name, case.prompt, case.images)
@@ -221,14 +221,17 @@ def unplayed(target: str, tasks: bool) -> dict[str, str]:
     return dict.fromkeys(("tokens", "task") if tasks else ("tokens",), why) if why else {}
 
 
-def unchecked(suite: Suite, own: OwnProcessor | None = None) -> dict[str, list[str]]:
-    """What the cases themselves leave out, and what a runtime's own processor cannot take: case → checks not made."""
-    found = {}
-    for case in suite.cases:
-        beyond = ("runtime",) if own is not None and not takes(own, case) else ()
-        if left := [*case.unchecked, *(one for one in beyond if one not in case.unchecked)]:
-            found[case.name] = left
-    return found
+def unchecked(suite: Suite) -> dict[str, list[str]]:
+    """What the cases themselves leave out: case → its checks that are not made."""
+    return {case.name: list(case.unchecked) for case in suite.cases if case.unchecked}
+
+
+def unasked(suite: Suite, own: OwnProcessor | None) -> dict[str, str]:
+    """Cases that a runtime's own processor cannot be asked, and why; ours is asked all."""
+    if own is None:
+        return {}
+    why = f"the runtime's own processor takes {own.most_images} picture a question"
+    return {case.name: why for case in suite.cases if "runtime" in case.checks and not takes(own, case)}
 
 
 def _input_gates(case: Case, prompt: Prompt, player: Player) -> list[Gate]:

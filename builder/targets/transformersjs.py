@@ -27,13 +27,16 @@ from builder.targets.runtime import Notes, Place, Runtime
 from builder.targets.settings import as_json, eos_token_ids, pipeline_settings, vision_processor
 
 if TYPE_CHECKING:
+    from onnx import ModelProto
+
     from builder.recipe import Recipe, Target
     from builder.transformersjs import TransformersJs
 
-NAME = "transformersjs"
+NAME, OPSET = "transformersjs", 18
 STEMS = {VISION: "vision_encoder", EMBEDDINGS: "embed_tokens", DECODER: "decoder_model_merged"}
 SUFFIXES = {"fp32": "", "fp16": "_fp16", "q8": "_quantized", "q4": "_q4", "q4f16": "_q4f16"}
 DEMO = Path(__file__).parent / "demo"
+VERSION = "@TRANSFORMERS_JS@"  # in the demo's files: of the library that it was made for
 BICUBIC = 3  # as PIL counts its filters, and as the library reads `resample`
 
 
@@ -77,7 +80,10 @@ def _module(checkpoint: Checkpoint, model: Any, graph: str, fused: bool) -> Any:
 
 
 def _configs(checkpoint: Checkpoint, recipe: Recipe, target: Target) -> Mapping[str, str]:
-    demo = {f"demo/{file.name}": file.read_text(encoding="utf-8") for file in sorted(DEMO.iterdir())}
+    demo = {
+        f"demo/{file.name}": file.read_text(encoding="utf-8").replace(VERSION, PINNED_LIBRARY)
+        for file in sorted(DEMO.iterdir())
+    }
     return {
         "config.json": as_json(config(checkpoint, recipe)),
         "preprocessor_config.json": as_json(preprocessor_config(checkpoint)),
@@ -135,6 +141,17 @@ def preprocessor_config(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
+def _further(checkpoint: Checkpoint, recipe: Recipe) -> Mapping[str, ModelProto]:
+    """What makes any picture's pixels exact where transformers' processor is not: for the demo, and for clients."""
+    import onnx_ir as ir
+
+    from builder.image_preprocessor import NAME as ROLE
+    from builder.image_preprocessor import image_preprocessor
+
+    model: ModelProto = ir.to_proto(image_preprocessor(checkpoint.preprocessor, OPSET))
+    return {ROLE: model}
+
+
 def _play(folder: Path, asked: bool) -> TransformersJs:
     from builder.transformersjs import TransformersJs
 
@@ -150,7 +167,8 @@ NOTES = Notes(
     (f"ONNXRUNTIME_NODE_INSTALL=skip npm install {LIBRARY}@{PINNED_LIBRARY}",),
     (
         "The library's own processor is equal to transformers' for RGB PNGs that need no resize. Where it must resize, "
-        "grid and pixels differ; hand over `pixel_values` and `image_grid_thw`, as `builder run` does.",
+        "grid and pixels differ; `onnx/image_preprocessor.onnx` gives both as transformers does, for any size (see "
+        "`demo/worker.mjs`).",
         "The library's own processor takes one picture a question: further ones become frames of one film.",
         "Without a picture the library (4.3.1) gives the tokens of an answer positions far behind the prompt; the "
         "decoder here puts them right, and takes no position beyond the number of tokens.",
@@ -176,7 +194,7 @@ await model.generate({ ...inputs, max_new_tokens: 64, do_sample: false, streamer
 
 RUNTIME = Runtime(
     name=NAME,
-    opset=18,
+    opset=OPSET,
     domains=frozenset({"", CONTRIB}),
     packed=True,
     merges=False,
@@ -191,6 +209,7 @@ RUNTIME = Runtime(
     wide_ports=frozenset({"inputs_embeds", PACKED_FEATURES}),
     quantized=True,
     layout=layout,
+    further=_further,
     apart=True,
     needs=missing,
     versions=versions,
