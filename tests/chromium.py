@@ -31,6 +31,7 @@ FLAGS = (
 )
 # With them a page may share memory between threads, so that WebAssembly uses all cores.
 ISOLATED = {"Cross-Origin-Opener-Policy": "same-origin", "Cross-Origin-Embedder-Policy": "require-corp"}
+KINDS = {".mjs": "text/javascript", ".wasm": "application/wasm"}
 PATIENCE = 300  # seconds, beyond which nothing is waited for
 
 
@@ -42,11 +43,7 @@ def chromium() -> str | None:
 class _Files(SimpleHTTPRequestHandler):
     """Files of several folders, each under a name of its own."""
 
-    extensions_map: ClassVar = {
-        **SimpleHTTPRequestHandler.extensions_map,
-        ".mjs": "text/javascript",
-        ".wasm": "application/wasm",
-    }
+    extensions_map: ClassVar = {**SimpleHTTPRequestHandler.extensions_map, **KINDS}
 
     def __init__(self, *args: Any, folders: Mapping[str, Path], asked: list[str], **kwargs: Any) -> None:
         self.folders, self.asked = folders, asked
