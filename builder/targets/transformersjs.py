@@ -168,7 +168,7 @@ NOTES = Notes(
     (
         "The library's own processor is equal to transformers' for RGB PNGs that need no resize. Where it must resize, "
         "grid and pixels differ; `onnx/image_preprocessor.onnx` gives both as transformers does, for any size (see "
-        "`demo/worker.mjs`).",
+        "`demo/worker.mjs`; in browsers it needs the build of onnxruntime-web that has float64, as there).",
         "The library's own processor takes one picture a question: further ones become frames of one film.",
         "Without a picture the library (4.3.1) gives the tokens of an answer positions far behind the prompt; the "
         "decoder here puts them right, and takes no position beyond the number of tokens.",

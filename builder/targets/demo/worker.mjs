@@ -17,9 +17,11 @@ async function load({ library, wasm }) {
   env.allowRemoteModels = false;
   env.useBrowserCache = false; // the browser's own cache asks whether a file has changed
   env.useWasmCache = false;
-  if (wasm) {
-    const file = `${wasm}ort-wasm-simd-threaded.asyncify`;
-    env.backends.onnx.wasm.wasmPaths = { mjs: `${file}.mjs`, wasm: `${file}.wasm` };
+  // The build for the CPU alone: image_preprocessor.onnx needs float64, which the library's first choice has not.
+  const { wasmPaths } = env.backends.onnx.wasm;
+  for (const [kind, url] of Object.entries(wasmPaths)) {
+    const [, folder, file] = /^(.*\/)([^/]*)$/.exec(url);
+    wasmPaths[kind] = (wasm ?? folder) + file.replace(".asyncify", "");
   }
   postMessage({ status: "Loading the model …" });
   const settings = await json("pipeline.json");
