@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -29,6 +30,14 @@ FLAGS = (
     "--disable-sync",
     "--remote-debugging-pipe",
 )
+# The browser reads its commands from 3 and answers on 4, whatever numbers the pipes have here.
+MOVED = """
+import fcntl, os, sys
+pipes = [fcntl.fcntl(int(number), fcntl.F_DUPFD, 10) for number in sys.argv[1:3]]
+for number, pipe in enumerate(pipes, start=3):
+    os.dup2(pipe, number)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
 # With them a page may share memory between threads, so that WebAssembly uses all cores.
 ISOLATED = {"Cross-Origin-Opener-Policy": "same-origin", "Cross-Origin-Embedder-Policy": "require-corp"}
 KINDS = {".mjs": "text/javascript", ".wasm": "application/wasm"}
@@ -157,11 +166,11 @@ def browser(size: tuple[int, int] = (900, 1100)) -> Iterator[Page]:
     theirs_in, send = os.pipe()
     receive, theirs_out = os.pipe()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
-        # The browser reads its commands from 3 and answers on 4, whatever numbers the pipes have here.
-        moved = f'exec "$0" "$@" 3<&{theirs_in} 4>&{theirs_out}'
         flags = (*FLAGS, f"--user-data-dir={profile}", f"--window-size={size[0]},{size[1]}")
         process = subprocess.Popen(
-            ["sh", "-c", moved, command, *flags], pass_fds=(theirs_in, theirs_out), stderr=subprocess.DEVNULL
+            [sys.executable, "-c", MOVED, str(theirs_in), str(theirs_out), command, *flags],
+            pass_fds=(theirs_in, theirs_out),
+            stderr=subprocess.DEVNULL,
         )
         os.close(theirs_in)
         os.close(theirs_out)
