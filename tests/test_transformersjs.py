@@ -20,6 +20,7 @@ from builder.targets import TARGETS
 from builder.targets.transformersjs import NAME, RUNTIME, VERSION, config, dtype, layout, preprocessor_config
 from builder.transformersjs import TransformersJs
 from tests.checkpoints import MINIATURE, SHAPES
+from tests.processes import ROOT
 
 PICTURES = Path(node.__file__).parent / "suite" / "pictures"
 WRITTEN = 'like = "{like}"\ntargets = ["transformersjs"]\nprovider = "cpu"\n'
@@ -110,6 +111,11 @@ def test_the_demo_is_of_the_pinned_library(recipe: Callable[[str], Recipe]) -> N
     assert set(demo) == {"demo/index.html", "demo/demo.css", "demo/demo.mjs", "demo/worker.mjs"}
     assert not any(VERSION in text for text in demo.values())
     assert all(node.PINNED_LIBRARY in demo[name] for name in ("demo/index.html", "demo/worker.mjs"))
+
+
+def test_the_readme_names_the_pinned_library() -> None:
+    words = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert words.count(f"npm install {node.LIBRARY}@{node.PINNED_LIBRARY}") == 2
 
 
 def test_the_lock_names_no_host_and_is_of_the_package() -> None:

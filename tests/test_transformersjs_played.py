@@ -16,12 +16,15 @@ import pytest
 from builder import mutations, node
 from builder.cases import Suite, held_out, shipped_cases
 from builder.checkpoint import open_checkpoint
+from builder.contract import DECODER, EMBEDDINGS, VISION
+from builder.dry_run import described
+from builder.estimate import graph_bytes
 from builder.gates import Report
 from builder.player import open_player
 from builder.recipe import load_recipe
 from builder.reference import Reference
 from builder.run import answer
-from builder.targets.transformersjs import NAME
+from builder.targets.transformersjs import NAME, layout
 from builder.verify import verify
 from tests.checkpoints import MINIATURE
 from tests.chromium import browser, chromium, served
@@ -86,6 +89,13 @@ def test_without_deepstack_it_fails(bundle: Callable[[str], Path], reference: Re
     assert report.first_failure is not None
     assert report.first_failure.place == "deepstack features"
     assert not next(gate for gate in report.gates if gate.place == "tokens").ok
+
+
+@pytest.mark.parametrize("role", [VISION, EMBEDDINGS, DECODER])
+def test_a_dry_run_tells_the_size_of_each_graphs_own_data(bundle: Callable[[str], Path], role: str) -> None:
+    rows = graph_bytes(described(open_checkpoint(MINIATURE)), (NAME,))
+    (told,) = (row.data_bytes for row in rows if row.graph == f"{role}.onnx")
+    assert (bundle("fp32") / layout(role, load_recipe("fp32")).data).stat().st_size == told
 
 
 def test_a_bundle_streams_its_answer(bundle: Callable[[str], Path]) -> None:
