@@ -230,7 +230,7 @@ def unasked(suite: Suite, own: OwnProcessor | None) -> dict[str, str]:
     """Cases that a runtime's own processor cannot be asked, and why; ours is asked all."""
     if own is None:
         return {}
-    why = f"the runtime's own processor takes {own.most_images} picture a question"
+    why = f"not asked of the runtime's own processor, which takes {own.most_images} picture a question"
     return {case.name: why for case in suite.cases if "runtime" in case.checks and not takes(own, case)}
 
 

@@ -76,7 +76,9 @@ def test_it_equals_pytorch_to_the_last_token(bundle: Callable[[str], Path], refe
     own = [gate for gate in report.gates if gate.place in ("tokens of the runtime's pixels", "runtime's pixel values")]
     assert played == {"tokens": 4, "pixel values": 2}  # three cases, and their near ties
     assert [gate.measured for gate in own] == [0, 0]
-    assert report.facts["not asked"] == {"wide, tall": "the runtime's own processor takes 1 picture a question"}
+    assert report.facts["not asked"] == {
+        "wide, tall": "not asked of the runtime's own processor, which takes 1 picture a question"
+    }
     versions = report.facts["versions"]
     assert isinstance(versions, dict)
     assert {node.LIBRARY, node.RUNTIME, "Node.js"} <= versions.keys()

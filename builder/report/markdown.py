@@ -61,7 +61,7 @@ def _table(report: Report) -> str:
             f"| {figure(gate.limit)} | {margin(gate)} | {code(gate.case, 80)} |"
         )
     rows += ["", *(f"Not compared, by the case's own choice: {code(a, 80)}: {code(b)}  " for a, b in notes(report))]
-    rows += [f"Not asked: {code(a, 80)}: {code(b)}  " for a, b in unasked(report)]
+    rows += [f"{code(a, 80)}: {code(b)}  " for a, b in unasked(report)]
     return "\n".join(rows) + "\n\n"
 
 

@@ -65,6 +65,7 @@ class Runtime:
         passes: (graph name, fused) → names of the passes to run, in order (builder/passes/).
         configs: (checkpoint, recipe, recipe's target) → {file: text} of the configuration beside the graphs; of it,
             pipeline.json and vision_processor.json (builder/targets/settings.py) are what every bundle has.
+        programs: {file: text} of those configs that are programs, by which `check` knows them again.
         play: (folder, asked) → the bundle in its runtime, whose packages are imported inside. Where `asked`, for a user
             who trusts it: programs that lie in it may run, and what is broken fails at once.
         notes: for the model card.
@@ -97,6 +98,7 @@ class Runtime:
     provider: bool = False
     layout: Callable[[str, Any], Place] = by_name
     apart: bool = False
+    programs: Callable[[], Mapping[str, str]] = dict
     further: Callable[[Checkpoint, Any], Mapping[str, ModelProto]] = lambda checkpoint, recipe: {}
     needs: Callable[[], str | None] = lambda: None
     versions: Callable[[], Mapping[str, str]] = dict

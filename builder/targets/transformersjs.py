@@ -80,17 +80,21 @@ def _module(checkpoint: Checkpoint, model: Any, graph: str, fused: bool) -> Any:
 
 
 def _configs(checkpoint: Checkpoint, recipe: Recipe, target: Target) -> Mapping[str, str]:
-    demo = {
-        f"demo/{file.name}": file.read_text(encoding="utf-8").replace(VERSION, PINNED_LIBRARY)
-        for file in sorted(DEMO.iterdir())
-    }
     return {
         "config.json": as_json(config(checkpoint, recipe)),
         "preprocessor_config.json": as_json(preprocessor_config(checkpoint)),
         "generation_config.json": as_json({**checkpoint.generation, "eos_token_id": eos_token_ids(checkpoint)}),
         "vision_processor.json": vision_processor(checkpoint),
         "pipeline.json": pipeline_settings(checkpoint, recipe.max_length),
-        **demo,
+        **_programs(),
+    }
+
+
+def _programs() -> Mapping[str, str]:
+    """The demo page."""
+    return {
+        f"demo/{file.name}": file.read_text(encoding="utf-8").replace(VERSION, PINNED_LIBRARY)
+        for file in sorted(DEMO.iterdir())
     }
 
 
@@ -209,6 +213,7 @@ RUNTIME = Runtime(
     wide_ports=frozenset({"inputs_embeds", PACKED_FEATURES}),
     quantized=True,
     layout=layout,
+    programs=_programs,
     further=_further,
     apart=True,
     needs=missing,
