@@ -5,12 +5,13 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 CHECKPOINT := builder/miniature/checkpoint
 BUNDLES := outputs/miniature-fp32/8-bundle
+NPM := builder/targets/node
 PICTURE := builder/miniature/heldout/pic002.png
 # Results of `test-full`, on their way into docs/test-full.md.
 RESULTS := outputs/test-full.xml
 SIZE ?= 2b 4b
 
-.PHONY: help setup build explain verify check test test-full bench bench-runtime matrix clean
+.PHONY: help setup node build explain verify check test test-full bench bench-runtime matrix clean
 .DEFAULT_GOAL := help
 
 help:
@@ -21,6 +22,14 @@ setup: $(STAMP) ## make .venv with the exact versions of constraints.txt
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[build,dev]"
+	@touch $@
+
+node: .node/.installed ## npm packages of exact versions into .node, to play bundles for transformers.js; needs npm
+
+# A release is tried with `npm update --package-lock-only --omit-lockfile-registry-resolved` in $(NPM).
+.node/.installed: $(NPM)/package.json $(NPM)/package-lock.json
+	@mkdir -p .node && cp $(NPM)/package.json $(NPM)/package-lock.json .node/
+	cd .node && ONNXRUNTIME_NODE_INSTALL=skip npm ci --no-audit --no-fund
 	@touch $@
 
 build: setup ## build the miniature, verify it, ask it about a picture
@@ -44,7 +53,7 @@ check: setup ## style, types, and the tests that need no torch
 test: setup ## every test that takes seconds
 	$(PY) -m pytest -q -n logical --dist loadfile $(if $(filter check,$(MAKECMDGOALS)),-m "torch and not slow")
 
-test-full: setup ## every test; the results go to docs/test-full.md
+test-full: setup ## every test, in Node.js and Chromium too; the results go to docs/test-full.md
 	@mkdir -p docs outputs && rm -f $(RESULTS)
 	status=0; $(PY) -m pytest -q -m "" --junitxml=$(RESULTS) || status=$$?; \
 	$(PY) -m tests.tables $(RESULTS) > docs/test-full.md && exit $$status
@@ -58,6 +67,6 @@ bench-runtime: setup ## how fast artifacts run at the 2B size, beside others; do
 matrix: setup ## build and verify on the oldest and the newest supported releases; docs/matrix.md
 	$(PY) -m ci.matrix --write docs/matrix.md
 
-clean: ## remove outputs and caches; .venv stays
+clean: ## remove outputs and caches; .venv and .node stay
 	rm -rf outputs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find bench builder ci patches tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -25,9 +25,10 @@ from builder.errors import BundleError, CheckpointError, UnsafeError
 from builder.figures import size
 from builder.files import sha256
 from builder.json_file import read_json
+from builder.targets import TARGETS
 
 BLOCK = 8 * 2**20
-PIPELINE, PROGRAMS = "pipeline.py", (".py", ".js", ".mjs", ".html")
+PROGRAMS = (".py", ".js", ".mjs", ".html")
 LIBRARIES = (".so", ".dll", ".dylib", ".pyd", ".exe")
 
 
@@ -193,9 +194,9 @@ def _graph_rows(content: Content) -> list[Row]:
 
 def _code_rows(content: Content) -> list[Row]:
     """Programs that lie in the bundle, which only a person can judge."""
-    own = sha256(Path(__file__).with_name(PIPELINE))
+    own = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in TARGETS[content.target].programs().items()}
     programs = [name for name in content.files if name.endswith(PROGRAMS)]
-    known = {name: name == PIPELINE and content.files[name].sha256 == own for name in programs}
+    known = {name: content.files[name].sha256 == own.get(name) for name in programs}
     told = [name if same else f"{name} (not this release's: read it before you run it)" for name, same in known.items()]
     return [Row("code", ("" if all(known.values()) else "not judged: ") + ", ".join(told))] if told else []
 

@@ -95,7 +95,7 @@ def configure(build: Build, target: Target, folder: Path) -> list[str]:
     for name, text in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text, encoding="utf-8", newline="\n")
-    copied = [name for name in COPIED if name in checkpoint.files]
+    copied = [name for name in COPIED if name in checkpoint.files and name not in files]
     for name in copied:
         shutil.copyfile(checkpoint.folder / name, folder / name)
     return sorted((*files, *copied))

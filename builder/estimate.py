@@ -18,6 +18,7 @@ from builder.packing import part_shape, parts
 from builder.rules import Storage
 from builder.safetensors_index import INDEX, Tensor
 from builder.shard import BLOCK
+from builder.targets import TARGETS
 from builder.weight_names import EMBEDDINGS as EMBEDDING_MATRIX
 from builder.weight_names import LM_HEAD
 from builder.weights import QUEUED, STRIP, padded
@@ -133,17 +134,21 @@ class StageCost:
 def graph_bytes(facts: Facts, runtimes: Iterable[str], stored: Stored = FP32) -> tuple[GraphBytes, ...]:
     """Every graph of every target; equal data files are on disk once, and count for the first target."""
     vision = [name for name in facts.tensors if name.startswith(VISUAL)]
-    embeddings = [] if facts.text.tied else [EMBEDDING_MATRIX]
-    decoder = [name for name in facts.tensors if name not in {*vision, *embeddings}]
+    elsewhere = {*vision} if facts.text.tied else {*vision, EMBEDDING_MATRIX}
+    decoder = [name for name in facts.tensors if name not in elsewhere]
     rows = []
-    for position, runtime in enumerate(runtimes):
+    counted: set[frozenset[str]] = set()
+    for runtime in runtimes:
+        embeddings = [] if facts.text.tied and not TARGETS[runtime].apart else [EMBEDDING_MATRIX]
         for graph, names, depth in (
             (VISION, vision, facts.vision.depth),
             (EMBEDDINGS, embeddings, 1),
             (DECODER, decoder, facts.text.layers),
         ):
             data = f"{graph if names else DECODER}.onnx.data"
-            size = 0 if position else data_bytes((facts.tensors[name] for name in names), stored)
+            known = frozenset(names) in counted
+            size = 0 if known else data_bytes((facts.tensors[name] for name in names), stored)
+            counted.add(frozenset(names))
             rows.append(GraphBytes(runtime, f"{graph}.onnx", depth * LAYER_BYTES, data, size))
     return tuple(rows)
 

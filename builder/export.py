@@ -35,7 +35,7 @@ RECOMPUTED = ("rotary_emb.inv_freq", "rotary_pos_emb.inv_freq")  # non-persisten
 TRACED_CONSTANT = "lifted_tensor"  # the exporter's name for a tensor that the traced code wrote out
 KINDS = {VISION: vision_kinds, DECODER: decoder_kinds}
 # What is traced with leaves no trace in the graph. No two axes are of one size, so that none is taken for another.
-EXAMPLE_SIZES = {"batch": 2, "seq": 5, "past": 7, "total": 12}
+EXAMPLE_SIZES = {"batch": 2, "batch_size": 2, "seq": 5, "past": 7, "total": 12}
 EXAMPLE_GRIDS = ((1, 4, 6), (2, 2, 2))  # height and width in merge blocks
 
 

@@ -150,6 +150,8 @@ class Report:
                 console.print(f"{what}: the rest not run: {why}")
         for what, checks in self.facts.get("not checked", {}).items():
             console.print(f"case {what}: not compared, by its own choice: {', '.join(checks)}")
+        for what, why in self.facts.get("not asked", {}).items():
+            console.print(f"case {what}: {why}")
         for gate in sorted((g for g in self.gates if not g.ok), key=lambda g: PLACES.index(g.place))[:8]:
             console.print(f"{gate.place}: {gate.case}: {gate.detail or _figure(gate.measured)}")
         assert isinstance(console.file, io.StringIO)

@@ -37,6 +37,7 @@ class GenaiBundle:
 
     module: Any = pipeline
     not_run: str | None = None
+    most_images: int | None = None
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

@@ -152,7 +152,8 @@ def batch_gates(graphs: Graphs, reference: Reference) -> list[Gate]:
     text = reference.checkpoint.text
     ids = np.random.default_rng(0).integers(0, text.vocab, (2, 9), np.int64)
     embeds = reference.embed(ids)
-    positions = np.stack([np.arange(9)[None] * [[1], [2]] + axis * np.arange(9) for axis in range(3)]).astype(np.int64)
+    # None is beyond its token's index, as none of a prompt is.
+    positions = np.stack([np.arange(9)[None] // [[1 + axis], [2 + axis]] for axis in range(3)]).astype(np.int64)
     want = reference.text_logits(embeds, positions)
     levels = [np.zeros_like(embeds)] * len(reference.checkpoint.vision.deepstack)
     gates, past = [], None

@@ -109,8 +109,9 @@ def _use(manifest: Mapping[str, Any]) -> str:
     pinned = " ".join(
         f"{name}=={versions[name]}" if versions.get(name) and name != TOOL else name for name in told.packages
     )
-    lines = ["## Run it", "", "```", f"pip install {pinned}", *told.run, "```"]
-    lines += ["", "In the bundle's folder:", "", "```python", told.code.rstrip(), "```"] if told.code else []
+    install = [f"pip install {pinned}"] if pinned else []
+    lines = ["## Run it", "", "```", *install, *told.run, "```"]
+    lines += ["", "In the bundle's folder:", "", f"```{told.language}", told.code.rstrip(), "```"] if told.code else []
     return "\n".join([*lines, "", f"Or with {TOOL}: `python -m builder run FOLDER --prompt TEXT --image FILE`."])
 
 

@@ -1,7 +1,8 @@
 """The three graphs as thin modules, composed from upstream's submodules.
 
 In: upstream's `Qwen3VLForConditionalGeneration`, to be traced under `patches.registry.applied`.
-Out: `VisionEncoder`, `Embeddings`, `TextDecoder`, whose forward takes the ports of builder/contract.py in their order.
+Out: `VisionEncoder`, `Embeddings` and its kin, `TextDecoder`, whose forward takes the ports of builder/contract.py in
+their order.
 Guaranteed: no parameter is copied or renamed, so that a graph's initializer is found in the checkpoint by identity.
 """
 
@@ -45,6 +46,21 @@ class Embeddings(nn.Module):
         return embeds
 
 
+class PaddedEmbeddings(nn.Module):
+    """input_ids [batch, seq] → inputs_embeds [batch, seq, (1 + D)·H]: the lookup, and zeros behind it.
+
+    The zeros are where the runtime puts an image token's DeepStack features.
+    """
+
+    def __init__(self, model: Any, levels: int) -> None:
+        super().__init__()
+        self.embed_tokens, self.levels = model.model.language_model.embed_tokens, levels
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        embeds = self.embed_tokens(input_ids)
+        return nn.functional.pad(embeds, (0, self.levels * embeds.shape[-1]))
+
+
 class PackedEmbeddings(nn.Module):
     """input_ids [batch, seq], image_features [tokens, (1 + D)·H] → inputs_embeds [batch, seq, (1 + D)·H].
 
@@ -72,10 +88,13 @@ class TextDecoder(nn.Module):
 
     packed: inputs_embeds is [batch, seq, (1 + D)·H], slice i + 1 is added behind layer i, logits are the last
     position's [batch, 1, vocab]. Else deepstack_embeds is [D, batch, seq, H] and logits are [batch, seq, vocab].
+    bounded: a position beyond the last token's index, which no prompt has (a picture takes fewer positions than it has
+    tokens), is taken for that index.
     """
 
-    def __init__(self, model: Any, levels: int, packed: bool, fused: bool) -> None:
+    def __init__(self, model: Any, levels: int, packed: bool, fused: bool, bounded: bool = False) -> None:
         super().__init__()
+        self.bounded = bounded
         self.language_model, self.lm_head = model.model.language_model, model.lm_head
         self.levels, self.packed, self.fused = levels, packed, fused
         self.hidden = model.config.text_config.hidden_size
@@ -88,6 +107,8 @@ class TextDecoder(nn.Module):
             hidden, deepstack = inputs_embeds, [rest[0][level] for level in range(self.levels)]
             rest = rest[1:] if self.levels else rest
         attention_mask, position_ids, past = rest
+        if self.bounded:
+            position_ids = torch.minimum(position_ids, (attention_mask.sum(-1) - 1)[None, :, None])
         seq = hidden.shape[1]
         mask = fused_mask(attention_mask) if self.fused else causal_bias(attention_mask, seq, hidden.dtype)
         rotary = self.language_model.rotary_emb(hidden, position_ids)

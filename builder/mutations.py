@@ -169,7 +169,9 @@ def rotary_axes_swapped(bundle: Path, target: str) -> None:
 def mrope_sections_permuted(bundle: Path, target: str) -> None:
     """The sections of the rotary embedding as blocks one after the other, where they are interleaved."""
     with edited(bundle, DECODER) as graph:
-        (node,) = [node for node, _ in port(graph.inputs, "position_ids").uses() if node.op_type == "Gather"]
+        positions = port(graph.inputs, "position_ids")
+        bounded = [node.outputs[0] for node, _ in positions.uses() if node.op_type == "Min"]
+        (node,) = [node for value in (positions, *bounded) for node, _ in value.uses() if node.op_type == "Gather"]
         axes = node.inputs[1]
         assert axes is not None
         interleaved = numbers(axes)

@@ -21,6 +21,10 @@ from builder.targets import TARGETS
 class OwnProcessor(Protocol):
     """A runtime's own image processor, where it has one that is verified beside ours."""
 
+    @property
+    def most_images(self) -> int | None:
+        """Of a question; None for any number."""
+
     def at_target_size(self, path: Path) -> bool:
         """Whether it sees the bytes that ours sees."""
 
@@ -75,13 +79,16 @@ class Player(Protocol):
 
 
 class Unplayed:
-    """A bundle whose runtime is not here: inputs from its settings, texts, and no tokens."""
+    """A bundle whose runtime is not here: inputs from its settings, texts, and no tokens.
+
+    One whose runtime is not in this process gives tokens besides, and has no `not_run`.
+    """
 
     module: Any = pipeline
     padding: int | None = None
     own: OwnProcessor | None = None
 
-    def __init__(self, folder: Path, not_run: str) -> None:
+    def __init__(self, folder: Path, not_run: str | None) -> None:
         self.folder, self.not_run = folder, not_run
         self.settings = pipeline.read_settings(folder / "pipeline.json")
         self.vision = pipeline.read_image_settings(folder / "vision_processor.json")

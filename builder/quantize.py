@@ -73,7 +73,8 @@ def run(build: Build, out: Path) -> Mapping[str, object]:
     for runtime, graphs in targets.items():
         if not build.recipe.exact:
             for path, bound in graphs.items():
-                graphs[path] = stored(path, bound, precision, storages, wide.get(path.stem, frozenset()))
+                layers, ports = wide.get(path.stem, frozenset()), TARGETS[runtime].wide_ports
+                graphs[path] = stored(path, bound, precision, storages, layers, ports)
         _check_complete(checkpoint, runtime, graphs.values(), storages)
     given = calibrated_rows(checkpoint, storages, out / CALIBRATED)
     with progress("weights, MB", sum(tensor.nbytes for tensor in checkpoint.tensors.values()) // MEGABYTE) as advance:
@@ -185,12 +186,14 @@ def stored(
     precision: str,
     storages: Mapping[str, Storage],
     wide: frozenset[int] = frozenset(),
+    wide_ports: frozenset[str] = frozenset(),
 ) -> BoundGraph:
     """The graph with matrices quantized as the rules say, and everything else in the recipe's precision.
 
     Args:
         path: of the graph, for errors.
         wide: layers that stay fp32.
+        wide_ports: inputs and outputs that do, whatever the precision.
 
     Raises:
         PassError: a rule names a weight that cannot be quantized.
@@ -206,7 +209,7 @@ def stored(
             )
         bound = outcome.graph
     if precision != "fp32":
-        bound = narrow(bound, precision, wide).graph
+        bound = narrow(bound, precision, wide, wide_ports).graph
     RemoveUnusedNodesPass()(bound.model)
     rename(bound)
     return bound

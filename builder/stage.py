@@ -58,6 +58,7 @@ _ONNX = ("onnx", "onnx-ir")
 _RUNNING = ("torch", "transformers", "onnxruntime", "onnxruntime-genai", "tokenizers", "pillow", "numpy")
 _UPSTREAM = ("transformers/models/qwen3_vl/*.py", "transformers/vision_utils.py", "transformers/modeling_rope_utils.py")
 _DIGESTS = "patches/*.toml"
+_NODE = ("builder/targets/node/*",)
 _PAGES = ("builder/report/*.j2", "builder/report/*.css")
 
 # fmt: off
@@ -71,12 +72,12 @@ STAGES: tuple[Stage, ...] = (
           (*_ONNX, "onnxscript", "numpy", "ml-dtypes", "torch", "transformers", "tokenizers", "pillow"),
           ("builder/suite/**/*", "builder/miniature/calibration/*")),
     Stage("configure", ("quantize", "fetch"), ("targets", "precision", "rules", "provider", "max_length"),
-          ("jinja2", "tokenizers"), ("builder/pipeline.py",)),
+          ("jinja2", "tokenizers", *_ONNX, "numpy"), ("builder/pipeline.py", "builder/targets/demo/*", *_NODE)),
     Stage("verify", ("configure", "fetch"), ("targets", "precision", "rules", "provider", "limits"),
-          (*_RUNNING, "jinja2"), ("builder/suite/**/*", "builder/miniature/heldout/*", *_PAGES)),
+          (*_RUNNING, "jinja2"), ("builder/suite/**/*", "builder/miniature/heldout/*", *_PAGES, *_NODE)),
     Stage("bundle", ("quantize", "configure", "verify", "fetch", "patch"),
           ("name", "targets", "precision", "rules", "provider", "limits", "max_length"),
-          ("qwen3vl-onnx", "jinja2", "huggingface_hub", "pyyaml"), _PAGES),
+          ("qwen3vl-onnx", "jinja2", "huggingface_hub", "pyyaml"), (*_PAGES, *_NODE)),
 )
 # fmt: on
 

@@ -27,14 +27,14 @@ from builder.gates import Gate, Report, attempted
 from builder.graph_gates import batch_gates, geometry_gates, graph_gates, layer_gates
 from builder.graphs import Graphs
 from builder.json_file import read_json
-from builder.player import Player, check_target, open_player
+from builder.player import OwnProcessor, Player, check_target, open_player
 from builder.reference import Prompt, Reference
 from builder.report import write
 from builder.report.context import of_build, of_bundle
 from builder.targets import TARGETS
 from builder.verify_lossy import Terms, verify_lossy
 from builder.verify_sliced import for_slices, verify_sliced
-from builder.verify_tokens import Ties, input_gates, token_gates
+from builder.verify_tokens import Ties, input_gates, takes, token_gates
 from builder.weights import DIGESTS
 
 if TYPE_CHECKING:
@@ -160,7 +160,7 @@ def verify(
             return verify(folder, target, reference, whole, until_failure=until_failure)
     gates: list[Gate] = []
     versions = {name: version(name) for name in RUNNING} | dict(TARGETS[target].versions())
-    facts: dict[str, object] = {"versions": versions, "not checked": unchecked(suite)}
+    facts: dict[str, object] = {"versions": versions}
     total = 2 * len(suite.cases) + len(suite.tasks) + 1
     with progress(f"verify {target}", total) as advance, collecting(checkpoint.vision) as exhibits:
         for compared in _compared(folder, target, reference, suite, facts, advance):
@@ -180,6 +180,7 @@ def _compared(
 ) -> Iterator[list[Gate]]:
     """The gates of each comparison: inputs of every case, layers of one, then graph by graph and case by case."""
     player = open_player(folder, target)
+    facts |= {"not checked": unchecked(suite), "not asked": unasked(suite, player.own)}
     asked: list[tuple[Case, Prompt]] = []
     for case in suite.cases:
         show_case(case.name, case.prompt, case.images)
@@ -225,6 +226,14 @@ def unplayed(target: str, tasks: bool) -> dict[str, str]:
 def unchecked(suite: Suite) -> dict[str, list[str]]:
     """What the cases themselves leave out: case → its checks that are not made."""
     return {case.name: list(case.unchecked) for case in suite.cases if case.unchecked}
+
+
+def unasked(suite: Suite, own: OwnProcessor | None) -> dict[str, str]:
+    """Cases that a runtime's own processor cannot be asked, and why; ours is asked all."""
+    if own is None:
+        return {}
+    why = f"not asked of the runtime's own processor, which takes {own.most_images} picture a question"
+    return {case.name: why for case in suite.cases if "runtime" in case.checks and not takes(own, case)}
 
 
 def _input_gates(case: Case, prompt: Prompt, player: Player) -> list[Gate]:

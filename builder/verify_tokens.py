@@ -72,7 +72,7 @@ def token_gates(
     tokens = min(tokens, case.tokens)
     if "tokens" in case.checks:
         ways.append(("tokens", partial(file_gates, case, prompt, player, reference, logit_error, tokens)))
-    if player.own is not None and case.images and "runtime" in case.checks:
+    if player.own is not None and case.images and "runtime" in case.checks and takes(player.own, case):
         own = partial(runtime_gates, case, prompt, player, player.own, reference, logit_error, tokens)
         ways.append(("tokens of the runtime's pixels", own))
     for place, way in ways:
@@ -84,6 +84,11 @@ def token_gates(
             more, near = [uncomputed(place, case.name, error)], []
         gates, ties = gates + more, ties + near
     return gates, Ties(tokens * len(ways), tuple(ties))
+
+
+def takes(own: OwnProcessor, case: Case) -> bool:
+    """Whether the runtime's own processor takes as many pictures as the case has."""
+    return own.most_images is None or len(case.images) <= own.most_images
 
 
 def file_gates(

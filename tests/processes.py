@@ -18,7 +18,7 @@ from builder.output import EVIDENCE, LOCK, MARKER, RECORD
 
 ROOT = Path(__file__).parents[1]
 # What a checkout holds besides its files.
-_LEFT_BY_USE = (".git", ".venv", ".cache", "outputs", "build", "dist", "*.egg-info", "__pycache__", ".*_cache")
+_LEFT_BY_USE = (".git", ".venv", ".node", ".cache", "outputs", "build", "dist", "*.egg-info", "__pycache__", ".*_cache")
 # What tells of one run, or of this machine, rather than of the artifacts. `verify` writes nothing but measurements.
 _RECORDS = frozenset({LOCK, MARKER, RECORD, "checkpoint.json", EVIDENCE, "7-verify"})
 

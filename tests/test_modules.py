@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from builder.modules import Embeddings, PackedEmbeddings, TextDecoder, VisionEncoder
+from builder.modules import Embeddings, PackedEmbeddings, PaddedEmbeddings, TextDecoder, VisionEncoder
 from patches import patch, patches_for
 from patches.registry import applied
 from patches.tiny import assert_close, tiny_model
@@ -90,6 +90,14 @@ def test_without_deepstack_there_is_one_output() -> None:
 def test_embeddings_are_the_lookup(model: Any) -> None:
     ids = prompts()
     assert torch.equal(Embeddings(model)(ids), model.get_input_embeddings()(ids))
+
+
+@pytest.mark.parametrize("levels", [0, LEVELS])
+def test_padded_embeddings_are_the_lookup_and_zeros(model: Any, levels: int) -> None:
+    got = PaddedEmbeddings(model, levels)(prompts())
+    assert got.shape == (BATCH, SEQ, (1 + levels) * HIDDEN)
+    assert torch.equal(got[..., :HIDDEN], Embeddings(model)(prompts()))
+    assert not got[..., HIDDEN:].any()
 
 
 def scattered(model: Any, ids: Tensor, features: Tensor) -> Tensor:
@@ -208,6 +216,26 @@ def test_left_padding_is_masked_as_upstream_does(model: Any) -> None:
     got = torch.cat(pieces, 1)
     assert_close("logits", got[0], want[0], TOLERANCE)
     assert_close("logits behind the padding", got[1, 4:], want[1, 4:], TOLERANCE)
+
+
+@pytest.mark.parametrize("attention", ["eager", "fused"])
+def test_positions_beyond_the_last_token_are_bounded_where_asked(model: Any, attention: str) -> None:
+    """A row with padding on the left has fewer tokens, and so a lower bound."""
+    embeds, _ = drawn_inputs(0)
+    mask = torch.ones(BATCH, SEQ, dtype=torch.int64)
+    mask[1, :4] = 0
+    far = torch.arange(SEQ).expand(3, BATCH, SEQ) * 3
+    near = torch.minimum(far, torch.tensor([SEQ - 1, SEQ - 5])[None, :, None])
+    past = [torch.zeros(BATCH, 2, 0, 16)] * (2 * LAYERS)
+    with patched(model, attention):
+        want, *_ = TextDecoder(model, 0, True, attention == "fused")(embeds, mask, near, past)
+        bounded = TextDecoder(model, 0, True, attention == "fused", bounded=True)
+        got, *_ = bounded(embeds, mask, far, past)
+        same, *_ = bounded(embeds, mask, near, past)
+        without, *_ = TextDecoder(model, 0, True, attention == "fused")(embeds, mask, far, past)
+    assert torch.equal(got, want)
+    assert torch.equal(same, want)
+    assert not torch.allclose(without, want)
 
 
 @pytest.mark.parametrize("level", range(LEVELS))

@@ -97,6 +97,19 @@ def test_ports_weights_and_what_flows_from_them_are_narrow() -> None:
     assert types(graph)["h"] == HALF
 
 
+def test_ports_that_stay_wide_are_cast_and_keep_their_names() -> None:
+    graph = narrow(rotary(), "fp16", (), ("x", "kept")).graph
+    assert [port.dtype for port in graph.model.graph.inputs] == [ir.DataType.FLOAT, ir.DataType.INT64]
+    assert {str(port.name): port.dtype for port in graph.model.graph.outputs} == {"y": HALF, "kept": ir.DataType.FLOAT}
+    assert types(graph)["h"] == HALF
+    assert producer(graph, "kept").op_type == "Cast"
+    x, places = drawn(1, 4, 8), np.arange(4, dtype=np.int64)[None]
+    weights = halved(WEIGHTS)
+    y, kept = run(inferred(graph), weights, x=x, positions=places)
+    assert (y.dtype, kept.dtype) == (np.float16, np.float32)
+    assert np.array_equal(kept, (x.astype(np.float16) + np.float16(0.5)).astype(np.float32))
+
+
 def test_what_comes_from_integers_stays_wide_and_is_cast_where_it_meets_them() -> None:
     graph = narrow(rotary(), "fp16").graph
     found = types(graph)

@@ -1,6 +1,7 @@
 """Activations and weights in fp16 or bf16: what flows from a float port or a weight is narrow, all else stays fp32.
 
-In: a graph in fp32, bound. Out: the same nodes on narrow values; ports are narrow, too, but for pixel values.
+In: a graph in fp32, bound. Out: the same nodes on narrow values; ports are narrow, too, but for pixel values
+and what the target keeps wide.
 Guaranteed: positions, angles and interpolation weights, which come from integers alone, are computed in fp32 and cast
 where they meet what is narrow; layers that are named stay fp32 inside, with casts around them; norms accumulate in
 fp32 (their operators do).
@@ -24,24 +25,29 @@ TYPES = {
     "bf16": (ir.DataType.BFLOAT16, "bfloat16", ml_dtypes.bfloat16),
 }
 FLOAT = ir.DataType.FLOAT
-PIXELS = "pixel_values"  # stays fp32: runtimes and clients hand over what their preprocessing gives
+PIXELS = "pixel_values"  # always stays fp32: runtimes and clients hand over what their preprocessing gives
 
 
-def narrow(graph: BoundGraph, precision: str, wide_layers: Collection[int] = ()) -> Outcome:
+def narrow(
+    graph: BoundGraph, precision: str, wide_layers: Collection[int] = (), wide_ports: Collection[str] = ()
+) -> Outcome:
     """Counts the nodes that compute on narrow values.
 
     Args:
         precision: "fp16" or "bf16".
         wide_layers: layers (`residual.N` is what they make) that stay fp32.
+        wide_ports: further inputs and outputs that stay fp32, with casts beside them.
     """
-    return _Narrowing(graph, precision, frozenset(wide_layers)).run()
+    return _Narrowing(graph, precision, frozenset(wide_layers), frozenset({PIXELS, *wide_ports})).run()
 
 
 class _Narrowing:
-    def __init__(self, graph: BoundGraph, precision: str, wide_layers: frozenset[int]) -> None:
+    def __init__(
+        self, graph: BoundGraph, precision: str, wide_layers: frozenset[int], wide_ports: frozenset[str]
+    ) -> None:
         self.model, self.bindings = graph.model, dict(graph.bindings)
         self.type, self.name, self.numpy = TYPES[precision]
-        self.wide = wide_layers
+        self.wide, self.wide_ports = wide_layers, wide_ports
         self.casts: dict[tuple[int, ir.DataType], ir.Value] = {}
 
     def run(self) -> Outcome:
@@ -54,7 +60,7 @@ class _Narrowing:
                 value.const_value = unbound(self.bindings[name])
                 value.type = ir.TensorType(self.type)
         for value in graph.inputs:
-            if value.name != PIXELS:
+            if value.name not in self.wide_ports:
                 self._retype(value)
         for node in list(graph):
             if node in narrow_nodes:
@@ -62,9 +68,11 @@ class _Narrowing:
             elif node in wide_nodes:
                 self._widen(node)
         for index, value in enumerate(graph.outputs):
-            if value.dtype == FLOAT:  # made of integers alone, or in a wide layer
-                port = self._as(value, self.type)
-                port.name, value.name = value.name, f"{value.name}.float"
+            # fp32 where it should not be: made of integers alone, or in a wide layer
+            made, asked = value.dtype, FLOAT if value.name in self.wide_ports else self.type
+            if made is not None and made in (FLOAT, self.type) and made != asked:
+                port = self._as(value, asked)
+                port.name, value.name = value.name, f"{value.name}.{made.name.lower()}"
                 graph.outputs[index] = port
         return Outcome(BoundGraph(self.model, self.bindings), len(narrow_nodes))
 

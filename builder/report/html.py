@@ -21,7 +21,19 @@ from builder.gates import PLACES, Gate, Report
 from builder.report.context import Context, StageCost, Table
 from builder.report.losses import loss_tables
 from builder.report.plots import error_plot, histogram, scatter
-from builder.report.summary import clean, cut, excess, failures, figure, headline, margin, measured, notes, places
+from builder.report.summary import (
+    clean,
+    cut,
+    excess,
+    failures,
+    figure,
+    headline,
+    margin,
+    measured,
+    notes,
+    places,
+    unasked,
+)
 
 FOLDER = Path(__file__).parent
 SHOWN = 48  # exhibits with an answer; those that differ come first
@@ -63,6 +75,7 @@ def html(report: Report, context: Context) -> str:
         tiles=_tiles(report),
         places=places(report),
         notes=notes(report),
+        unasked=unasked(report),
         bar=bar,
         limit_at=LIMIT_AT,
         failing=(listed := _first_of_each(failing)),

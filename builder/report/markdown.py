@@ -13,7 +13,7 @@ from builder.figures import duration, size
 from builder.gates import Report
 from builder.report.context import Context, Table
 from builder.report.losses import loss_tables
-from builder.report.summary import clean, cut, failures, figure, headline, margin, measured, notes, places
+from builder.report.summary import clean, cut, failures, figure, headline, margin, measured, notes, places, unasked
 
 LARGEST = 65_000
 NAME = 160  # characters of a name
@@ -61,6 +61,7 @@ def _table(report: Report) -> str:
             f"| {figure(gate.limit)} | {margin(gate)} | {code(gate.case, 80)} |"
         )
     rows += ["", *(f"Not compared, by the case's own choice: {code(a, 80)}: {code(b)}  " for a, b in notes(report))]
+    rows += [f"{code(a, 80)}: {code(b)}  " for a, b in unasked(report)]
     return "\n".join(rows) + "\n\n"
 
 

@@ -64,6 +64,12 @@ def notes(report: Report) -> tuple[tuple[str, str], ...]:
     )
 
 
+def unasked(report: Report) -> tuple[tuple[str, str], ...]:
+    """(case, why the runtime's own processor was not asked it)."""
+    found = report.facts.get("not asked")
+    return tuple((str(name), str(why)) for name, why in found.items()) if isinstance(found, dict) else ()
+
+
 def failures(report: Report) -> tuple[Gate, ...]:
     """The gates that do not hold, in the order of the computation."""
     return tuple(sorted((gate for gate in report.gates if not gate.ok), key=lambda gate: PLACES.index(gate.place)))

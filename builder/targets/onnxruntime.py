@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from builder.pipeline import Inputs
     from builder.recipe import Recipe, Target
 
+PIPELINE = "pipeline.py"
 PASSES = {
     VISION: ("simplify", "lower_segment_attention_eager"),
     EMBEDDINGS: (),
@@ -39,12 +40,15 @@ def _module(checkpoint: Checkpoint, model: Any, graph: str, fused: bool) -> Any:
 
 
 def _configs(checkpoint: Checkpoint, recipe: Recipe, target: Target) -> Mapping[str, str]:
-    pipeline = Path(__file__).parents[1] / "pipeline.py"
     return {
         "vision_processor.json": vision_processor(checkpoint),
         "pipeline.json": pipeline_settings(checkpoint, recipe.max_length),
-        "pipeline.py": pipeline.read_text(encoding="utf-8"),
+        **_programs(),
     }
+
+
+def _programs() -> Mapping[str, str]:
+    return {PIPELINE: (Path(__file__).parents[1] / PIPELINE).read_text(encoding="utf-8")}
 
 
 class PipelinePlayer:
@@ -80,7 +84,7 @@ class PipelinePlayer:
 def _play(folder: Path, asked: bool) -> PipelinePlayer:
     from builder import pipeline
 
-    return PipelinePlayer(folder, _load_module(folder / "pipeline.py") if asked else pipeline)
+    return PipelinePlayer(folder, _load_module(folder / PIPELINE) if asked else pipeline)
 
 
 def _load_module(path: Path) -> Any:
@@ -115,5 +119,6 @@ RUNTIME = Runtime(
     passes=lambda graph, fused: PASSES[graph],
     configs=_configs,
     play=_play,
+    programs=_programs,
     notes=NOTES,
 )

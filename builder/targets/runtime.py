@@ -25,7 +25,8 @@ class Notes:
         packages: from PyPI, with which the bundle runs.
         run: lines of a shell that ask it, in the bundle's folder.
         limits: one sentence each.
-        code: a Python program that asks it, in the bundle's folder.
+        code: a program that asks it, in the bundle's folder.
+        language: that `code` is in, as Markdown names it.
     """
 
     library: str
@@ -33,6 +34,7 @@ class Notes:
     run: tuple[str, ...]
     limits: tuple[str, ...]
     code: str = ""
+    language: str = "python"
 
 
 @dataclass(frozen=True)
@@ -63,10 +65,12 @@ class Runtime:
         passes: (graph name, fused) → names of the passes to run, in order (builder/passes/).
         configs: (checkpoint, recipe, recipe's target) → {file: text} of the configuration beside the graphs; of it,
             pipeline.json and vision_processor.json (builder/targets/settings.py) are what every bundle has.
+        programs: {file: text} of those configs that are programs, by which `check` knows them again.
         play: (folder, asked) → the bundle in its runtime, whose packages are imported inside. Where `asked`, for a user
             who trusts it: programs that lie in it may run, and what is broken fails at once.
         notes: for the model card.
         precisions: that it can be built in.
+        wide_ports: inputs and outputs that are float32 in every precision, besides pixel values.
         quantized: whether rules may store its matrices in fewer bits.
         provider: whether its settings start the recipe's execution provider; where not, it is built for `cpu`.
         layout: (graph's role, recipe) → where the graph and its data lie.
@@ -89,10 +93,12 @@ class Runtime:
     play: Callable[[Path, bool], Player]
     notes: Notes
     precisions: tuple[str, ...] = ("fp32",)
+    wide_ports: frozenset[str] = frozenset()
     quantized: bool = False
     provider: bool = False
     layout: Callable[[str, Any], Place] = by_name
     apart: bool = False
+    programs: Callable[[], Mapping[str, str]] = dict
     further: Callable[[Checkpoint, Any], Mapping[str, ModelProto]] = lambda checkpoint, recipe: {}
     needs: Callable[[], str | None] = lambda: None
     versions: Callable[[], Mapping[str, str]] = dict

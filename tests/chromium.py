@@ -1,0 +1,181 @@
+"""A headless Chromium that a test drives through a pipe (Chrome's DevTools protocol), and a server of local folders."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, ClassVar
+from urllib.parse import unquote, urlsplit
+
+FLAGS = (
+    "--headless",
+    "--no-sandbox",  # as root there is none
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--remote-debugging-pipe",
+)
+# The browser reads its commands from 3 and answers on 4, whatever numbers the pipes have here.
+MOVED = """
+import fcntl, os, sys
+pipes = [fcntl.fcntl(int(number), fcntl.F_DUPFD, 10) for number in sys.argv[1:3]]
+for number, pipe in enumerate(pipes, start=3):
+    os.dup2(pipe, number)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
+# With them a page may share memory between threads, so that WebAssembly uses all cores.
+ISOLATED = {"Cross-Origin-Opener-Policy": "same-origin", "Cross-Origin-Embedder-Policy": "require-corp"}
+KINDS = {".mjs": "text/javascript", ".wasm": "application/wasm"}
+PATIENCE = 300  # seconds, beyond which nothing is waited for
+
+
+def chromium() -> str | None:
+    """The browser's command; None where there is none."""
+    return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+class _Files(SimpleHTTPRequestHandler):
+    """Files of several folders, each under a name of its own."""
+
+    extensions_map: ClassVar = {**SimpleHTTPRequestHandler.extensions_map, **KINDS}
+
+    def __init__(self, *args: Any, folders: Mapping[str, Path], asked: list[str], **kwargs: Any) -> None:
+        self.folders, self.asked = folders, asked
+        super().__init__(*args, **kwargs)
+
+    def translate_path(self, path: str) -> str:
+        first, _, rest = unquote(urlsplit(path).path).lstrip("/").partition("/")
+        folder = self.folders.get(first)
+        return str(folder / rest) if folder and ".." not in rest.split("/") else os.devnull + "/none"
+
+    def end_headers(self) -> None:
+        for name, value in ISOLATED.items():
+            self.send_header(name, value)
+        super().end_headers()
+
+    def log_message(self, format: str, *args: Any) -> None:
+        self.asked.append(self.path)
+
+
+@contextmanager
+def served(folders: Mapping[str, Path]) -> Iterator[tuple[str, list[str]]]:
+    """The server's address, and the paths that it has been asked for."""
+    asked: list[str] = []
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Files, folders=folders, asked=asked))
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}", asked
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+class Page:
+    """One page; every method waits for what it asks for."""
+
+    def __init__(self, send: int, receive: int) -> None:
+        self._send, self._receive = os.fdopen(send, "wb", buffering=0), os.fdopen(receive, "rb")
+        self._count, self._session = 0, ""
+        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        self.call("Page.enable")
+        self.call("DOM.enable")
+
+    def call(self, method: str, **params: Any) -> dict[str, Any]:
+        """The answer to one call of the protocol.
+
+        Raises:
+            RuntimeError: what the browser says is wrong with it, or that it has ended.
+        """
+        self._count += 1
+        message = {"id": self._count, "method": method, "params": params}
+        if self._session:
+            message["sessionId"] = self._session
+        self._send.write(json.dumps(message).encode() + b"\0")
+        while True:
+            told = json.loads(self._next())
+            if told.get("id") == self._count:
+                if "error" in told:
+                    raise RuntimeError(f"{method}: {told['error']}")
+                result: dict[str, Any] = told["result"]
+                return result
+
+    def _next(self) -> bytes:
+        line = bytearray()
+        while (byte := self._receive.read(1)) != b"\0":
+            if not byte:
+                raise RuntimeError("the browser has ended")
+            line += byte
+        return bytes(line)
+
+    def open(self, url: str) -> None:
+        self.call("Page.navigate", url=url)
+        self.until("document.readyState === 'complete'")
+
+    def value(self, expression: str) -> Any:
+        """Of a JavaScript expression, as JSON has it."""
+        told = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        if "exceptionDetails" in told:
+            raise RuntimeError(f"{expression}: {told['exceptionDetails']}")
+        return told["result"].get("value")
+
+    def until(self, condition: str, patience: float = PATIENCE) -> None:
+        """
+        Raises:
+            TimeoutError: it never held.
+        """
+        end = time.monotonic() + patience
+        while not self.value(condition):
+            if time.monotonic() > end:
+                raise TimeoutError(condition)
+            time.sleep(0.05)
+
+    def choose(self, selector: str, file: Path) -> None:
+        """Gives a file to an input."""
+        root = self.call("DOM.getDocument")["root"]["nodeId"]
+        node = self.call("DOM.querySelector", nodeId=root, selector=selector)["nodeId"]
+        self.call("DOM.setFileInputFiles", nodeId=node, files=[str(file)])
+
+    def picture(self, path: Path) -> None:
+        """Writes what the page looks like, as PNG."""
+        path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot")["data"]))
+
+
+@contextmanager
+def browser(size: tuple[int, int] = (900, 1100)) -> Iterator[Page]:
+    """A page of a browser with a profile of its own."""
+    command = chromium()
+    assert command is not None
+    theirs_in, send = os.pipe()
+    receive, theirs_out = os.pipe()
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
+        flags = (*FLAGS, f"--user-data-dir={profile}", f"--window-size={size[0]},{size[1]}")
+        process = subprocess.Popen(
+            [sys.executable, "-c", MOVED, str(theirs_in), str(theirs_out), command, *flags],
+            pass_fds=(theirs_in, theirs_out),
+            stderr=subprocess.DEVNULL,
+        )
+        os.close(theirs_in)
+        os.close(theirs_out)
+        try:
+            yield Page(send, receive)
+        finally:
+            process.kill()
+            process.wait()

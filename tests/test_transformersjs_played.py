@@ -1,0 +1,147 @@
+"""The target `transformersjs` in transformers.js itself: under Node.js, and on the demo page in Chromium.
+
+Where Node.js, its packages or the browser are not here, these tests are skipped; in a run of all tests (`make
+test-full`) they fail.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from shutil import copytree
+
+import pytest
+
+from builder import mutations, node
+from builder.cases import Suite, held_out, shipped_cases
+from builder.checkpoint import open_checkpoint
+from builder.contract import DECODER, EMBEDDINGS, VISION
+from builder.dry_run import described
+from builder.estimate import graph_bytes
+from builder.gates import Report
+from builder.player import open_player
+from builder.recipe import load_recipe
+from builder.reference import Reference
+from builder.run import answer
+from builder.targets.transformersjs import NAME, layout
+from builder.verify import verify
+from tests.checkpoints import MINIATURE
+from tests.chromium import browser, chromium, served
+from tests.conftest import Built
+
+pytestmark = pytest.mark.torch  # to build the bundle
+TOKENS = 16
+ANSWER = "document.getElementById('answer')"
+
+
+def needed(request: pytest.FixtureRequest, why: str | None) -> None:
+    """Skips a test that cannot be run here, or fails it where all tests were asked for."""
+    if why is not None:
+        (pytest.fail if request.config.getoption("markexpr") == "" else pytest.skip)(why)
+
+
+@pytest.fixture(autouse=True)
+def npm_packages(request: pytest.FixtureRequest) -> None:
+    needed(request, node.missing())
+
+
+@pytest.fixture
+def page_needed(request: pytest.FixtureRequest) -> None:
+    needed(request, None if chromium() else "Chromium is not installed: apt-get install chromium")
+
+
+@pytest.fixture(scope="module")
+def bundle(built: Built, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`bundle(like)`: the miniature by that shipped recipe, for this target, which no test may change."""
+    folder = tmp_path_factory.mktemp("recipes")
+
+    def built_like(like: str) -> Path:
+        file = folder / f"{like}-js.toml"
+        file.write_text(f'like = "{like}"\ntargets = ["{NAME}"]\nprovider = "cpu"\n')
+        return built(MINIATURE, load_recipe(file)) / NAME
+
+    return built_like
+
+
+def verified(folder: Path, reference: Reference, *names: str) -> Report:
+    cases = tuple(case for case in shipped_cases() if case.name in names)
+    return verify(folder, NAME, reference, Suite(cases, tokens=TOKENS))
+
+
+def test_it_equals_pytorch_to_the_last_token(bundle: Callable[[str], Path], reference: Reference) -> None:
+    report = verified(bundle("fp32"), reference, "text", "one picture", "wide, tall")
+    assert report.ok, report.table()
+    played = {place: sum(gate.place == place for gate in report.gates) for place in ("tokens", "pixel values")}
+    own = [gate for gate in report.gates if gate.place in ("tokens of the runtime's pixels", "runtime's pixel values")]
+    assert played == {"tokens": 4, "pixel values": 2}  # three cases, and their near ties
+    assert [gate.measured for gate in own] == [0, 0]
+    assert report.facts["not asked"] == {
+        "wide, tall": "not asked of the runtime's own processor, which takes 1 picture a question"
+    }
+    versions = report.facts["versions"]
+    assert isinstance(versions, dict)
+    assert {node.LIBRARY, node.RUNTIME, "Node.js"} <= versions.keys()
+
+
+def test_without_deepstack_it_fails(bundle: Callable[[str], Path], reference: Reference, tmp_path: Path) -> None:
+    broken = Path(copytree(bundle("fp32"), tmp_path / "broken"))
+    mutations.deepstack_zeroed(broken, NAME)
+    report = verified(broken, reference, "one picture")
+    assert report.first_failure is not None
+    assert report.first_failure.place == "deepstack features"
+    assert not next(gate for gate in report.gates if gate.place == "tokens").ok
+
+
+@pytest.mark.parametrize("role", [VISION, EMBEDDINGS, DECODER])
+def test_a_dry_run_tells_the_size_of_each_graphs_own_data(bundle: Callable[[str], Path], role: str) -> None:
+    rows = graph_bytes(described(open_checkpoint(MINIATURE)), (NAME,))
+    (told,) = (row.data_bytes for row in rows if row.graph == f"{role}.onnx")
+    assert (bundle("fp32") / layout(role, load_recipe("fp32")).data).stat().st_size == told
+
+
+def test_a_bundle_streams_its_answer(bundle: Callable[[str], Path]) -> None:
+    case = next(case for case in held_out(open_checkpoint(MINIATURE)) if len(case.images) == 1)
+    pieces: list[str] = []
+    told = answer(bundle("fp32"), case.prompt, case.images, max_new_tokens=TOKENS, on_text=pieces.append)
+    assert told.text == case.answer == "".join(pieces)
+    assert len(pieces) > 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("like", ["fp16", "int8", "int4-fast", "int4-webgpu"])
+def test_what_is_not_exact_answers_as_well(bundle: Callable[[str], Path], like: str) -> None:
+    """Of the held-out questions the miniature gets 36 right in fp32; recipes allow the loss of one."""
+    cases, player = held_out(open_checkpoint(MINIATURE)), open_player(bundle(like), NAME)
+    right = [
+        player.text(list(player.tokens(player.prepare(one.prompt, one.images), 16))) == one.answer for one in cases
+    ]
+    assert sum(right) >= 35
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("page_needed")
+def test_the_demo_answers_as_pytorch_does(
+    bundle: Callable[[str], Path], reference: Reference, record_property: Callable[[str, object], None], tmp_path: Path
+) -> None:
+    """Every held-out question with one picture, all of which are of sizes that must be resized; and one without."""
+    cases = [case for case in held_out(reference.checkpoint) if len(case.images) == 1]
+    text = next(case for case in shipped_cases() if case.name == "text")
+    folders = {"bundle": bundle("fp32"), "node_modules": node.packages() / "node_modules"}
+    with served(folders) as (url, asked), browser() as page:
+        page.open(f"{url}/bundle/demo/index.html")
+        for case in (text, *cases):
+            if case.images:
+                page.choose("#picture", case.images[0])
+            page.value(f"document.getElementById('question').value = {json.dumps(case.prompt)}")
+            page.value(f"document.getElementById('most').value = {TOKENS}; document.getElementById('ask').click()")
+            page.until("document.body.dataset.state === 'ready'")
+            tokens = page.value(f"{ANSWER}.dataset.tokens")
+            want = reference.generate(reference.prepare(case.prompt, case.images), TOKENS).tokens
+            assert tokens is not None, page.value("document.getElementById('status').textContent")
+            assert json.loads(tokens) == list(want), case.name
+            assert page.value(f"{ANSWER}.textContent").strip() == reference.text(want).strip()
+        page.picture(tmp_path / "demo.png")
+    record_property("cases", len(cases) + 1)
+    assert all(path.split("/")[1] in folders for path in asked)
+    assert (tmp_path / "demo.png").stat().st_size > 10_000
