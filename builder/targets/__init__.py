@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from builder.targets import genai, onnxruntime
+from builder.targets import genai, onnxruntime, openvino
 from builder.targets.runtime import Runtime
 
-TARGETS: dict[str, Runtime] = {runtime.name: runtime for runtime in (genai.RUNTIME, onnxruntime.RUNTIME)}
+TARGETS: dict[str, Runtime] = {
+    runtime.name: runtime for runtime in (genai.RUNTIME, onnxruntime.RUNTIME, openvino.RUNTIME)
+}

@@ -27,7 +27,8 @@ PASSES = {
 }
 
 
-def _module(checkpoint: Checkpoint, model: Any, graph: str, fused: bool) -> Any:
+def plain_module(checkpoint: Checkpoint, model: Any, graph: str, fused: bool) -> Any:
+    """The module of one graph with `plain_components`."""
     from builder import modules
 
     levels = len(checkpoint.vision.deepstack)
@@ -52,12 +53,13 @@ class PipelinePlayer:
 
     Args:
         module: builder.pipeline, or that copy.
+        opened: a `Pipeline` of it.
     """
 
     padding = own = not_run = None
 
-    def __init__(self, folder: Path, module: Any) -> None:
-        self.module, self.pipeline = module, module.Pipeline.load(folder)
+    def __init__(self, module: Any, opened: Any) -> None:
+        self.module, self.pipeline = module, opened
         self.settings, self.vision = self.pipeline.settings, self.pipeline.vision
         self.tokenizer = self.pipeline.tokenizer
 
@@ -80,7 +82,8 @@ class PipelinePlayer:
 def _play(folder: Path, asked: bool) -> PipelinePlayer:
     from builder import pipeline
 
-    return PipelinePlayer(folder, _load_module(folder / "pipeline.py") if asked else pipeline)
+    module = _load_module(folder / "pipeline.py") if asked else pipeline
+    return PipelinePlayer(module, module.Pipeline.load(folder))
 
 
 def _load_module(path: Path) -> Any:
@@ -111,7 +114,7 @@ RUNTIME = Runtime(
     merges=False,
     attentions=("eager",),
     ports=plain_components,
-    module=_module,
+    module=plain_module,
     passes=lambda graph, fused: PASSES[graph],
     configs=_configs,
     play=_play,

@@ -1,0 +1,78 @@
+"""Target `openvino`: OpenVINO ≥ 2026.4, which reads the ONNX graphs and their data files as they are.
+
+Ports are those of target `onnxruntime` (builder/contract.py), so that one client serves both. At fp32 there are standard
+operators only; weights in blocks of few bits are contrib operators that OpenVINO knows (MatMulNBits,
+GatherBlockQuantized). Attention is eager: OpenVINO makes its own fused one of it, and reads no contrib RotaryEmbedding
+of the kind that the fused graphs have. The bundle carries builder/openvino_pipeline.py beside builder/pipeline.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from builder.checkpoint import Checkpoint
+from builder.contract import CONTRIB, plain_components
+from builder.targets.onnxruntime import PASSES, PipelinePlayer, plain_module
+from builder.targets.runtime import Notes, Runtime
+from builder.targets.settings import pipeline_settings, vision_processor
+
+if TYPE_CHECKING:
+    from builder.recipe import Recipe, Target
+
+PROGRAMS = ("pipeline.py", "openvino_pipeline.py")
+
+
+def _configs(checkpoint: Checkpoint, recipe: Recipe, target: Target) -> Mapping[str, str]:
+    ours = Path(__file__).parents[1]
+    return {
+        "vision_processor.json": vision_processor(checkpoint),
+        "pipeline.json": pipeline_settings(checkpoint, recipe.max_length),
+        **{name: (ours / name).read_text(encoding="utf-8") for name in PROGRAMS},
+    }
+
+
+def _play(folder: Path, asked: bool) -> PipelinePlayer:
+    from builder import openvino_pipeline, pipeline
+
+    return PipelinePlayer(pipeline, openvino_pipeline.load(folder))
+
+
+def _needs() -> str | None:
+    if find_spec("openvino") is None:
+        return 'openvino is not installed: pip install "qwen3vl-onnx[openvino]"'
+    return None
+
+
+NOTES = Notes(
+    "openvino",
+    ("openvino", "numpy", "pillow", "tokenizers"),
+    ('python openvino_pipeline.py --prompt "What is this?" --image picture.png',),
+    (
+        "`openvino_pipeline.py` and `pipeline.py` are code: read them before you run a copy that somebody gave you.",
+        "It was verified with products in float32 (`INFERENCE_PRECISION_HINT=f32`, no dynamic quantization). OpenVINO's "
+        "own choice on a CPU is bfloat16 where the processor has it, which differs by about a hundredth: `--fast`.",
+        "The graphs are read as ONNX; `openvino_genai.VLMPipeline` reads another layout.",
+    ),
+)
+
+RUNTIME = Runtime(
+    name="openvino",
+    opset=18,
+    domains=frozenset({"", CONTRIB}),
+    packed=False,
+    merges=False,
+    attentions=("eager",),
+    ports=plain_components,
+    module=plain_module,
+    passes=lambda graph, fused: PASSES[graph],
+    configs=_configs,
+    play=_play,
+    notes=NOTES,
+    quantized=True,
+    needs=_needs,
+    versions=lambda: {"openvino": version("openvino")} if _needs() is None else {},
+)
