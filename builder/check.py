@@ -27,7 +27,8 @@ from builder.files import sha256
 from builder.json_file import read_json
 
 BLOCK = 8 * 2**20
-PIPELINE, PROGRAMS = "pipeline.py", (".py", ".js", ".mjs", ".html")
+OURS = ("pipeline.py", "openvino_pipeline.py")  # programs that this release lays into bundles, as they are in it
+PROGRAMS = (".py", ".js", ".mjs", ".html")
 LIBRARIES = (".so", ".dll", ".dylib", ".pyd", ".exe")
 
 
@@ -193,9 +194,9 @@ def _graph_rows(content: Content) -> list[Row]:
 
 def _code_rows(content: Content) -> list[Row]:
     """Programs that lie in the bundle, which only a person can judge."""
-    own = sha256(Path(__file__).with_name(PIPELINE))
+    own = {name: sha256(Path(__file__).with_name(name)) for name in OURS}
     programs = [name for name in content.files if name.endswith(PROGRAMS)]
-    known = {name: name == PIPELINE and content.files[name].sha256 == own for name in programs}
+    known = {name: content.files[name].sha256 == own.get(name) for name in programs}
     told = [name if same else f"{name} (not this release's: read it before you run it)" for name, same in known.items()]
     return [Row("code", ("" if all(known.values()) else "not judged: ") + ", ".join(told))] if told else []
 

@@ -27,6 +27,7 @@ from builder.graph_gates import batch_gates, geometry_gates, graph_gates, layer_
 from builder.graphs import Graphs
 from builder.json_file import read_json
 from builder.player import Player, open_player
+from builder.preprocessor_gates import preprocessor_gates
 from builder.quantize import DIGESTS, MAGNITUDES
 from builder.reference import Prompt, Reference
 from builder.report import write
@@ -185,6 +186,7 @@ def _compared(
         if "inputs" in case.checks:
             yield attempted("token ids", case.name, _input_gates, *asked[-1], player)
         advance()
+    yield preprocessor_gates(folder, target, reference)
     # Before the sessions of whole graphs are there, so that no more than one slice is held beside PyTorch.
     whole = [case for case in suite.cases if not case.unchecked]
     located = next((case for case in whole if case.images), suite.cases[0])

@@ -27,6 +27,7 @@ from builder.figures import size
 from builder.gates import Gate, Report, attempted
 from builder.pipeline import load_tokenizer, prepare, read_image_settings, read_settings
 from builder.player import open_player
+from builder.preprocessor_gates import preprocessor_gates
 from builder.reference import Reference
 from builder.sliced_graphs import Asked, SlicedGraphs
 from builder.stored import traced
@@ -71,6 +72,7 @@ def verify_sliced(
             asked.append(one)
             gates += compared
             advance()
+        gates += preprocessor_gates(folder, target, reference)
         graphs = SlicedGraphs(folder, target, reference, slice_budget(limit))
         ended = False
         for place, compute in (

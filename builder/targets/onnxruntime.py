@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from builder.checkpoint import Checkpoint
 from builder.contract import DECODER, EMBEDDINGS, VISION, plain_components
+from builder.targets.preprocessing import image_preprocessor_graph
 from builder.targets.runtime import Notes, Runtime
 from builder.targets.settings import pipeline_settings, vision_processor
 
@@ -102,6 +103,9 @@ NOTES = Notes(
     ('python pipeline.py --prompt "What is this?" --image picture.png',),
     (
         "`pipeline.py` is code, and the reference for ports: read it before you run a copy that somebody gave you.",
+        "`image_preprocessor.onnx` makes `pixel_values` and `image_grid_thw` of RGB bytes [height, width, 3], bit for "
+        "bit as transformers does, for clients without a preprocessor. Decode the file, turn the picture by its EXIF "
+        "orientation, and refuse one that is more than 200 times as long as wide before.",
         "Attention scores are computed in blocks of query rows; memory grows with the number of patches.",
     ),
 )
@@ -119,4 +123,5 @@ RUNTIME = Runtime(
     configs=_configs,
     play=_play,
     notes=NOTES,
+    further=image_preprocessor_graph,
 )

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from builder.checkpoint import Checkpoint
 from builder.contract import CONTRIB, plain_components
 from builder.targets.onnxruntime import PASSES, PipelinePlayer, plain_module
+from builder.targets.preprocessing import Array, Preprocess, image_preprocessor_graph
 from builder.targets.runtime import Notes, Runtime
 from builder.targets.settings import pipeline_settings, vision_processor
 
@@ -41,6 +42,18 @@ def _play(folder: Path, asked: bool) -> PipelinePlayer:
     return PipelinePlayer(pipeline, openvino_pipeline.load(folder))
 
 
+def _preprocessor(path: Path) -> Preprocess:
+    from builder.openvino_pipeline import Session
+
+    session = Session(path)
+
+    def run(picture: Array) -> tuple[Array, Array]:
+        pixels, grid = session.run(["pixel_values", "image_grid_thw"], {"image": picture})
+        return pixels, grid
+
+    return run
+
+
 def _needs() -> str | None:
     if find_spec("openvino") is None:
         return 'openvino is not installed: pip install "qwen3vl-onnx[openvino]"'
@@ -55,6 +68,10 @@ NOTES = Notes(
         "`openvino_pipeline.py` and `pipeline.py` are code: read them before you run a copy that somebody gave you.",
         "It was verified with products in float32 (`INFERENCE_PRECISION_HINT=f32`, no dynamic quantization). OpenVINO's "
         "own choice on a CPU is bfloat16 where the processor has it, which differs by about a hundredth: `--fast`.",
+        "`image_preprocessor.onnx` makes `pixel_values` and `image_grid_thw` of RGB bytes [height, width, 3]. OpenVINO "
+        "computes float64 as float32: about one value in ten thousand is off by 1/255, and for a few sizes below the "
+        "least number of pixels (343 × 7, say) the grid is another one than transformers'. `openvino_pipeline.py` "
+        "does without that graph, and is exact.",
         "The graphs are read as ONNX; `openvino_genai.VLMPipeline` reads another layout.",
     ),
 )
@@ -73,6 +90,9 @@ RUNTIME = Runtime(
     play=_play,
     notes=NOTES,
     quantized=True,
+    further=image_preprocessor_graph,
+    preprocessor=_preprocessor,
+    levels=1.001,  # one level, and the last bits of float32
     needs=_needs,
     versions=lambda: {"openvino": version("openvino")} if _needs() is None else {},
 )
