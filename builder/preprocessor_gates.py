@@ -105,5 +105,3 @@ def drawn(height: int, width: int) -> Array:
     rng = np.random.default_rng((height, width))
     levels = rng.integers(0, 256, (height, width, 3), np.uint8)
     return np.where(rng.random((height, width, 1)) < 0.5, (levels // 128) * np.uint8(255), levels)
-
-

@@ -35,7 +35,7 @@ from builder.report.context import of_build, of_bundle
 from builder.targets import TARGETS
 from builder.verify_lossy import Terms, verify_lossy
 from builder.verify_sliced import for_slices, verify_sliced
-from builder.verify_tokens import Ties, input_gates, token_gates
+from builder.verify_tokens import Ties, counted, input_gates, token_gates
 
 if TYPE_CHECKING:
     from builder.stage import Build
@@ -197,7 +197,7 @@ def _compared(
     yield attempted("image features", "grids", geometry_gates, graphs, reference)
     yield attempted("decoder prefill", "batch of two", batch_gates, graphs, reference)
     advance()
-    ties: list[Ties] = []
+    answered: list[tuple[list[Gate], Ties]] = []
     for case, prompt in asked:
         show_case(case.name, case.prompt, case.images)
         computed, logit_error = graph_gates(case.name, graphs, reference, prompt, case.checks, case.limit)
@@ -206,12 +206,13 @@ def _compared(
             yield from layer_gates(folder, target, reference, case.name, prompt, case.limit)
         played, near = token_gates(case, prompt, player, reference, logit_error, suite.tokens)
         yield played
-        ties.append(near)
+        answered.append((played, near))
         advance()
     if player.not_run is not None:
         return
-    found = tuple(one for near in ties for one in near.found)
-    yield [Ties(sum(near.compared for near in ties), found).gate(allowed=not suite.tasks)]
+    facts["tokens"] = counted(answered)
+    found = tuple(one for _, near in answered for one in near.found)
+    yield [Ties(sum(near.compared for _, near in answered), found).gate(allowed=not suite.tasks)]
     if suite.tasks:
         yield attempted("task", "held-out answers", task_gates, suite.tasks, player, reference, facts, advance)
 
