@@ -219,7 +219,7 @@ def _head(build: Build) -> dict[str, Any]:
 
 
 def _table(build: Build, bundles: Mapping[str, str]) -> list[Row]:
-    """What their verifications found, also written into the output folder's `evidence/`; nothing before the last stage."""
+    """What their verifications found, also written into the output folder's `evidence/`."""
     from builder import bundle_table
 
     found = bundle_table.rows([Path(folder) for folder in bundles.values()])

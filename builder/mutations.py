@@ -292,7 +292,7 @@ def preprocessor_brighter(bundle: Path, target: str) -> None:
     if preprocessor_file(bundle) is None:
         raise InapplicableError("the bundle has no image preprocessor")
     with edited(bundle, PREPROCESSOR) as graph:
-        (table,) = [value for value in graph.initializers.values() if value.const_value.size == 3 * 256]
+        (table,) = [value for value in graph.initializers.values() if numbers(value).size == 3 * 256]
         table.const_value = ir.tensor(numbers(table) * np.float32(1.01), name=table.name)
 
 

@@ -1,9 +1,9 @@
 """From a prompt and picture files to text in OpenVINO: pipeline.py with its three graphs compiled by OpenVINO.
 
 In: the folder of an `openvino` bundle; a text; picture files. Out: token ids and text, as they come.
-Guaranteed: everything but the graphs is pipeline.py's; whatever the device could do faster, products are made in float32
-and nothing is rounded that the bundle has not rounded: `properties` of your own choose otherwise.
-Stands beside pipeline.py: a copy of both lies in each bundle, `python openvino_pipeline.py --prompt TEXT --image FILE`.
+Guaranteed: everything but the graphs is pipeline.py's; whatever the device could do faster, products are made in
+float32 and nothing is rounded that the bundle has not rounded: `properties` of your own choose otherwise.
+Stands beside pipeline.py: both lie in each bundle, `python openvino_pipeline.py --prompt TEXT --image FILE`.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ if TYPE_CHECKING or __package__:
 else:  # started in a bundle
     import pipeline
 
-# OpenVINO's own choice is bfloat16 where the processor has it, activations in 8 bits where weights are compressed, and a
-# key-value cache in 8 bits: fast, and not what was verified.
+# OpenVINO's own choice is bfloat16 where the processor has it, activations in 8 bits where weights are compressed, and
+# a key-value cache in 8 bits: fast, and not what was verified.
 EXACT = {
     "INFERENCE_PRECISION_HINT": "f32",
     "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",

@@ -1,7 +1,7 @@
 """Target `openvino`: OpenVINO ≥ 2026.4, which reads the ONNX graphs and their data files as they are.
 
-Ports are those of target `onnxruntime` (builder/contract.py), so that one client serves both. At fp32 there are standard
-operators only; weights in blocks of few bits are contrib operators that OpenVINO knows (MatMulNBits,
+Ports are those of target `onnxruntime` (builder/contract.py), so that one client serves both. At fp32 there are
+standard operators only; weights in blocks of few bits are contrib operators that OpenVINO knows (MatMulNBits,
 GatherBlockQuantized). Attention is eager: OpenVINO makes its own fused one of it, and reads no contrib RotaryEmbedding
 of the kind that the fused graphs have. The bundle carries builder/openvino_pipeline.py beside builder/pipeline.py.
 """
@@ -66,8 +66,9 @@ NOTES = Notes(
     ('python openvino_pipeline.py --prompt "What is this?" --image picture.png',),
     (
         "`openvino_pipeline.py` and `pipeline.py` are code: read them before you run a copy that somebody gave you.",
-        "It was verified with products in float32 (`INFERENCE_PRECISION_HINT=f32`, no dynamic quantization). OpenVINO's "
-        "own choice on a CPU is bfloat16 where the processor has it, which differs by about a hundredth: `--fast`.",
+        "It was verified with products in float32 (`INFERENCE_PRECISION_HINT=f32`, no dynamic quantization). "
+        "OpenVINO's own choice on a CPU is bfloat16 where the processor has it, which differs by about a hundredth: "
+        "`--fast`.",
         "`image_preprocessor.onnx` makes `pixel_values` and `image_grid_thw` of RGB bytes [height, width, 3]. OpenVINO "
         "computes float64 as float32: about one value in ten thousand is off by 1/255, and for a few sizes below the "
         "least number of pixels (343 × 7, say) the grid is another one than transformers'. `openvino_pipeline.py` "

@@ -1,4 +1,6 @@
-"""The image preprocessor as a graph of the bundle, for the runtimes whose clients have none (builder/image_preprocessor.py).
+"""The image preprocessor as a graph of the bundle, for runtimes whose clients have none.
+
+Made by builder/image_preprocessor.py.
 
 In: a checkpoint; the graph's file. Out: the graph, as `Runtime.further` wants it; a session, as `Runtime.preprocessor`.
 Guaranteed: one graph whatever the runtime, of the opset that all of them read.
