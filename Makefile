@@ -11,7 +11,7 @@ PICTURE := builder/miniature/heldout/pic002.png
 RESULTS := outputs/test-full.xml
 SIZE ?= 2b 4b
 
-.PHONY: help setup node build explain verify check test test-full bench bench-runtime matrix clean
+.PHONY: help setup node runtimes build explain verify check test test-full bench bench-runtime matrix clean
 .DEFAULT_GOAL := help
 
 help:
@@ -53,10 +53,14 @@ check: setup ## style, types, and the tests that need no torch
 test: setup ## every test that takes seconds
 	$(PY) -m pytest -q -n logical --dist loadfile $(if $(filter check,$(MAKECMDGOALS)),-m "torch and not slow")
 
-test-full: setup ## every test, in Node.js and Chromium too; the results go to docs/test-full.md
+test-full: setup ## every test, in every runtime (`make node runtimes`, Chromium); the results go to docs/test-full.md
 	@mkdir -p docs outputs && rm -f $(RESULTS)
-	status=0; $(PY) -m pytest -q -m "" --junitxml=$(RESULTS) || status=$$?; \
+	status=0; EVERY_RUNTIME=1 $(PY) -m pytest -q -m "" --junitxml=$(RESULTS) || status=$$?; \
 	$(PY) -m tests.tables $(RESULTS) > docs/test-full.md && exit $$status
+
+runtimes: setup ## install what else bundles are played in: openvino, and onnxruntime-node for examples/node
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[openvino]"
+	ONNXRUNTIME_NODE_INSTALL=skip npm --prefix examples/node ci --no-audit --no-fund
 
 bench: setup ## time, memory and bytes of builds at real sizes, beside others; SIZE=8b for the largest; docs/bench.md
 	$(PY) -m bench $(addprefix --size ,$(SIZE))

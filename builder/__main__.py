@@ -20,9 +20,10 @@ from builder.exits import emit, reported
 from builder.recipe import DEFAULT
 from builder.recipe_commands import sensitivity
 from builder.ship_commands import check, diff, pack, publish, sign
-from builder.verify_commands import golden, report, verify
+from builder.verify_commands import golden, report, table, verify
 
 if TYPE_CHECKING:
+    from builder.bundle_table import Row
     from builder.loop import Step
     from builder.output import Record
     from builder.stage import Build
@@ -65,6 +66,7 @@ def build(
 ) -> None:
     """Build, verify and bundle a checkpoint; the last line printed is the first target's bundle."""
     with reported(as_json):
+        from builder import bundle_table
         from builder.loop import execute
         from builder.terminal import watching
 
@@ -79,12 +81,16 @@ def build(
         last = plan.folder(done[-1][0].stage.name)
         whole = done[-1][0].stage == plan.stages[-1]
         bundles = {one.runtime: str(last / one.runtime) for one in plan.recipe.targets} if whole else {}
+        table = _table(plan, bundles)
         if as_json:
-            emit({**_head(plan), "bundles": bundles, "stages": [_stage_facts(plan, *one) for one in done]})
+            told = {"bundles": bundles, "table": bundle_table.as_dicts(table)}
+            emit({**_head(plan), **told, "stages": [_stage_facts(plan, *one) for one in done]})
             return
         for _, record in done:
             if report := record.facts.get("report"):
                 print(report)
+        if len(table) > 1:
+            print(f"\n{bundle_table.text(table)}")
         print(next(iter(bundles.values()), last))
 
 
@@ -164,7 +170,7 @@ def patches(
             print(row["diff"] if diff else _patch_text(row))
 
 
-for command in (verify, golden, report, sensitivity, check, sign, pack, publish, diff):
+for command in (verify, golden, report, table, sensitivity, check, sign, pack, publish, diff):
     app.command()(command)
 
 
@@ -211,6 +217,16 @@ def _refuse_what_cannot_fit(build: Build, until: str | None, force: list[str], *
 
 def _head(build: Build) -> dict[str, Any]:
     return {"ok": True, "checkpoint": str(build.source), "output": str(build.output)}
+
+
+def _table(build: Build, bundles: Mapping[str, str]) -> list[Row]:
+    """What their verifications found, also written into the output folder's `evidence/`."""
+    from builder import bundle_table
+
+    found = bundle_table.rows([Path(folder) for folder in bundles.values()])
+    if found:
+        bundle_table.write(found, build.output)
+    return found
 
 
 def _stage_facts(build: Build, step: Step, record: Record) -> dict[str, Any]:

@@ -31,6 +31,7 @@ PLACES = (
     "token ids",
     "position ids",
     "runtime's pixel values",
+    "image preprocessor",
     "weights",
     "vision layers",
     "image features",

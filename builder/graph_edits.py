@@ -29,7 +29,7 @@ class InapplicableError(Exception):
 @contextmanager
 def edited(bundle: Path, name: str) -> Iterator[ir.Graph]:
     """A graph to change, by its role."""
-    path = graph_files(bundle)[name]
+    path = graph_files(bundle).get(name, bundle / f"{name}.onnx")
     model = ir.load(path)
     yield model.graph
     part = path.with_name(path.name + ".part")

@@ -57,6 +57,12 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("pixel std", "the standard deviation of one channel, 1 % off", mutations.std_changed, _both("pixel values")),
     Mutant("patch size", "patches half as large", mutations.patch_size_changed, _both("pixel values")),
     Mutant("newline lost", "no line break before the answer", mutations.newline_lost, _both("token ids")),
+    Mutant(
+        "preprocessor",
+        "the image preprocessor's levels, 1 % off",
+        mutations.preprocessor_brighter,
+        _both("image preprocessor"),
+    ),
     Mutant("vision MLP", "block 1 adds 1 % too much", mutations.vision_mlp_scaled, _both("vision layers"), "layer 1"),
     Mutant(
         "features shifted",

@@ -32,7 +32,9 @@ from builder.graph_edits import (
     zeros_behind,
 )
 from builder.packing import pack, unpack
+from builder.preprocessor_gates import preprocessor_file
 from builder.targets import TARGETS
+from builder.targets.preprocessing import NAME as PREPROCESSOR
 
 DOWN = "layers.{}.mlp.down_proj.weight"
 
@@ -285,6 +287,15 @@ def image_token_unknown(bundle: Path, target: str) -> None:
     if not path.exists():
         raise InapplicableError("the target has no settings but those that make its inputs")
     edit_json(path, lambda settings: settings["model"].update(image_token_id=settings["model"]["bos_token_id"]))
+
+
+def preprocessor_brighter(bundle: Path, target: str) -> None:
+    """The image preprocessor's table of what becomes of each level."""
+    if preprocessor_file(bundle) is None:
+        raise InapplicableError("the bundle has no image preprocessor")
+    with edited(bundle, PREPROCESSOR) as graph:
+        (table,) = [value for value in graph.initializers.values() if numbers(value).size == 3 * 256]
+        table.const_value = ir.tensor(numbers(table) * np.float32(1.01), name=table.name)
 
 
 def _need(graph: ir.Graph, layer: int) -> None:

@@ -13,7 +13,7 @@ import argparse
 import json
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -349,18 +349,18 @@ class Pipeline:
     model: Any
 
     @classmethod
-    def load(cls, folder: Path) -> Pipeline:
-        """Opens a bundle. Raises what `read_settings` and `read_image_settings` raise."""
-        import onnxruntime  # the functions above are of use without it
+    def load(cls, folder: Path, session: Callable[[Path], Any] | None = None) -> Pipeline:
+        """Opens a bundle. Raises what `read_settings` and `read_image_settings` raise.
 
+        Args:
+            session: opens a graph, with `get_inputs` and `run` as an onnxruntime session has them; that itself if None.
+        """
         settings = read_settings(folder / "pipeline.json")
         vision = read_image_settings(folder / "vision_processor.json")
         if settings.spatial_merge_size != vision.merge_size:
             raise SettingsError("pipeline.json and vision_processor.json differ in the merge size")
-        sessions = [
-            onnxruntime.InferenceSession(folder / f"{name}.onnx", providers=["CPUExecutionProvider"])
-            for name in ("vision_encoder", "embeddings", "model")
-        ]
+        graphs = [folder / f"{name}.onnx" for name in ("vision_encoder", "embeddings", "model")]
+        sessions = [(session or _session)(graph) for graph in graphs]
         declared = {port.name: port.shape for port in sessions[2].get_inputs()}
         levels = declared.get("deepstack_embeds", [0])[0]
         if (levels, declared["inputs_embeds"][-1]) != (settings.deepstack, settings.hidden):
@@ -435,21 +435,36 @@ class Pipeline:
         return {port.name: np.zeros((1, port.shape[1], 0, port.shape[3]), np.float32) for port in ports}
 
 
-def main() -> None:
-    """The command line of the copy that lies in a bundle."""
-    parser = argparse.ArgumentParser(description="Ask the model in this folder.")
+def _session(graph: Path) -> Any:
+    import onnxruntime  # the functions above are of use without it
+
+    return onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What is asked."""
     parser.add_argument("--prompt", required=True, metavar="TEXT")
     parser.add_argument("--image", type=Path, action="append", default=[], metavar="FILE")
     parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
-    given = parser.parse_args()
+
+
+def answer(parser: argparse.ArgumentParser, given: argparse.Namespace, load: Callable[[Path], Pipeline]) -> None:
+    """Prints the answer of the bundle that this file lies in."""
     try:
-        pipeline = Pipeline.load(Path(__file__).resolve().parent)
+        pipeline = load(Path(__file__).resolve().parent)
         tokens = pipeline.generate(pipeline.prepare(given.prompt, given.image), given.max_new_tokens)
         for piece in stream(pipeline.tokenizer, tokens):
             print(piece, end="", flush=True)
         print()
     except (SettingsError, PictureError, TextError) as error:
         parser.error(str(error))
+
+
+def main() -> None:
+    """The command line of the copy that lies in a bundle."""
+    parser = argparse.ArgumentParser(description="Ask the model in this folder.")
+    add_arguments(parser)
+    answer(parser, parser.parse_args(), Pipeline.load)
 
 
 if __name__ == "__main__":

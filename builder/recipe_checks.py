@@ -57,7 +57,8 @@ def check_runnable(path: Path, recipe: Recipe) -> None:
                 found=f"{recipe.provider}, {recipe.precision}",
                 next=_able(lambda one: recipe.precision in one.precisions and one.provider),
             )
-    if not recipe.exact and any(target.attention == "eager" for target in recipe.targets):
+    either = [one for one in recipe.targets if len(TARGETS[one.runtime].attentions) > 1]
+    if not recipe.exact and any(target.attention == "eager" for target in either):
         raise RecipeError(
             f"recipe {path}: eager attention is built in fp32 only",
             expected="fused",

@@ -28,13 +28,14 @@ from builder.graph_gates import batch_gates, geometry_gates, graph_gates, layer_
 from builder.graphs import Graphs
 from builder.json_file import read_json
 from builder.player import OwnProcessor, Player, check_target, open_player
+from builder.preprocessor_gates import preprocessor_gates
 from builder.reference import Prompt, Reference
 from builder.report import write
 from builder.report.context import of_build, of_bundle
 from builder.targets import TARGETS
 from builder.verify_lossy import Terms, verify_lossy
 from builder.verify_sliced import for_slices, verify_sliced
-from builder.verify_tokens import Ties, input_gates, takes, token_gates
+from builder.verify_tokens import Ties, counted, input_gates, takes, token_gates
 from builder.weights import DIGESTS
 
 if TYPE_CHECKING:
@@ -188,6 +189,7 @@ def _compared(
         if "inputs" in case.checks:
             yield attempted("token ids", case.name, _input_gates, *asked[-1], player)
         advance()
+    yield preprocessor_gates(folder, target, reference)
     # Before the sessions of whole graphs are there, so that no more than one slice is held beside PyTorch.
     whole = [case for case in suite.cases if not case.unchecked]
     located = next((case for case in whole if case.images), suite.cases[0])
@@ -198,7 +200,7 @@ def _compared(
     yield attempted("image features", "grids", geometry_gates, graphs, reference)
     yield attempted("decoder prefill", "batch of two", batch_gates, graphs, reference)
     advance()
-    ties: list[Ties] = []
+    answered: list[tuple[list[Gate], Ties]] = []
     for case, prompt in asked:
         show_case(case.name, case.prompt, case.images)
         computed, logit_error = graph_gates(case.name, graphs, reference, prompt, case.checks, case.limit)
@@ -207,12 +209,13 @@ def _compared(
             yield from layer_gates(folder, target, reference, case.name, prompt, case.limit)
         played, near = token_gates(case, prompt, player, reference, logit_error, suite.tokens)
         yield played
-        ties.append(near)
+        answered.append((played, near))
         advance()
     if player.not_run is not None:
         return
-    found = tuple(one for near in ties for one in near.found)
-    yield [Ties(sum(near.compared for near in ties), found).gate(allowed=not suite.tasks)]
+    facts["tokens"] = counted(answered)
+    found = tuple(one for _, near in answered for one in near.found)
+    yield [Ties(sum(near.compared for _, near in answered), found).gate(allowed=not suite.tasks)]
     if suite.tasks:
         yield attempted("task", "held-out answers", task_gates, suite.tasks, player, reference, facts, advance)
 

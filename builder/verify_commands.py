@@ -1,4 +1,4 @@
-"""The commands that judge a bundle: `verify`, `golden`, `report`.
+"""The commands that judge a bundle: `verify`, `golden`, `report`, `table`.
 
 In: arguments. Out: see `builder.__main__`, where they are registered.
 """
@@ -125,3 +125,20 @@ def _test_itself(bundle: Path, checkpoint: Path, memory: int | None, store: Path
     print(done.table())
     if not done.ok:
         raise failed(done, bundle / "evidence")
+
+
+def table(
+    folders: Annotated[
+        list[Path], typer.Argument(help="Bundles, or output folders of builds, of which all bundles are meant.")
+    ],
+    as_json: Json = False,
+) -> None:
+    """One table of bundles: runtime, cases, tokens, task, size, as their own verifications found."""
+    with reported(as_json):
+        from builder import bundle_table
+
+        found = bundle_table.rows(bundle_table.bundles_in(folders))
+        if as_json:
+            emit({"ok": True, "bundles": bundle_table.as_dicts(found)})
+        else:
+            print(bundle_table.text(found))

@@ -40,6 +40,7 @@ from builder.json_file import read_json
 from builder.key import version
 from builder.pipeline import Inputs, encode, load_image, position_ids, preprocess
 from builder.player import OwnProcessor, Player, open_player
+from builder.preprocessor_gates import golden_preprocessor_gates
 from builder.reference import ANY_SIZE, Answer
 from builder.report import write
 from builder.report.context import of_bundle
@@ -74,7 +75,8 @@ def verify_golden(bundle: Path, path: Path, more: Sequence[Path] = (), reference
         cases = placed(read_cases((SUITE, *more)), Limits(*golden.limits), Path(drawn))
         _check_cases(golden, path, cases)
         tapped = Tapped.load(bundle, TARGETS[target].packed, golden.hidden)
-        return _report(target, golden, cases, player, tapped, checkpoint)
+        report = _report(target, golden, cases, player, tapped, checkpoint)
+    return replace(report, gates=(*report.gates, *golden_preprocessor_gates(bundle, target, player.vision)))
 
 
 def verify_bundle_golden(bundle: Path, path: Path, more: Sequence[Path] = (), reference: Path | None = None) -> Report:

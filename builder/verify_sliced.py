@@ -27,12 +27,13 @@ from builder.figures import size
 from builder.gates import Gate, Report, attempted
 from builder.pipeline import load_tokenizer, prepare, read_image_settings, read_settings
 from builder.player import open_player
+from builder.preprocessor_gates import preprocessor_gates
 from builder.reference import Reference
 from builder.sliced_graphs import Asked, SlicedGraphs
 from builder.stored import traced
 from builder.targets import TARGETS
 from builder.targets.settings import eos_token_ids
-from builder.verify_tokens import TIE, Ties, input_gates
+from builder.verify_tokens import TIE, Ties, counted, input_gates
 
 CASES = ("text", "one picture", "wide, tall")
 TOKENS = 16
@@ -71,6 +72,7 @@ def verify_sliced(
             asked.append(one)
             gates += compared
             advance()
+        gates += preprocessor_gates(folder, target, reference)
         graphs = SlicedGraphs(folder, target, reference, slice_budget(limit))
         ended = False
         for place, compute in (
@@ -87,11 +89,13 @@ def verify_sliced(
             gates += told
         advance()
     versions = {name: version(name) for name in ("torch", "transformers", "onnxruntime", "numpy")}
-    facts = {
+    facts: dict[str, object] = {
         "versions": versions | dict(TARGETS[target].versions()),
         "peak_rss": max(graphs.peak, memory.peak_rss() or 0),
         "cases": [one.name for one in asked],
     }
+    if "tokens" not in not_run:
+        facts["tokens"] = {**counted([(gates, Ties(TOKENS * len(asked), ()))]), "cases": len(asked)}
     return Report(target, reference.checkpoint.name, tuple(gates), facts, not_run, exhibits())
 
 

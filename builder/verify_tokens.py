@@ -39,6 +39,16 @@ class Ties:
         return Gate("tokens", "near ties", float(len(self.found)), limit, "; ".join(self.found))
 
 
+def counted(played: Sequence[tuple[Sequence[Gate], Ties]]) -> dict[str, int]:
+    """Over all cases of which tokens were compared: how many, and how many tokens came before one that differs."""
+    some = [(gates, ties) for gates, ties in played if ties.compared]
+    equal = 0.0
+    for gates, ties in some:
+        off = sum(gate.measured for gate in gates if gate.place.startswith("tokens"))
+        equal += max(0.0, ties.compared - len(ties.found) - off)
+    return {"cases": len(some), "compared": sum(ties.compared for _, ties in some), "equal": round(equal)}
+
+
 def input_gates(name: str, inputs: Inputs, prompt: Prompt) -> list[Gate]:
     """Our own preprocessing against upstream's: token ids, pixel values, positions, all bit for bit."""
     gates = [exact("token ids", name, inputs.input_ids, prompt.input_ids)]

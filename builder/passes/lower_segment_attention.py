@@ -58,7 +58,8 @@ class _Lowering:
         """The Loop's second output: the attention's output, [patches, hidden]."""
         zero = _constant(self.outer, [0])
         patches = self.outer.op("Shape", [self.query], {"start": 0, "end": 1})
-        empty = _constant(self.outer, np.zeros((0, self.hidden), self.dtype.numpy()))
+        # No constant: OpenVINO takes a constant of no rows that a loop begins with for something else, and fails.
+        empty = self.outer.op("Slice", [self.query, zero, zero, zero])
         more = self.outer.op("Squeeze", [self.outer.op("Less", [zero, patches])])
         if not self.fused:
             self._split_heads()

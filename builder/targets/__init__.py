@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from builder.targets import genai, onnxruntime, transformersjs
+from builder.targets import genai, onnxruntime, openvino, transformersjs
 from builder.targets.runtime import Runtime
 
 TARGETS: dict[str, Runtime] = {
-    runtime.name: runtime for runtime in (genai.RUNTIME, onnxruntime.RUNTIME, transformersjs.RUNTIME)
+    runtime.name: runtime for runtime in (genai.RUNTIME, onnxruntime.RUNTIME, openvino.RUNTIME, transformersjs.RUNTIME)
 }

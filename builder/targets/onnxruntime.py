@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from builder.checkpoint import Checkpoint
 from builder.contract import DECODER, EMBEDDINGS, VISION, plain_components
+from builder.targets.preprocessing import image_preprocessor_graph
 from builder.targets.runtime import Notes, Runtime
 from builder.targets.settings import pipeline_settings, vision_processor
 
@@ -28,7 +29,8 @@ PASSES = {
 }
 
 
-def _module(checkpoint: Checkpoint, model: Any, graph: str, fused: bool) -> Any:
+def plain_module(checkpoint: Checkpoint, model: Any, graph: str, fused: bool) -> Any:
+    """The module of one graph with `plain_components`."""
     from builder import modules
 
     levels = len(checkpoint.vision.deepstack)
@@ -56,12 +58,13 @@ class PipelinePlayer:
 
     Args:
         module: builder.pipeline, or that copy.
+        opened: a `Pipeline` of it.
     """
 
     padding = own = not_run = None
 
-    def __init__(self, folder: Path, module: Any) -> None:
-        self.module, self.pipeline = module, module.Pipeline.load(folder)
+    def __init__(self, module: Any, opened: Any) -> None:
+        self.module, self.pipeline = module, opened
         self.settings, self.vision = self.pipeline.settings, self.pipeline.vision
         self.tokenizer = self.pipeline.tokenizer
 
@@ -84,7 +87,8 @@ class PipelinePlayer:
 def _play(folder: Path, asked: bool) -> PipelinePlayer:
     from builder import pipeline
 
-    return PipelinePlayer(folder, _load_module(folder / PIPELINE) if asked else pipeline)
+    module = _load_module(folder / PIPELINE) if asked else pipeline
+    return PipelinePlayer(module, module.Pipeline.load(folder))
 
 
 def _load_module(path: Path) -> Any:
@@ -103,6 +107,9 @@ NOTES = Notes(
     ('python pipeline.py --prompt "What is this?" --image picture.png',),
     (
         "`pipeline.py` is code, and the reference for ports: read it before you run a copy that somebody gave you.",
+        "`image_preprocessor.onnx` makes `pixel_values` and `image_grid_thw` of RGB bytes [height, width, 3], bit for "
+        "bit as transformers does, for clients without a preprocessor. Decode the file, turn the picture by its EXIF "
+        "orientation, and refuse one that is more than 200 times as long as wide before.",
         "Attention scores are computed in blocks of query rows; memory grows with the number of patches.",
     ),
 )
@@ -115,10 +122,11 @@ RUNTIME = Runtime(
     merges=False,
     attentions=("eager",),
     ports=plain_components,
-    module=_module,
+    module=plain_module,
     passes=lambda graph, fused: PASSES[graph],
     configs=_configs,
     play=_play,
     programs=_programs,
     notes=NOTES,
+    further=image_preprocessor_graph,
 )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from builder.checkpoint import Checkpoint
 from builder.contract import PACKED_FEATURES, PLAIN_FEATURES, Component
+from builder.targets.preprocessing import Preprocess, in_onnxruntime
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -75,7 +76,10 @@ class Runtime:
         provider: whether its settings start the recipe's execution provider; where not, it is built for `cpu`.
         layout: (graph's role, recipe) → where the graph and its data lie.
         apart: every graph brings all of its data; where not, graphs may share what is the same (tied embeddings).
-        further: (checkpoint, recipe) → role → a further graph, without external data.
+        further: (checkpoint, recipe) → role → a further graph, without external data
+            (builder/targets/preprocessing.py has one).
+        preprocessor: the image preprocessor's file → it, in the runtime; where the bundle has such a graph.
+        levels: of 1/255, by which a pixel of its may be off: more than 0 where the runtime has no float64.
         needs: why it cannot be played on this machine; None where it can.
         versions: of what plays it, for the report.
     """
@@ -100,6 +104,8 @@ class Runtime:
     apart: bool = False
     programs: Callable[[], Mapping[str, str]] = dict
     further: Callable[[Checkpoint, Any], Mapping[str, ModelProto]] = lambda checkpoint, recipe: {}
+    preprocessor: Callable[[Path], Preprocess] = in_onnxruntime
+    levels: float = 0.0
     needs: Callable[[], str | None] = lambda: None
     versions: Callable[[], Mapping[str, str]] = dict
 

@@ -23,12 +23,11 @@ from builder.contract import (
     packed_components,
 )
 from builder.node import LIBRARY, PINNED_LIBRARY, missing, versions
+from builder.targets.preprocessing import image_preprocessor_graph
 from builder.targets.runtime import Notes, Place, Runtime
 from builder.targets.settings import as_json, eos_token_ids, pipeline_settings, vision_processor
 
 if TYPE_CHECKING:
-    from onnx import ModelProto
-
     from builder.recipe import Recipe, Target
     from builder.transformersjs import TransformersJs
 
@@ -145,17 +144,6 @@ def preprocessor_config(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def _further(checkpoint: Checkpoint, recipe: Recipe) -> Mapping[str, ModelProto]:
-    """What makes any picture's pixels exact where transformers' processor is not: for the demo, and for clients."""
-    import onnx_ir as ir
-
-    from builder.image_preprocessor import NAME as ROLE
-    from builder.image_preprocessor import image_preprocessor
-
-    model: ModelProto = ir.to_proto(image_preprocessor(checkpoint.preprocessor, OPSET))
-    return {ROLE: model}
-
-
 def _play(folder: Path, asked: bool) -> TransformersJs:
     from builder.transformersjs import TransformersJs
 
@@ -214,7 +202,7 @@ RUNTIME = Runtime(
     quantized=True,
     layout=layout,
     programs=_programs,
-    further=_further,
+    further=image_preprocessor_graph,
     apart=True,
     needs=missing,
     versions=versions,

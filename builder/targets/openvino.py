@@ -1,0 +1,104 @@
+"""Target `openvino`: OpenVINO ≥ 2026.4, which reads the ONNX graphs and their data files as they are.
+
+Ports are those of target `onnxruntime` (builder/contract.py), so that one client serves both. At fp32 there are
+standard operators only; weights in blocks of few bits are contrib operators that OpenVINO knows (MatMulNBits,
+GatherBlockQuantized). Attention is eager: OpenVINO makes its own fused one of it, and reads no contrib RotaryEmbedding
+of the kind that the fused graphs have. The bundle carries builder/openvino_pipeline.py beside builder/pipeline.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from builder.checkpoint import Checkpoint
+from builder.contract import CONTRIB, plain_components
+from builder.targets.onnxruntime import PASSES, PipelinePlayer, plain_module
+from builder.targets.preprocessing import Array, Preprocess, image_preprocessor_graph
+from builder.targets.runtime import Notes, Runtime
+from builder.targets.settings import pipeline_settings, vision_processor
+
+if TYPE_CHECKING:
+    from builder.recipe import Recipe, Target
+
+PROGRAMS = ("pipeline.py", "openvino_pipeline.py")
+
+
+def _configs(checkpoint: Checkpoint, recipe: Recipe, target: Target) -> Mapping[str, str]:
+    return {
+        "vision_processor.json": vision_processor(checkpoint),
+        "pipeline.json": pipeline_settings(checkpoint, recipe.max_length),
+        **_programs(),
+    }
+
+
+def _programs() -> Mapping[str, str]:
+    ours = Path(__file__).parents[1]
+    return {name: (ours / name).read_text(encoding="utf-8") for name in PROGRAMS}
+
+
+def _play(folder: Path, asked: bool) -> PipelinePlayer:
+    from builder import openvino_pipeline, pipeline
+
+    return PipelinePlayer(pipeline, openvino_pipeline.load(folder))
+
+
+def _preprocessor(path: Path) -> Preprocess:
+    from builder.openvino_pipeline import Session
+
+    session = Session(path)
+
+    def run(picture: Array) -> tuple[Array, Array]:
+        pixels, grid = session.run(["pixel_values", "image_grid_thw"], {"image": picture})
+        return pixels, grid
+
+    return run
+
+
+def _needs() -> str | None:
+    if find_spec("openvino") is None:
+        return 'openvino is not installed: pip install "qwen3vl-onnx[openvino]"'
+    return None
+
+
+NOTES = Notes(
+    "openvino",
+    ("openvino", "numpy", "pillow", "tokenizers"),
+    ('python openvino_pipeline.py --prompt "What is this?" --image picture.png',),
+    (
+        "`openvino_pipeline.py` and `pipeline.py` are code: read them before you run a copy that somebody gave you.",
+        "It was verified with products in float32 (`INFERENCE_PRECISION_HINT=f32`, no dynamic quantization). "
+        "OpenVINO's own choice on a CPU is bfloat16 where the processor has it, which differs by about a hundredth: "
+        "`--fast`.",
+        "`image_preprocessor.onnx` makes `pixel_values` and `image_grid_thw` of RGB bytes [height, width, 3]. OpenVINO "
+        "computes float64 as float32: about one value in ten thousand is off by 1/255, and for a few sizes below the "
+        "least number of pixels (343 × 7, say) the grid is another one than transformers'. `openvino_pipeline.py` "
+        "does without that graph, and is exact.",
+        "The graphs are read as ONNX; `openvino_genai.VLMPipeline` reads another layout.",
+    ),
+)
+
+RUNTIME = Runtime(
+    name="openvino",
+    opset=18,
+    domains=frozenset({"", CONTRIB}),
+    packed=False,
+    merges=False,
+    attentions=("eager",),
+    ports=plain_components,
+    module=plain_module,
+    passes=lambda graph, fused: PASSES[graph],
+    configs=_configs,
+    play=_play,
+    programs=_programs,
+    notes=NOTES,
+    quantized=True,
+    further=image_preprocessor_graph,
+    preprocessor=_preprocessor,
+    levels=1.001,  # one level, and the last bits of float32
+    needs=_needs,
+    versions=lambda: {"openvino": version("openvino")} if _needs() is None else {},
+)
