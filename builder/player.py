@@ -86,7 +86,11 @@ class Unplayed:
 
     module: Any = pipeline
     padding: int | None = None
-    own: OwnProcessor | None = None
+
+    @property
+    def own(self) -> OwnProcessor | None:
+        """None of these has one, unless it says so."""
+        return None
 
     def __init__(self, folder: Path, not_run: str | None) -> None:
         self.folder, self.not_run = folder, not_run

@@ -141,7 +141,7 @@ def walked(checkpoint: Checkpoint, wanted: dict[str, Storage], folder: Path) -> 
 def test_what_is_not_quantized_flows_as_in_pytorch(random: Checkpoint, tmp_path: Path) -> None:
     """DeepStack levels included: they are added between the layers."""
     reference = Reference(random)
-    prompts = list(calibrate._prompts(reference, random))
+    prompts = list(calibrate.calibration_prompts(reference, random))
     traces = [reference.hidden_states(prompt, answer).decoder for prompt, answer in prompts]
     exact = walked(random, {}, tmp_path / "exact")
     assert len(exact) == random.text.layers
