@@ -86,7 +86,6 @@ class Unplayed:
 
     module: Any = pipeline
     padding: int | None = None
-    own: OwnProcessor | None = None
 
     def __init__(self, folder: Path, not_run: str | None) -> None:
         self.folder, self.not_run = folder, not_run
@@ -97,6 +96,10 @@ class Unplayed:
     @property
     def most_tokens(self) -> int:
         return self.settings.max_length
+
+    @property
+    def own(self) -> OwnProcessor | None:
+        return None
 
     def prepare(self, prompt: str, images: Sequence[Path]) -> Inputs:
         return pipeline.prepare(prompt, images, self.tokenizer, self.settings, self.vision)

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 FLAGS = (
@@ -52,10 +52,9 @@ def chromium() -> str | None:
 class _Files(SimpleHTTPRequestHandler):
     """Files of several folders, each under a name of its own."""
 
-    extensions_map: ClassVar = {**SimpleHTTPRequestHandler.extensions_map, **KINDS}
-
     def __init__(self, *args: Any, folders: Mapping[str, Path], asked: list[str], **kwargs: Any) -> None:
         self.folders, self.asked = folders, asked
+        self.extensions_map = {**SimpleHTTPRequestHandler.extensions_map, **KINDS}
         super().__init__(*args, **kwargs)
 
     def translate_path(self, path: str) -> str:

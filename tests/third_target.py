@@ -52,8 +52,7 @@ class Third(Unplayed):
     """Greedy, in plain sessions."""
 
     def __init__(self, folder: Path) -> None:
-        super().__init__(folder, "")
-        self.not_run = None  # type: ignore[assignment]
+        super().__init__(folder, None)
         self.graphs = Graphs.load(folder, True, self.settings.hidden)
 
     def tokens(self, inputs: Inputs, max_new_tokens: int, min_new_tokens: int = 0) -> Iterator[int]:
