@@ -194,7 +194,8 @@ def _graph_rows(content: Content) -> list[Row]:
 
 def _code_rows(content: Content) -> list[Row]:
     """Programs that lie in the bundle, which only a person can judge."""
-    own = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in TARGETS[content.target].programs().items()}
+    written = [program for runtime in TARGETS.values() for program in runtime.programs().items()]
+    own = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in written}
     programs = [name for name in content.files if name.endswith(PROGRAMS)]
     known = {name: content.files[name].sha256 == own.get(name) for name in programs}
     told = [name if same else f"{name} (not this release's: read it before you run it)" for name, same in known.items()]

@@ -87,11 +87,6 @@ class Unplayed:
     module: Any = pipeline
     padding: int | None = None
 
-    @property
-    def own(self) -> OwnProcessor | None:
-        """None of these has one, unless it says so."""
-        return None
-
     def __init__(self, folder: Path, not_run: str | None) -> None:
         self.folder, self.not_run = folder, not_run
         self.settings = pipeline.read_settings(folder / "pipeline.json")
@@ -101,6 +96,10 @@ class Unplayed:
     @property
     def most_tokens(self) -> int:
         return self.settings.max_length
+
+    @property
+    def own(self) -> OwnProcessor | None:
+        return None
 
     def prepare(self, prompt: str, images: Sequence[Path]) -> Inputs:
         return pipeline.prepare(prompt, images, self.tokenizer, self.settings, self.vision)
@@ -113,22 +112,14 @@ class Unplayed:
         raise BundleError(f"{self.folder} cannot be played here", found=self.not_run, next="play it on another machine")
 
 
-def check_target(folder: Path, target: str) -> None:
-    """
-    Raises:
-        BundleError: no runtime of that name is known.
-    """
-    if target not in TARGETS:
-        raise BundleError(f"{folder} is for the target {target!r}", expected=" or ".join(TARGETS), found=target)
-
-
 def open_player(folder: Path, target: str) -> Player:
     """The bundle in `folder`, opened in the runtime of `target`; no program that lies in it is run.
 
     Raises:
         BundleError: an unknown target, or settings that cannot be carried out.
     """
-    check_target(folder, target)
+    if target not in TARGETS:
+        raise BundleError(f"{folder} is for the target {target!r}", expected=" or ".join(TARGETS), found=target)
     try:
         why = TARGETS[target].needs()
         return Unplayed(folder, why) if why else TARGETS[target].play(folder, False)

@@ -52,10 +52,9 @@ def chromium() -> str | None:
 class _Files(SimpleHTTPRequestHandler):
     """Files of several folders, each under a name of its own."""
 
-    extensions_map: dict[str, str] = {**SimpleHTTPRequestHandler.extensions_map, **KINDS}  # noqa: RUF012 - as there
-
     def __init__(self, *args: Any, folders: Mapping[str, Path], asked: list[str], **kwargs: Any) -> None:
         self.folders, self.asked = folders, asked
+        self.extensions_map = {**SimpleHTTPRequestHandler.extensions_map, **KINDS}
         super().__init__(*args, **kwargs)
 
     def translate_path(self, path: str) -> str:

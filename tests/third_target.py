@@ -24,12 +24,12 @@ from builder.gates import Gate, Report
 from builder.graphs import Graphs
 from builder.pipeline import Inputs
 from builder.player import Unplayed
+from builder.quantize import DIGESTS
 from builder.recipe import Recipe, Target
 from builder.report import write
 from builder.report.context import Context
 from builder.targets.runtime import Notes, Place, Runtime
 from builder.targets.settings import pipeline_settings, vision_processor
-from builder.weights import DIGESTS
 from patches import SETS
 from tests.toy_graphs import Toy
 
@@ -52,8 +52,7 @@ class Third(Unplayed):
     """Greedy, in plain sessions."""
 
     def __init__(self, folder: Path) -> None:
-        super().__init__(folder, "")
-        self.not_run = None
+        super().__init__(folder, None)
         self.graphs = Graphs.load(folder, True, self.settings.hidden)
 
     def tokens(self, inputs: Inputs, max_new_tokens: int, min_new_tokens: int = 0) -> Iterator[int]:
