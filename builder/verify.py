@@ -158,7 +158,8 @@ def verify(
             whole = whole_suite(checkpoint, Path(drawn))
             return verify(folder, target, reference, whole, until_failure=until_failure)
     gates: list[Gate] = []
-    versions = {name: version(name) for name in RUNNING} | dict(TARGETS[target].versions())
+    own = dict(TARGETS[target].versions()) if target in TARGETS else {}  # what is unknown, open_player refuses
+    versions = {name: version(name) for name in RUNNING} | own
     facts: dict[str, object] = {"versions": versions, "not checked": unchecked(suite)}
     total = 2 * len(suite.cases) + len(suite.tasks) + 1
     with progress(f"verify {target}", total) as advance, collecting(checkpoint.vision) as exhibits:
