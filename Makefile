@@ -58,7 +58,7 @@ test-full: setup ## every test, in every runtime (`make node runtimes`, Chromium
 	status=0; EVERY_RUNTIME=1 $(PY) -m pytest -q -m "" --junitxml=$(RESULTS) || status=$$?; \
 	$(PY) -m tests.tables $(RESULTS) > docs/test-full.md && exit $$status
 
-runtimes: setup ## install what else bundles are played in: openvino, and onnxruntime-node for examples/node
+runtimes: node ## install what else bundles are played in: openvino, and onnxruntime-node for examples/node
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[openvino]"
 	ONNXRUNTIME_NODE_INSTALL=skip npm --prefix examples/node ci --no-audit --no-fund
 

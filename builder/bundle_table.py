@@ -41,6 +41,7 @@ class Row:
         task: right held-out answers of all, and PyTorch's.
         bytes: of all files but the evidence.
         played: `run`, or `not run here, because …`.
+        twin: the tokens are those of the bundle's twin in fp32, which must be exact where the bundle need not.
     """
 
     target: str
@@ -53,11 +54,12 @@ class Row:
     task: str | None
     bytes: int
     played: str
+    twin: bool = False
 
     @property
     def cells(self) -> tuple[str, ...]:
         """As `COLUMNS`."""
-        tokens = f"{self.equal} / {self.tokens}" if self.tokens else NONE
+        tokens = f"{self.equal} / {self.tokens}{', its fp32 twin' * self.twin}" if self.tokens else NONE
         cases = str(self.cases) if self.tokens else NONE
         return (
             self.target,
@@ -126,6 +128,7 @@ def _row(bundle: Path) -> Row:
         f"{task['ONNX']} (PyTorch {task['PyTorch']})" if {"ONNX", "PyTorch"} <= task.keys() else None,
         sum(int(one["size"]) for one in manifest.get("files", {}).values()),
         f"not run here, because {why}" if why else RUN,
+        twin="quality" in facts,
     )
 
 

@@ -112,14 +112,22 @@ class Unplayed:
         raise BundleError(f"{self.folder} cannot be played here", found=self.not_run, next="play it on another machine")
 
 
+def check_target(folder: Path, target: str) -> None:
+    """
+    Raises:
+        BundleError: no runtime of that name is known.
+    """
+    if target not in TARGETS:
+        raise BundleError(f"{folder} is for the target {target!r}", expected=" or ".join(TARGETS), found=target)
+
+
 def open_player(folder: Path, target: str) -> Player:
     """The bundle in `folder`, opened in the runtime of `target`; no program that lies in it is run.
 
     Raises:
         BundleError: an unknown target, or settings that cannot be carried out.
     """
-    if target not in TARGETS:
-        raise BundleError(f"{folder} is for the target {target!r}", expected=" or ".join(TARGETS), found=target)
+    check_target(folder, target)
     try:
         why = TARGETS[target].needs()
         return Unplayed(folder, why) if why else TARGETS[target].play(folder, False)

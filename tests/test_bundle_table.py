@@ -58,6 +58,17 @@ def test_each_bundle_has_a_row_from_its_evidence(output: Path) -> None:
         assert "not run here, because" in " ".join(shown.split())
 
 
+def test_tokens_of_what_is_not_exact_are_its_twins(tmp_path: Path) -> None:
+    tokens = {"cases": 3, "compared": 192, "equal": 192}
+    bundle = verified(tmp_path / "int4", "openvino", tokens=tokens)
+    path = bundle / "evidence" / "parity.json"
+    parity = json.loads(path.read_text())
+    path.write_text(json.dumps({**parity, "facts": {**parity["facts"], "quality": {}}}))
+    (row,) = bundle_table.rows([bundle])
+    assert row.twin
+    assert "192 / 192, its fp32 twin" in bundle_table.markdown([row])
+
+
 def test_the_command_takes_bundles_and_output_folders(output: Path, tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["table", str(output), "--json"])
     assert done.exit_code == 0, done.output

@@ -41,7 +41,8 @@ def prompt_ids(checkpoint: Checkpoint, case: Case) -> list[int]:
 
     words = split_template(checkpoint)
     turn = words["prefix"] + words["image"] * len(case.images) + case.prompt + words["suffix"]
-    found: list[int] = Tokenizer.from_file(str(checkpoint.folder / "tokenizer.json")).encode(turn, False).ids
+    tokenizer = Tokenizer.from_file(str(checkpoint.folder / "tokenizer.json"))
+    found: list[int] = tokenizer.encode(turn, add_special_tokens=False).ids
     assert words["image"].count(token_text(checkpoint, checkpoint.image_token_id)) == 1
     return found
 

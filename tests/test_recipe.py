@@ -8,6 +8,7 @@ import pytest
 
 from builder.errors import RecipeError
 from builder.recipe import Recipe, Target, load_recipe, shipped
+from builder.targets import TARGETS
 
 BOTH = 'precision = "fp32"\ntargets = ["genai", "onnxruntime"]\n'
 GENAI = 'precision = "fp32"\ntargets = ["genai"]\n'
@@ -38,9 +39,10 @@ def test_the_default_recipe_has_each_target_with_its_own_attention() -> None:
 def test_every_shipped_recipe_is_sound() -> None:
     own = ["fp16", "fp32", "fp32-eager", "int4", "int4-fast", "int4-small", "int8"]
     elsewhere = [f"{name}-{provider}" for name in ("fp16", "int4") for provider in ("dml", "webgpu")]
-    assert shipped() == sorted([*own, *elsewhere, "bf16", "int4-cuda"])
+    assert shipped() == sorted([*own, *elsewhere, "bf16", "fp32-everywhere", "int4-cuda", "int4-openvino"])
     assert [load_recipe(name).name for name in shipped()] == shipped()
-    assert [name for name in shipped() if load_recipe(name).exact] == ["fp32", "fp32-eager"]
+    assert [name for name in shipped() if load_recipe(name).exact] == ["fp32", "fp32-eager", "fp32-everywhere"]
+    assert [target.runtime for target in load_recipe("fp32-everywhere").targets] == list(TARGETS)
     assert load_recipe("fp32-eager").targets == (Target("genai", "eager"),)
 
 

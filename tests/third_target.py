@@ -24,12 +24,12 @@ from builder.gates import Gate, Report
 from builder.graphs import Graphs
 from builder.pipeline import Inputs
 from builder.player import Unplayed
-from builder.quantize import DIGESTS
 from builder.recipe import Recipe, Target
 from builder.report import write
 from builder.report.context import Context
 from builder.targets.runtime import Notes, Place, Runtime
 from builder.targets.settings import pipeline_settings, vision_processor
+from builder.weights import DIGESTS
 from patches import SETS
 from tests.toy_graphs import Toy
 
