@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from shutil import copytree
 
@@ -21,7 +22,7 @@ from builder.dry_run import described
 from builder.estimate import graph_bytes
 from builder.gates import Report
 from builder.player import open_player
-from builder.recipe import load_recipe
+from builder.recipe import Target, load_recipe
 from builder.reference import Reference
 from builder.run import answer
 from builder.targets.transformersjs import NAME, layout
@@ -106,6 +107,16 @@ def test_a_bundle_streams_its_answer(bundle: Callable[[str], Path]) -> None:
     told = answer(bundle("fp32"), case.prompt, case.images, max_new_tokens=TOKENS, on_text=pieces.append)
     assert told.text == case.answer == "".join(pieces)
     assert len(pieces) > 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", ["deepstack0", "untied"])
+def test_other_shapes_do_too(checkpoint: Callable[[str], Path], built: Built, shape: str) -> None:
+    """Without DeepStack the packed axis is the hidden one; with a head of its own each matrix lies in one file."""
+    folder, recipe = checkpoint(shape), replace(load_recipe("fp32"), targets=(Target(NAME, "fused"),))
+    report = verified(built(folder, recipe) / NAME, Reference(open_checkpoint(folder)), "text", "one picture")
+    assert report.ok, report.table()
+    assert sum(gate.place == "tokens" for gate in report.gates) == 3
 
 
 @pytest.mark.slow
