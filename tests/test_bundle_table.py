@@ -15,8 +15,11 @@ from builder.evidence import Exhibit
 from builder.gates import Gate, Report
 from builder.report import write
 from builder.report.context import Context
+from builder.targets import TARGETS
 from builder.verify_tokens import Ties, counted
 from tests.bundles import edit_manifest, small_bundle
+from tests.processes import python
+from tests.runtimes import require
 
 
 def verified(folder: Path, target: str, **facts: object) -> Path:
@@ -98,3 +101,18 @@ def test_tokens_are_counted_up_to_the_first_that_differs() -> None:
     thrown = ([Gate("tokens", "d", float("inf"), 0)], Ties(64, ()))
     nothing: tuple[list[Gate], Ties] = ([], Ties(0, ()))
     assert counted([right, wrong, tied, thrown, nothing]) == {"cases": 4, "compared": 256, "equal": 64 + 4 + 63}
+
+
+@pytest.mark.slow
+@pytest.mark.torch
+def test_one_command_makes_a_bundle_for_every_runtime_each_proven_in_its_own(tmp_path: Path) -> None:
+    for runtime in TARGETS.values():
+        require(runtime.needs())
+    done = python("-m", "builder", "build", "--recipe", "fp32-everywhere", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "outputs/miniature-fp32-everywhere/evidence/bundles.json").read_text())
+    assert [row["target"] for row in rows] == list(TARGETS)
+    for row in rows:
+        assert row["equal"] == row["tokens"] > 500, row
+        assert row["task"] == rows[0]["task"], row
+        assert row["played"] == "run", row

@@ -14,6 +14,7 @@ from builder import pipeline
 from builder.checkpoint import open_checkpoint
 from builder.errors import BundleError, ImageError, MissingPackageError, PromptError
 from builder.run import answer, open_bundle
+from builder.targets import TARGETS
 from tests.checkpoints import MINIATURE
 from tests.toy_graphs import Toy, toy
 
@@ -106,7 +107,7 @@ def test_a_folder_that_is_no_bundle_is_named(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text('{"target": "coreml"}')
     with pytest.raises(BundleError, match="cannot be run here") as caught:
         ask(tmp_path)
-    assert (caught.value.expected, caught.value.found) == ("genai or onnxruntime or openvino", "coreml")
+    assert (caught.value.expected, caught.value.found) == (" or ".join(TARGETS), "coreml")
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
