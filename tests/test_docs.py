@@ -57,6 +57,7 @@ def environment(page: str) -> dict[str, str]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.torch
 @pytest.mark.parametrize("page", PAGES)
 def test_every_command_of_a_page_does_what_it_says(page: str, folder: Path) -> None:
