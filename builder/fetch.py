@@ -170,6 +170,15 @@ def mark(path: Path, rehash: bool = False) -> str:
     return f"{stat.st_size} bytes, time {stat.st_mtime_ns}, header {hashlib.sha256(header).hexdigest()}"
 
 
+def beside(source: Source, name: str) -> str:
+    """What tells the cases in the folder `name` beside a local checkpoint's from others: a digest of all its files."""
+    folder = None if source.folder is None else source.folder.resolve().parent / name
+    if folder is None or not (folder / "cases.jsonl").is_file():
+        return "none"
+    told = [f"{file.name} {mark(file)}" for file in sorted(folder.iterdir()) if file.is_file()]
+    return hashlib.sha256("\n".join(told).encode()).hexdigest()
+
+
 def _digests(folder: Path, files: Iterable[str]) -> dict[str, tuple[int, str]]:
     """File → size in bytes and SHA-256 (hex)."""
     return {file: ((folder / file).stat().st_size, _sha256(folder / file)) for file in files}

@@ -36,6 +36,7 @@ from builder.output import (
 )
 from builder.stage import Build, Stage
 
+BESIDE = ("calibration", "heldout")  # folders of cases beside a checkpoint
 _DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG})
 _PERMISSION = frozenset({errno.EACCES, errno.EPERM})
 
@@ -166,6 +167,11 @@ def _components(build: Build, stage: Stage, earlier: Mapping[str, Step], archite
             from builder.fetch import identity
 
             inputs |= identity(build.source, rehash=build.rehash)
+        elif name in BESIDE:
+            from builder.fetch import beside
+
+            read = name == "heldout" or any(rule.search == "gptq" for rule in build.recipe.rules)
+            inputs[name] = beside(build.source, name) if read else "not read"
         else:
             inputs[name] = architecture() if name == "config" else earlier[name].components.key
     return Components(

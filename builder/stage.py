@@ -28,7 +28,8 @@ class Stage:
         name: also the module (`builder.<name>`, unless `module` says otherwise) whose `run(build, out)` does
             the work, writing under `out` only, and returns facts (JSON) for the record. A fact called
             `report` is text that `build` prints.
-        inputs: earlier stages, `"source"` (the checkpoint's files) or `"config"` (its architecture).
+        inputs: earlier stages, `"source"` (the checkpoint's files), `"config"` (its architecture), `"calibration"` or
+            `"heldout"` (the cases beside it).
         fields: of the recipe that it reads.
         packages: distributions whose version can change its result.
         files: patterns of files that it reads rather than imports, see `builder.key.code_digests`.
@@ -68,12 +69,12 @@ STAGES: tuple[Stage, ...] = (
     Stage("export", ("config", "patch"), ("targets",),
           ("torch", "transformers", *_ONNX, "onnxscript"), (_DIGESTS,), shared=True),
     Stage("optimize", ("export",), ("targets",), (*_ONNX, "onnxscript"), shared=True),
-    Stage("quantize", ("optimize", "fetch"), ("targets", "precision", "rules"),
+    Stage("quantize", ("optimize", "fetch", "calibration"), ("targets", "precision", "rules"),
           (*_ONNX, "onnxscript", "numpy", "ml-dtypes", "torch", "transformers", "tokenizers", "pillow"),
           ("builder/suite/**/*", "builder/miniature/calibration/*")),
     Stage("configure", ("quantize", "fetch"), ("targets", "precision", "rules", "provider", "max_length"),
           ("jinja2", "tokenizers", *_ONNX, "numpy"), ("builder/pipeline.py", "builder/targets/demo/*", *_NODE)),
-    Stage("verify", ("configure", "fetch"), ("targets", "precision", "rules", "provider", "limits"),
+    Stage("verify", ("configure", "fetch", "heldout"), ("targets", "precision", "rules", "provider", "limits"),
           (*_RUNNING, "jinja2"), ("builder/suite/**/*", "builder/miniature/heldout/*", *_PAGES, *_NODE)),
     Stage("bundle", ("quantize", "configure", "verify", "fetch", "patch"),
           ("name", "targets", "precision", "rules", "provider", "limits", "max_length"),

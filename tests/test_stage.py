@@ -25,7 +25,9 @@ from builder.key import code_digests
 from builder.loop import Event, execute, plan
 from builder.output import read_record
 from builder.recipe import Target, load_recipe
+from builder.source import parse_source
 from builder.stage import STAGES, Build, Stage
+from tests.checkpoints import MINIATURE
 
 ROOT = Path(__file__).parents[1]
 # Each module writes down that it ran; `second` reads what `first` made; a file `die` makes it fail half way.
@@ -586,7 +588,7 @@ def test_the_stages_are_in_order_and_each_input_comes_before() -> None:
     names = [stage.name for stage in STAGES]
     assert names == ["fetch", "patch", "export", "optimize", "quantize", "configure", "verify", "bundle"]
     for number, stage in enumerate(STAGES):
-        assert set(stage.inputs) <= {"source", "config", *names[:number]}
+        assert set(stage.inputs) <= {"source", "config", "calibration", "heldout", *names[:number]}
         assert all(hasattr(load_recipe(), field) for field in stage.fields)
 
 
@@ -625,3 +627,34 @@ def test_progress_is_shown_by_whoever_asked() -> None:
     with progress("after") as advance:
         advance()
     assert seen == [("weights", 7, 1), ("weights", 7, 6), ("weights", 7, 0)]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "name", "stage"), [("int4", "calibration", "quantize"), ("fp32", "heldout", "verify")]
+)
+def test_cases_beside_a_checkpoint_are_an_input_of_what_reads_them(
+    tmp_path: Path, recipe: str, name: str, stage: str
+) -> None:
+    checkpoint = Path(shutil.copytree(MINIATURE, tmp_path / "checkpoint"))
+    build = Build(parse_source(str(checkpoint)), load_recipe(recipe), tmp_path / "out")
+
+    def told() -> str:
+        (step,) = [one for one in plan(build, None, []) if one.stage.name == stage]
+        return step.components.inputs[name]
+
+    assert told() == "none"
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "cases.jsonl").write_text("{}\n")
+    first = told()
+    assert first != "none"
+    (tmp_path / name / "one.png").write_bytes(b"a picture")
+    second = told()
+    assert second != first
+    (tmp_path / name / "one.png").write_bytes(b"b picture")
+    assert told() not in (first, second)
+
+
+def test_calibration_is_no_input_where_nothing_is_calibrated(tmp_path: Path) -> None:
+    build = Build(parse_source(str(MINIATURE)), load_recipe("int4-fast"), tmp_path / "out")
+    (step,) = [one for one in plan(build, None, []) if one.stage.name == "quantize"]
+    assert step.components.inputs["calibration"] == "not read"

@@ -153,7 +153,9 @@ def test_all_logits_are_the_shipped_graphs_last_one_at_every_token(finished: Cal
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
-    every = onnxruntime.InferenceSession(decoder_with_all_logits(folder / "model.onnx"), options, providers=["CPUExecutionProvider"])
+    every = onnxruntime.InferenceSession(
+        decoder_with_all_logits(folder / "model.onnx"), options, providers=["CPUExecutionProvider"]
+    )
     shipped = onnxruntime.InferenceSession(folder / f"{DECODER}.onnx", providers=["CPUExecutionProvider"])
     seq, outputs = 7, [port.name for port in every.get_outputs()]
     layers = sum(name.endswith(".key") for name in outputs)
