@@ -21,8 +21,8 @@ Levels = npt.NDArray[np.uint8]
 SMALLEST, LARGEST = 16, 256  # block sizes that the runtimes' kernels know
 # What the largest magnitude of a block is divided by to get its scale, over 2^(bits - 1). Above 1 it is clipped a
 # little and all others get finer levels; below 1 the whole range of levels is not used, which suits blocks whose
-# second largest magnitude has the other sign. Six of them get 96 % of what twenty do (on normal and on trained
-# weights).
+# second largest magnitude has the other sign. More of them gain little (six got 96 % of what twenty did, on normal and
+# on trained weights).
 DIVISORS = (1.0, 0.86, 0.93, 1.08, 1.16)
 SPANS = (1.0, 0.94, 0.88, 0.82)  # with zero points: the share of the block's span that levels cover
 TINY = np.float32(1e-30)
