@@ -86,7 +86,9 @@ def test_a_block_that_is_not_run_here_names_the_test_that_runs_it() -> None:
             if block.kind == "console":
                 named = RUN_ELSEWHERE.search(block.before)
                 assert named is not None, f"{page}: {block.text}"
-                program = re.search(r"(?:\S+/|--recipe )([\w-]+(?:\.sh)?)$", block.text, re.MULTILINE)
+                program = re.search(
+                    r"(?:\S+/|--recipe |builder (?=publish))([\w-]+(?:\.sh)?)(?:$| \")", block.text, re.MULTILINE
+                )
                 assert program is not None
                 assert program[1] in (ROOT / named[1]).read_text(encoding="utf-8")
                 seen += 1
