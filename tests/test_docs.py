@@ -19,6 +19,7 @@ PICTURE = MINIATURE.parent / "heldout" / "pic002.png"
 # In an order in which each finds what the ones before it have made.
 PAGES = ("regenerate", "pipeline", "verify-in-ci", "troubleshooting", "ship")
 BLOCK = re.compile(r"^```(?P<kind>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
+NAMED = re.compile(r"(?:\S+/|--recipe |builder (?=publish))([\w-]+(?:\.sh)?)(?:$| \")", re.MULTILINE)
 RUN_ELSEWHERE = re.compile(r"`(tests/\w+\.py)`:?\s*$")
 
 
@@ -86,9 +87,7 @@ def test_a_block_that_is_not_run_here_names_the_test_that_runs_it() -> None:
             if block.kind == "console":
                 named = RUN_ELSEWHERE.search(block.before)
                 assert named is not None, f"{page}: {block.text}"
-                program = re.search(
-                    r"(?:\S+/|--recipe |builder (?=publish))([\w-]+(?:\.sh)?)(?:$| \")", block.text, re.MULTILINE
-                )
+                program = NAMED.search(block.text)
                 assert program is not None
                 assert program[1] in (ROOT / named[1]).read_text(encoding="utf-8")
                 seen += 1
