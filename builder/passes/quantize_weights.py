@@ -143,10 +143,10 @@ class _Rewriter:
         middle = ir.tensor(np.array(product.storage.blocks.middle, np.uint8))
         zero = ir.node("Constant", inputs=[], attributes={"value": middle})
         self.model.graph.insert_before(product.node, zero)
-        inputs = [product.node.inputs[0], levels, scales, zero.outputs[0], product.bias]
-        return ir.node(
-            "DynamicQuantizeMatMul", inputs=inputs[: None if product.bias else -1], attributes={}, domain=CONTRIB
-        )
+        inputs = [product.node.inputs[0], levels, scales, zero.outputs[0]]
+        if product.bias is not None:
+            inputs.append(product.bias)
+        return ir.node("DynamicQuantizeMatMul", inputs=inputs, domain=CONTRIB)
 
     def look_up(self, node: ir.Node, table: ir.Value, storage: Storage) -> None:
         """GatherBlockQuantized in the place of a Gather over rows."""
