@@ -55,10 +55,10 @@ test: setup ## every test that takes seconds
 
 test-full: setup ## every test, in every runtime (`make node runtimes`, Chromium); the results go to docs/test-full.md
 	@mkdir -p docs outputs && rm -f $(RESULTS)
-	status=0; EVERY_RUNTIME=1 $(PY) -m pytest -q -m "" --junitxml=$(RESULTS) || status=$$?; \
+	status=0; EVERY_RUNTIME=1 $(PY) -m pytest -q -m "" -n logical --dist loadfile --junitxml=$(RESULTS) || status=$$?; \
 	$(PY) -m tests.tables $(RESULTS) > docs/test-full.md && exit $$status
 
-runtimes: node ## install what else bundles are played in: openvino, and onnxruntime-node for examples/node
+runtimes: setup node ## install what else bundles are played in: openvino, and onnxruntime-node for examples/node
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[openvino]"
 	ONNXRUNTIME_NODE_INSTALL=skip npm --prefix examples/node ci --no-audit --no-fund
 

@@ -18,6 +18,8 @@ from builder.source import parse_source
 from builder.stage import Build
 from tests.checkpoints import MINIATURE, write_shape
 from tests.processes import python
+from tests.toy_stages import build as build
+from tests.toy_stages import demo as demo
 
 if TYPE_CHECKING:
     from builder.reference import Reference
