@@ -21,6 +21,8 @@ from builder.bundle_files import graph_files
 from builder.files import write_text
 from builder.targets import TARGETS
 
+DOWN = "layers.{}.mlp.down_proj.weight"
+
 
 class InapplicableError(Exception):
     """Why a bundle cannot be broken in this way."""
@@ -70,6 +72,15 @@ def weight(graph: ir.Graph, ending: str) -> ir.Value:
     endings = (ending, f"{ending}.levels", f"{ending}.stored")
     (found,) = [value for name, value in graph.initializers.items() if name.endswith(endings)]
     return found
+
+
+def need_layer(graph: ir.Graph, layer: int) -> None:
+    """
+    Raises:
+        InapplicableError: the decoder has fewer layers.
+    """
+    if not any(DOWN.format(layer) in name for name in graph.initializers):
+        raise InapplicableError(f"the decoder has no layer {layer}")
 
 
 def numbers(value: ir.Value) -> np.ndarray:

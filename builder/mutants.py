@@ -1,7 +1,7 @@
 """Every way to break a bundle that a verification must notice, and the place that it must name for it.
 
-In: builder/mutations.py. Out: `MUTANTS`, a table. Guaranteed: names are unique; every kind of gate that compares
-numbers, and every kind of input, has a mutant that it must catch.
+In: builder/mutations.py, builder/mutations_quantized.py. Out: `MUTANTS`, a table. Guaranteed: names are unique; every
+kind of gate that compares numbers, and every kind of input, has a mutant that it must catch.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from builder import mutations
+from builder import mutations_quantized as quantized
 from builder.gates import Gate
 from builder.targets import TARGETS
 
@@ -109,8 +110,15 @@ MUTANTS: tuple[Mutant, ...] = (
         "layer 1",
         stored=True,
     ),
-    Mutant("scales shifted", "by one block, in layer 1", mutations.scales_shifted, _both(WEIGHTS), stored=True),
-    Mutant("zero points", "one level off, in layer 1", mutations.zero_points_shifted, _both(WEIGHTS), stored=True),
-    Mutant("nibbles swapped", "in layer 1", mutations.nibbles_swapped, _both(WEIGHTS), stored=True),
+    Mutant("scales shifted", "by one block, in layer 1", quantized.scales_shifted, _both(WEIGHTS), stored=True),
+    Mutant("zero points", "one level off, in layer 1", quantized.zero_points_shifted, _both(WEIGHTS), stored=True),
+    Mutant("nibbles swapped", "in layer 1", quantized.nibbles_swapped, _both(WEIGHTS), stored=True),
+    Mutant(
+        "whole numbers",
+        "zero one level off, in vision block 1",
+        quantized.whole_zero_point_shifted,
+        _both("vision layers"),
+        "layer 1",
+    ),
     Mutant("image token", "genai_config.json names another", mutations.image_token_unknown, _both("tokens")),
 )

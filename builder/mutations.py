@@ -15,6 +15,7 @@ import onnx_ir as ir
 
 from builder.contract import DECODER, EMBEDDINGS, RESIDUAL, VISION
 from builder.graph_edits import (
+    DOWN,
     InapplicableError,
     as_output,
     behind,
@@ -23,6 +24,7 @@ from builder.graph_edits import (
     edited,
     feature_levels,
     into_input,
+    need_layer,
     numbers,
     port,
     reader,
@@ -31,12 +33,9 @@ from builder.graph_edits import (
     weight,
     zeros_behind,
 )
-from builder.packing import pack, unpack
 from builder.preprocessor_gates import preprocessor_file
 from builder.targets import TARGETS
 from builder.targets.preprocessing import NAME as PREPROCESSOR
-
-DOWN = "layers.{}.mlp.down_proj.weight"
 
 
 def mean_changed(bundle: Path, target: str) -> None:
@@ -213,7 +212,7 @@ def norm_epsilon_changed(bundle: Path, target: str) -> None:
 def mlp_scaled(bundle: Path, target: str, layer: int = 3) -> None:
     """What the feed-forward network of one decoder layer adds to the residual stream, 1 % too large."""
     with edited(bundle, DECODER) as graph:
-        _need(graph, layer)
+        need_layer(graph, layer)
         down = reader(weight(graph, DOWN.format(layer))).outputs[0]
         behind(graph, down, ir.node("Mul", [down, constant(graph, "more", np.float32(1.01))]))
 
@@ -221,7 +220,7 @@ def mlp_scaled(bundle: Path, target: str, layer: int = 3) -> None:
 def layers_swapped(bundle: Path, target: str, layers: tuple[int, int] = (1, 2)) -> None:
     """Two decoder layers read each other's down projection."""
     with edited(bundle, DECODER) as graph:
-        _need(graph, max(layers))
+        need_layer(graph, max(layers))
         one, two = (weight(graph, DOWN.format(layer)) for layer in layers)
         one.const_value, two.const_value = two.const_value, one.const_value
 
@@ -229,56 +228,11 @@ def layers_swapped(bundle: Path, target: str, layers: tuple[int, int] = (1, 2)) 
 def weight_transposed(bundle: Path, target: str, layer: int = 1) -> None:
     """The output projection of one decoder layer holds its numbers column by column where the graph reads rows."""
     with edited(bundle, DECODER) as graph:
-        _need(graph, layer)
+        need_layer(graph, layer)
         matrix = weight(graph, f"layers.{layer}.self_attn.o_proj.weight")
         values = numbers(matrix)
         turned = np.ascontiguousarray(values.T).reshape(values.shape)
         matrix.const_value = ir.tensor(turned, name=matrix.name)
-
-
-def scales_shifted(bundle: Path, target: str, layer: int = 1) -> None:
-    """Each block of a down projection has the scale of the next one."""
-    with edited(bundle, DECODER) as graph:
-        node = _quantized(graph, layer)
-        scales = node.inputs[2]
-        assert scales is not None
-        values = np.roll(numbers(scales), -1)
-        scales.const_value = ir.tensor(values, name=scales.name)
-
-
-def zero_points_shifted(bundle: Path, target: str, layer: int = 1) -> None:
-    """Zero is one level higher in a down projection."""
-    with edited(bundle, DECODER) as graph:
-        node = _quantized(graph, layer)
-        bits = node.attributes.get_int("bits", 0)
-        rows, blocks = node.inputs[2].shape.numpy()  # type: ignore[union-attr]
-        middle = np.full((rows, blocks), (1 << (bits - 1)) + 1, np.uint8)
-        if len(node.inputs) > 3 and node.inputs[3] is not None:
-            middle = unpack(numbers(node.inputs[3]).reshape(rows, -1), bits, blocks) + 1
-        zeros = constant(graph, "zero_points", pack(middle, bits))
-        node.resize_inputs(max(4, len(node.inputs)))
-        node.replace_input_with(3, zeros)
-
-
-def nibbles_swapped(bundle: Path, target: str, layer: int = 1) -> None:
-    """The first of two levels in the higher four bits, in a down projection."""
-    with edited(bundle, DECODER) as graph:
-        node = _quantized(graph, layer)
-        if node.attributes.get_int("bits", 0) != 4:
-            raise InapplicableError("a level has a byte of its own")
-        levels = node.inputs[1]
-        assert levels is not None
-        values = numbers(levels)
-        levels.const_value = ir.tensor((values >> 4) | (values << 4), name=levels.name)
-
-
-def _quantized(graph: ir.Graph, layer: int) -> ir.Node:
-    """The product with a decoder layer's down projection."""
-    _need(graph, layer)
-    node = reader(weight(graph, DOWN.format(layer)))
-    if node.op_type != "MatMulNBits":
-        raise InapplicableError("its weights are not quantized")
-    return node
 
 
 def image_token_unknown(bundle: Path, target: str) -> None:
@@ -296,11 +250,6 @@ def preprocessor_brighter(bundle: Path, target: str) -> None:
     with edited(bundle, PREPROCESSOR) as graph:
         (table,) = [value for value in graph.initializers.values() if numbers(value).size == 3 * 256]
         table.const_value = ir.tensor(numbers(table) * np.float32(1.01), name=table.name)
-
-
-def _need(graph: ir.Graph, layer: int) -> None:
-    if not any(DOWN.format(layer) in name for name in graph.initializers):
-        raise InapplicableError(f"the decoder has no layer {layer}")
 
 
 def _once(graph: ir.Graph, name: str, value: Any) -> ir.Value:

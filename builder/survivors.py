@@ -18,8 +18,17 @@ import onnx_ir as ir
 
 from builder.contract import DECODER, EMBEDDINGS, RESIDUAL, VISION
 from builder.gates import Gate
-from builder.graph_edits import InapplicableError, as_output, behind, edited, feature_levels, port, reader, weight
-from builder.mutations import DOWN
+from builder.graph_edits import (
+    DOWN,
+    InapplicableError,
+    as_output,
+    behind,
+    edited,
+    feature_levels,
+    port,
+    reader,
+    weight,
+)
 from builder.sliced_graphs import Asked, SlicedGraphs
 from builder.targets import TARGETS
 

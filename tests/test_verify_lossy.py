@@ -17,7 +17,8 @@ from builder.dequantized import WeightError
 from builder.errors import BundleError
 from builder.gates import PLACES, Report
 from builder.json_file import read_json
-from builder.mutations import deepstack_levels_swapped, nibbles_swapped, scales_shifted, zero_points_shifted
+from builder.mutations import deepstack_levels_swapped
+from builder.mutations_quantized import nibbles_swapped, scales_shifted, zero_points_shifted
 from builder.recipe import Limits, load_recipe
 from builder.reference import Reference
 from builder.verify_lossy import CASES, Terms, weight_gates
