@@ -31,7 +31,7 @@ class Components:
         recipe: field name → value, as JSON has it.
         inputs: stage, or fact of the checkpoint → key or digest; `UNKNOWN` before the checkpoint is fetched.
         code: file (`builder/export.py`) → SHA-256 of its bytes.
-        packages: distribution → version, or `MISSING`.
+        packages: distribution → version, or `MISSING`; runtime of a target → versions of what plays it.
     """
 
     recipe: Mapping[str, object]

@@ -178,8 +178,20 @@ def _components(build: Build, stage: Stage, earlier: Mapping[str, Step], archite
         recipe={name: plain(getattr(build.recipe, name)) for name in stage.fields},
         inputs=inputs,
         code=code_digests(stage.module_name, stage.files),
-        packages={name: version(name) for name in stage.packages},
+        packages={name: version(name) for name in stage.packages} | (_runtimes(build) if stage.plays else {}),
     )
+
+
+def _runtimes(build: Build) -> dict[str, str]:
+    """Target → what plays its bundle here, where that is more than packages that every stage may name."""
+    from builder.targets import TARGETS
+
+    found: dict[str, str] = {}
+    for runtime in (TARGETS[target.runtime] for target in build.recipe.targets):
+        versions = ", ".join(f"{name} {number}" for name, number in sorted(runtime.versions().items()))
+        here = "not here" if runtime.needs() else versions
+        found |= {f"runtime of {runtime.name}": here} if here else {}
+    return found
 
 
 def _architecture(build: Build, fetch: Step | None) -> Callable[[], str]:

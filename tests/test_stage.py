@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 import textwrap
 from collections.abc import Callable
@@ -17,12 +16,10 @@ from builder import key, loop
 from builder.console import progress, shown_by
 from builder.errors import MissingPackageError
 from builder.key import code_digests
-from builder.loop import Event, execute, plan
+from builder.loop import Event, execute
 from builder.output import read_record
-from builder.recipe import Target, load_recipe
-from builder.source import parse_source
-from builder.stage import STAGES, Build
-from tests.checkpoints import MINIATURE
+from builder.recipe import Target
+from builder.stage import Build
 from tests.toy_stages import TABLE, artifacts, ran, why
 
 
@@ -226,20 +223,6 @@ def test_the_closure_reaches_our_own_packages_and_takes_no_path(demo: Path) -> N
     assert not [name for name in ours if name.startswith("builder/passes/")]
 
 
-def test_the_stages_are_in_order_and_each_input_comes_before() -> None:
-    names = [stage.name for stage in STAGES]
-    assert names == ["fetch", "patch", "export", "optimize", "quantize", "configure", "verify", "bundle"]
-    for number, stage in enumerate(STAGES):
-        assert set(stage.inputs) <= {"source", "config", "calibration", "heldout", *names[:number]}
-        assert all(hasattr(load_recipe(), field) for field in stage.fields)
-
-
-def test_the_loop_is_no_part_of_a_stages_code() -> None:
-    """Else every word changed in the loop would export everything again."""
-    for stage in STAGES:
-        assert not {"builder/loop.py", "builder/stage.py"} & set(code_digests(stage.module_name, stage.files))
-
-
 def test_an_input_that_is_not_known_yet_makes_an_unknown_key() -> None:
     known = key.Components({}, {"config": "abc"}, {}, {})
     unknown = replace(known, inputs={"config": key.UNKNOWN})
@@ -269,34 +252,3 @@ def test_progress_is_shown_by_whoever_asked() -> None:
     with progress("after") as advance:
         advance()
     assert seen == [("weights", 7, 1), ("weights", 7, 6), ("weights", 7, 0)]
-
-
-@pytest.mark.parametrize(
-    ("recipe", "name", "stage"), [("int4", "calibration", "quantize"), ("fp32", "heldout", "verify")]
-)
-def test_cases_beside_a_checkpoint_are_an_input_of_what_reads_them(
-    tmp_path: Path, recipe: str, name: str, stage: str
-) -> None:
-    checkpoint = Path(shutil.copytree(MINIATURE, tmp_path / "checkpoint"))
-    build = Build(parse_source(str(checkpoint)), load_recipe(recipe), tmp_path / "out")
-
-    def told() -> str:
-        (step,) = [one for one in plan(build, None, []) if one.stage.name == stage]
-        return step.components.inputs[name]
-
-    assert told() == "none"
-    (tmp_path / name).mkdir()
-    (tmp_path / name / "cases.jsonl").write_text("{}\n")
-    first = told()
-    assert first != "none"
-    (tmp_path / name / "one.png").write_bytes(b"a picture")
-    second = told()
-    assert second != first
-    (tmp_path / name / "one.png").write_bytes(b"b picture")
-    assert told() not in (first, second)
-
-
-def test_calibration_is_no_input_where_nothing_is_calibrated(tmp_path: Path) -> None:
-    build = Build(parse_source(str(MINIATURE)), load_recipe("int4-fast"), tmp_path / "out")
-    (step,) = [one for one in plan(build, None, []) if one.stage.name == "quantize"]
-    assert step.components.inputs["calibration"] == "not read"
