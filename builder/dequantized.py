@@ -102,13 +102,13 @@ class _Place:
             levels = self.node.input[1]
             return Blocks(8, next(one.dims[0] for one in self.model.graph.initializer if one.name == levels))
         attributes = {one.name: one.i for one in self.node.attribute}
-        return Blocks(attributes["bits"], attributes["block_size"], len(_inputs(self.node)) > 2)
+        return Blocks(attributes["bits"], attributes["block_size"], len(quantized_inputs(self.node)) > 2)
 
     def matrix(self) -> Matrix:
         """fp32 [rows, columns]."""
         turned = self.node.op_type == TURNED
         part = (0, None) if turned else (self.begin, self.end)
-        levels, scales, *zeros = (_rows(self.folder, self.model, name, *part) for name in _inputs(self.node))
+        levels, scales, *zeros = (_rows(self.folder, self.model, name, *part) for name in quantized_inputs(self.node))
         if turned:
             levels, scales = levels.T[self.begin : self.end], scales[self.begin : self.end]
         columns = math.prod(levels.shape[1:]) * 8 // self.blocks.bits
@@ -123,7 +123,7 @@ def _places(folder: Path, checkpoint: Checkpoint) -> Iterator[tuple[str, _Place]
         for node in model.graph.node:
             if node.op_type not in OPERATORS:
                 continue
-            levels = _inputs(node)[0]
+            levels = quantized_inputs(node)[0]
             begin = 0
             for name in _tensors(levels, checkpoint):
                 if name not in checkpoint.tensors:
@@ -141,7 +141,7 @@ def _places(folder: Path, checkpoint: Checkpoint) -> Iterator[tuple[str, _Place]
                 raise _other_shape(levels.removesuffix(".levels"), begin, rows)
 
 
-def _inputs(node: NodeProto) -> list[str]:
+def quantized_inputs(node: NodeProto) -> list[str]:
     """Levels, scales and, where there are, zero points."""
     if node.op_type == "GatherBlockQuantized":
         return [node.input[0], *node.input[2:4]]

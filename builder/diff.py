@@ -10,16 +10,20 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
+from functools import partial
+from pathlib import Path
 from typing import Any
+
+from onnx import ModelProto
 
 from builder.bundle_files import EVIDENCE, load_graph
 from builder.check import check_settings
 from builder.console import progress
 from builder.content import Content, open_content
 from builder.diff_graphs import GraphChange, Pair, compare_graphs, differing, initializers
+from builder.diff_matrices import compare_matrices, matrices, shared_matrices
 from builder.diff_weights import Weight, WeightChange, compare_weights
 from builder.errors import BundleError
 from builder.files import sha256
@@ -164,19 +168,33 @@ def _graphs(a: Content, b: Content) -> tuple[dict[str, GraphChange], tuple[Weigh
         models = [load_graph(content.folder / name) for content in (a, b)]
         with readable(name):
             change = compare_graphs(*models)
-            tensors = [initializers(model) for model in models]
-            shared = sorted({*tensors[0]} & {*tensors[1]})
+            found = list(_comparisons(name, models, [(content.folder / name).parent for content in (a, b)]))
         changes |= {name: change} if change.any else {}
-        compared += len(shared)
-        parent = PurePosixPath(name).parent
-        with progress(f"weights of {name}", total=len(shared)) as advance:
-            for one in shared:
-                pair = [Weight(t[one], content.folder / parent) for t, content in zip(tensors, (a, b), strict=True)]
+        compared += len(found)
+        with progress(f"weights of {name}", total=len(found)) as advance:
+            for one, compare in found:
                 with readable(f"{name}: {one}"):
-                    found = compare_weights(name, one, *pair)
-                weights += [found] if found else []
+                    different = compare()
+                weights += [different] if different else []
                 advance()
     return changes, tuple(weights), compared
+
+
+def _comparisons(
+    graph: str, models: list[ModelProto], folders: list[Path]
+) -> Iterator[tuple[str, Callable[[], WeightChange | None]]]:
+    """Name → what compares it: matrices that are quantized in both graphs, and all other weights of both."""
+    quantized = [matrices(model, folder) for model, folder in zip(models, folders, strict=True)]
+    whole = shared_matrices(*quantized)
+    for name, pair in whole.items():
+        yield name, partial(compare_matrices, graph, name, *pair)
+    parts = {part.name for pair in whole.values() for matrix in pair for part in matrix.parts}
+    one, other = (initializers(model) for model in models)
+    for name in sorted(({*one} & {*other}) - parts):
+        yield (
+            name,
+            partial(compare_weights, graph, name, Weight(one[name], folders[0]), Weight(other[name], folders[1])),
+        )
 
 
 def _files(a: Content, b: Content) -> tuple[dict[str, Mapping[str, Pair]], dict[str, str]]:

@@ -88,7 +88,7 @@ def sections(found: Difference) -> tuple[Section, ...]:
     tables = [
         Section("Built from and with", ("fact", *sides), _rows(found.facts)),
         Section("Graphs", ("graph", "what", *sides), _graph_rows(found.graphs)),
-        Section("Weights", ("graph", "initializer", "largest error", "RMS error"), _weight_rows(found)),
+        Section("Weights", ("graph", "weight", "largest error", "RMS error"), _weight_rows(found)),
         Section(
             "Settings",
             ("file", "key", *sides),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import onnx_ir as ir
 from onnx import TensorProto, numpy_helper
 
 COUNT = 2**20  # values
+Values = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,8 @@ class WeightChange:
     """Two weights of one name, or equal ones of two.
 
     Args:
-        graph, name: whose initializer.
-        digests: SHA-256 of the bytes, in hex.
+        graph, name: whose initializer, or quantized matrix.
+        digests: SHA-256 of the bytes, in hex; of a quantized matrix those of its levels.
         largest: the largest absolute difference over the first one's standard deviation.
         rms: the root mean square of the differences over that of the first one's values.
     """
@@ -68,7 +69,7 @@ class Weight:
                 left -= len(block)
                 yield block
 
-    def values(self) -> Iterator[npt.NDArray[np.float64]]:
+    def values(self) -> Iterator[Values]:
         """Its values, `COUNT` at a time."""
         kind: Any = ir.DataType(self.tensor.data_type).numpy()
         for block in self.blocks():
@@ -92,13 +93,17 @@ def compare_weights(graph: str, name: str, one: Weight, other: Weight) -> Weight
         return None
     if list(one.tensor.dims) != list(other.tensor.dims) or one.packed or other.packed:
         return WeightChange(graph, name, digests, None, None)
-    return WeightChange(graph, name, digests, *_errors(one, other))
+    return WeightChange(graph, name, digests, *errors(zip(one.values(), other.values(), strict=True)))
 
 
-def _errors(one: Weight, other: Weight) -> tuple[float, float]:
-    """(largest, rms); infinite where a value is not finite on one side only, or differs from no spread at all."""
+def errors(pairs: Iterable[tuple[Values, Values]]) -> tuple[float, float]:
+    """(largest, rms); infinite where a value is not finite on one side only, or differs from no spread at all.
+
+    Args:
+        pairs: values of the one and of the other, piece by piece.
+    """
     count, total, squares, largest, difference = 0, 0.0, 0.0, 0.0, 0.0
-    for a, b in zip(one.values(), other.values(), strict=True):
+    for a, b in pairs:
         with np.errstate(all="ignore"):
             apart = np.abs(a - b)
         apart[(a == b) | (np.isnan(a) & np.isnan(b))] = 0
