@@ -223,6 +223,7 @@ def test_the_builder_of_a_package_that_is_not_there_is_a_failure(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.torch
 def test_our_decoder_alone_is_that_of_a_build(miniature: Path, miniature_built: Path, tmp_path: Path) -> None:
     assert run([sys.executable, *comparators.OURS, miniature, tmp_path, "fp32"]).failure is None

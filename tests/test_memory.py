@@ -92,6 +92,7 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
     return made
 
 
+@pytest.mark.slow
 def test_no_stage_needs_more_for_a_larger_checkpoint(outputs: Mapping[str, Path]) -> None:
     small, large = (written(output) for output in outputs.values())
     assert large > 3 * small

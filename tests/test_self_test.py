@@ -172,6 +172,7 @@ def test_no_mutant_at_all_is_no_proof(bundle: Callable[[str], Path], monkeypatch
     assert "no mutant applies" in str(self_test.failed(done, Path("evidence")))
 
 
+@pytest.mark.slow
 def test_the_sliced_comparison_is_tested_in_the_same_way(bundle: Callable[[str], Path], tmp_path: Path) -> None:
     folder = bundle("genai")
     few = (only("newline lost"), only("MLP scaled"))

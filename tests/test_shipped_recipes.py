@@ -199,5 +199,5 @@ def test_each_step_down_takes_fewer_bytes(finished: Callable[[str], Path]) -> No
     def weights(name: str) -> int:
         return sum(path.stat().st_size for path in finished(name).glob("*.data"))
 
-    assert weights("fp16") > weights("int8") > weights("int4") > weights("int4-small")
-    assert weights("int4-fast") == weights("int4")
+    steps = [weights(name) for name in ("fp16", "int8", "int4", "int4-fast", "int4-small")]
+    assert steps == sorted(set(steps), reverse=True)

@@ -60,7 +60,7 @@ def computed(graph: BoundGraph) -> dict[str, str]:
     return named
 
 
-@pytest.mark.parametrize("target", [GENAI, PLAIN], ids=lambda target: target.runtime)
+@pytest.mark.parametrize("target", [GENAI, pytest.param(PLAIN, marks=pytest.mark.slow)], ids=lambda one: one.runtime)
 @pytest.mark.parametrize(
     "shape",
     [
