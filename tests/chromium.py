@@ -30,6 +30,8 @@ FLAGS = (
     "--disable-sync",
     "--remote-debugging-pipe",
 )
+# A WebGPU adapter that computes on the CPU: slow, and without float16.
+WEBGPU = ("--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader")
 # The browser reads its commands from 3 and answers on 4, whatever numbers the pipes have here.
 MOVED = """
 import fcntl, os, sys
@@ -158,14 +160,19 @@ class Page:
 
 
 @contextmanager
-def browser(size: tuple[int, int] = (900, 1100)) -> Iterator[Page]:
+def browser(size: tuple[int, int] = (900, 1100), *, webgpu: bool = False) -> Iterator[Page]:
     """A page of a browser with a profile of its own."""
     command = chromium()
     assert command is not None
     theirs_in, send = os.pipe()
     receive, theirs_out = os.pipe()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
-        flags = (*FLAGS, f"--user-data-dir={profile}", f"--window-size={size[0]},{size[1]}")
+        flags = (
+            *FLAGS,
+            *(WEBGPU if webgpu else ()),
+            f"--user-data-dir={profile}",
+            f"--window-size={size[0]},{size[1]}",
+        )
         process = subprocess.Popen(
             [sys.executable, "-c", MOVED, str(theirs_in), str(theirs_out), command, *flags],
             pass_fds=(theirs_in, theirs_out),

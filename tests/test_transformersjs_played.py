@@ -15,7 +15,7 @@ from shutil import copytree
 import pytest
 
 from builder import mutations, node
-from builder.cases import Suite, held_out, shipped_cases
+from builder.cases import Case, Suite, held_out, shipped_cases
 from builder.checkpoint import open_checkpoint
 from builder.contract import DECODER, EMBEDDINGS, VISION
 from builder.dry_run import described
@@ -28,12 +28,13 @@ from builder.run import answer
 from builder.targets.transformersjs import NAME, layout
 from builder.verify import verify
 from tests.checkpoints import MINIATURE
-from tests.chromium import browser, chromium, served
+from tests.chromium import Page, browser, chromium, served
 from tests.conftest import Built
 
 pytestmark = pytest.mark.torch  # to build the bundle
 TOKENS = 16
 ANSWER = "document.getElementById('answer')"
+STATUS = "document.getElementById('status').textContent"
 
 
 def needed(request: pytest.FixtureRequest, why: str | None) -> None:
@@ -130,29 +131,69 @@ def test_what_is_not_exact_answers_as_well(bundle: Callable[[str], Path], like: 
     assert sum(right) >= 35
 
 
+def one_picture(reference: Reference) -> list[Case]:
+    """The held-out questions with one picture, all of which are of sizes that must be resized."""
+    return [case for case in held_out(reference.checkpoint) if len(case.images) == 1]
+
+
+def asked_on_the_page(page: Page, case: Case) -> tuple[list[int], str]:
+    """The tokens and the text of its answer."""
+    if case.images:
+        page.choose("#picture", case.images[0])
+    page.value(f"document.getElementById('question').value = {json.dumps(case.prompt)}")
+    page.value(f"document.getElementById('most').value = {TOKENS}; document.getElementById('ask').click()")
+    page.until("document.body.dataset.state === 'ready'")
+    tokens = page.value(f"{ANSWER}.dataset.tokens")
+    assert tokens is not None, page.value(STATUS)
+    return json.loads(tokens), page.value(f"{ANSWER}.textContent")
+
+
+def folders(bundle: Path) -> dict[str, Path]:
+    return {"bundle": bundle, "node_modules": node.packages() / "node_modules"}
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("page_needed")
+@pytest.mark.parametrize(("device", "most"), [("wasm", None), ("webgpu", 8)])
 def test_the_demo_answers_as_pytorch_does(
-    bundle: Callable[[str], Path], reference: Reference, record_property: Callable[[str, object], None], tmp_path: Path
+    bundle: Callable[[str], Path],
+    reference: Reference,
+    record_property: Callable[[str, object], None],
+    tmp_path: Path,
+    device: str,
+    most: int | None,
 ) -> None:
-    """Every held-out question with one picture, all of which are of sizes that must be resized; and one without."""
-    cases = [case for case in held_out(reference.checkpoint) if len(case.images) == 1]
+    """Each question with a picture, and one without; on WebGPU a few, as its adapter is a slow one in software."""
     text = next(case for case in shipped_cases() if case.name == "text")
-    folders = {"bundle": bundle("fp32"), "node_modules": node.packages() / "node_modules"}
-    with served(folders) as (url, asked), browser() as page:
-        page.open(f"{url}/bundle/demo/index.html")
-        for case in (text, *cases):
-            if case.images:
-                page.choose("#picture", case.images[0])
-            page.value(f"document.getElementById('question').value = {json.dumps(case.prompt)}")
-            page.value(f"document.getElementById('most').value = {TOKENS}; document.getElementById('ask').click()")
-            page.until("document.body.dataset.state === 'ready'")
-            tokens = page.value(f"{ANSWER}.dataset.tokens")
+    cases = [text, *one_picture(reference)[:most]]
+    with served(folders(bundle("fp32"))) as (url, asked), browser(webgpu=device == "webgpu") as page:
+        page.open(f"{url}/bundle/demo/index.html?device={device}")
+        for case in cases:
+            tokens, told = asked_on_the_page(page, case)
             want = reference.generate(reference.prepare(case.prompt, case.images), TOKENS).tokens
-            assert tokens is not None, page.value("document.getElementById('status').textContent")
-            assert json.loads(tokens) == list(want), case.name
-            assert page.value(f"{ANSWER}.textContent").strip() == reference.text(want).strip()
+            assert tokens == list(want), case.name
+            assert told.strip() == reference.text(want).strip()
         page.picture(tmp_path / "demo.png")
-    record_property("cases", len(cases) + 1)
-    assert all(path.split("/")[1] in folders for path in asked)
+    record_property("cases", len(cases))
+    assert all(path.split("/")[1] in ("bundle", "node_modules") for path in asked)
+    assert any(path.endswith("asyncify.wasm") for path in asked) == (device == "webgpu")
     assert (tmp_path / "demo.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("page_needed")
+def test_the_demo_answers_in_4_bits_on_webgpu(bundle: Callable[[str], Path], reference: Reference) -> None:
+    cases = one_picture(reference)[:3]
+    with served(folders(bundle("int4"))) as (url, _), browser(webgpu=True) as page:
+        page.open(f"{url}/bundle/demo/index.html?device=webgpu")
+        assert [asked_on_the_page(page, case)[1].strip() for case in cases] == [case.answer for case in cases]
+
+
+@pytest.mark.parametrize(("device", "why"), [("webgpu", "offers no WebGPU here"), ("cuda", "are wasm and webgpu")])
+@pytest.mark.usefixtures("page_needed")
+def test_a_device_that_is_not_there_is_told(bundle: Callable[[str], Path], device: str, why: str) -> None:
+    with served(folders(bundle("fp32"))) as (url, _), browser() as page:
+        page.open(f"{url}/bundle/demo/index.html?device={device}")
+        page.value("document.getElementById('ask').click()")
+        page.until("document.body.dataset.state === 'ready'")
+        assert why in page.value(STATUS)

@@ -165,6 +165,7 @@ NOTES = Notes(
         "Without a picture the library (4.3.1) gives the tokens of an answer positions far behind the prompt; the "
         "decoder here puts them right, and takes no position beyond the number of tokens.",
         "Logits are the last position's only.",
+        "On WebGPU it was run with a software adapter, in fp32 and int4; in fp16, or on a graphics processor, not.",
         "A browser holds each data file in memory, in one piece: weights beyond 2 GB a file do not load there.",
         "`demo/` is code: look at it before you serve a copy that somebody gave you.",
     ),

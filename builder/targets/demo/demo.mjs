@@ -9,6 +9,7 @@ const places = {
   ).href,
   // A library from elsewhere knows where its own WebAssembly is.
   wasm: asked.get("wasm") ?? (asked.has("library") ? null : `${PACKAGES}onnxruntime-web/dist/`),
+  device: asked.get("device") ?? "wasm",
 };
 if (places.wasm) places.wasm = new URL(places.wasm, import.meta.url).href;
 

@@ -1,41 +1,82 @@
-// The model: from a picture's file and a question to tokens, with transformers.js on WebAssembly.
-// First message: {places: {library, wasm}}. Then {picture: File or null, question, most} for each question.
+// The model: from a picture's file and a question to tokens, with transformers.js on WebAssembly or WebGPU.
+// First message: {places: {library, wasm, device}}. Then {picture: File or null, question, most} for each question.
 // Answers: {status}, {text} a piece, and at the end {tokens, seconds} or {error}.
+// Where it only looks at pictures: {look: File, places}, answered by {seen} or {error}.
 const BUNDLE = ".."; // seen from this file
 const MADE_FOR = "@TRANSFORMERS_JS@";
 const json = async (name) => (await fetch(new URL(`${BUNDLE}/${name}`, import.meta.url))).json();
 
 let loading = null;
 
-async function load({ library, wasm }) {
-  postMessage({ status: "Loading the library …" });
+async function imported({ library, wasm, device }) {
   const lib = await import(library).catch((error) => {
     throw new Error(`transformers.js ${MADE_FOR} is not at ${library} (see below): ${error.message}`);
   });
-  const { AutoModel, AutoTokenizer, Qwen3VLForConditionalGeneration, env } = lib;
+  const { env } = lib;
   env.allowLocalModels = true;
   env.allowRemoteModels = false;
   env.useBrowserCache = false; // the browser's own cache asks whether a file has changed
   env.useWasmCache = false;
-  // The build for the CPU alone: image_preprocessor.onnx needs float64, which the library's first choice has not.
+  // The build for the CPU alone: image_preprocessor.onnx needs float64, which that for WebGPU has not.
+  const build = (file) => (device === "webgpu" ? file : file.replace(".asyncify", ""));
   const { wasmPaths } = env.backends.onnx.wasm;
   for (const [kind, url] of Object.entries(wasmPaths)) {
     const [, folder, file] = /^(.*\/)([^/]*)$/.exec(url);
-    wasmPaths[kind] = (wasm ?? folder) + file.replace(".asyncify", "");
+    wasmPaths[kind] = (wasm ?? folder) + build(file);
   }
-  postMessage({ status: "Loading the model …" });
-  const settings = await json("pipeline.json");
-  const tokenizer = await AutoTokenizer.from_pretrained(BUNDLE);
-  const model = await Qwen3VLForConditionalGeneration.from_pretrained(BUNDLE, { device: "wasm" });
-  const preprocessor = await AutoModel.from_pretrained(BUNDLE, {
+  return lib;
+}
+
+// What looks at pictures here: a file → {pixel_values, image_grid_thw}.
+async function eye(lib) {
+  const preprocessor = await lib.AutoModel.from_pretrained(BUNDLE, {
     config: { model_type: "custom" },
     model_file_name: "image_preprocessor",
     dtype: "fp32",
     device: "wasm",
   });
-  const made = env.version === MADE_FOR ? "" : ` (transformers.js ${env.version}; the page was made for ${MADE_FOR})`;
+  return async (picture) => preprocessor({ image: await pixels(picture, lib) });
+}
+
+// The same in a worker of its own, which has another build of the runtime.
+function eyeElsewhere(lib, places) {
+  const worker = new Worker(import.meta.url, { type: "module" });
+  const tensors = (seen) =>
+    Object.fromEntries(Object.entries(seen).map(([name, [type, data, dims]]) => [name, new lib.Tensor(type, data, dims)]));
+  return (picture) =>
+    new Promise((resolve, reject) => {
+      worker.onmessage = ({ data }) => {
+        if (data.seen) resolve(tensors(data.seen));
+        if (data.error) reject(new Error(data.error));
+      };
+      worker.onerror = (event) => reject(new Error(event.message || "the worker that looks at pictures did not start"));
+      worker.postMessage({ look: picture, places: { ...places, device: "wasm" } });
+    });
+}
+
+async function load(places) {
+  const { device } = places;
+  if (device !== "wasm" && device !== "webgpu") throw new Error(`device=${device}: there are wasm and webgpu.`);
+  if (device === "webgpu" && !(await navigator.gpu?.requestAdapter())) {
+    throw new Error("This browser offers no WebGPU here: leave device=webgpu away.");
+  }
+  postMessage({ status: "Loading the library …" });
+  const lib = await imported(places);
+  postMessage({ status: "Loading the model …" });
+  const settings = await json("pipeline.json");
+  const tokenizer = await lib.AutoTokenizer.from_pretrained(BUNDLE);
+  const model = await lib.Qwen3VLForConditionalGeneration.from_pretrained(BUNDLE, { device });
+  const look = device === "webgpu" ? eyeElsewhere(lib, places) : await eye(lib);
+  const { version } = lib.env;
+  const made = version === MADE_FOR ? "" : ` (transformers.js ${version}; the page was made for ${MADE_FOR})`;
   postMessage({ status: `Loaded${made}.` });
-  return { lib, settings, tokenizer, model, preprocessor };
+  return { lib, settings, tokenizer, model, look };
+}
+
+async function seen({ look, places }) {
+  loading ??= imported(places).then(eye);
+  const tensors = Object.entries(await (await loading)(look));
+  postMessage({ seen: Object.fromEntries(tensors.map(([name, { type, data, dims }]) => [name, [type, data, dims]])) });
 }
 
 // The picture's bytes as they are in the file: turned by its EXIF orientation, colours not converted.
@@ -55,17 +96,17 @@ async function pixels(picture, { Tensor }) {
 }
 
 async function answer({ picture, question, most }) {
-  const { lib, settings, tokenizer, model, preprocessor } = await loading;
+  const { lib, settings, tokenizer, model, look } = await loading;
   const { prefix, image, suffix } = settings.prompt;
   // Words that stand for a picture would be counted as one.
   if ([settings.image_token, settings.video_token].some((word) => question.includes(word))) {
     throw new Error(`The question may hold neither ${settings.image_token} nor ${settings.video_token}.`);
   }
   postMessage({ status: picture ? "Looking at the picture …" : "Reading the question …" });
-  const seen = picture ? await preprocessor({ image: await pixels(picture, lib) }) : {};
+  const features = picture ? await look(picture) : {};
   let shown = "";
   if (picture) {
-    const patches = Array.from(seen.image_grid_thw.data, Number).reduce((a, b) => a * b, 1);
+    const patches = Array.from(features.image_grid_thw.data, Number).reduce((a, b) => a * b, 1);
     shown = image.replace(settings.image_token, settings.image_token.repeat(patches / settings.spatial_merge_size ** 2));
   }
   const inputs = await tokenizer(`${prefix}${shown}${question}${suffix}`, { add_special_tokens: false });
@@ -81,7 +122,7 @@ async function answer({ picture, question, most }) {
   const start = performance.now();
   await model.generate({
     ...inputs,
-    ...seen,
+    ...features,
     max_new_tokens: most,
     eos_token_id: settings.eos_token_ids,
     do_sample: false,
@@ -93,7 +134,8 @@ async function answer({ picture, question, most }) {
 
 onmessage = async ({ data }) => {
   try {
-    if (data.places) await (loading = load(data.places));
+    if (data.look) await seen(data);
+    else if (data.places) await (loading = load(data.places));
     else await answer(data);
   } catch (error) {
     postMessage({ error: String(error?.message ?? error) });
