@@ -31,8 +31,8 @@ class Matrix:
     """[rows, columns] in `blocks`: levels, scales and, where the format has them, zero points, of a graph in `folder`.
 
     Args:
-        turned: levels are [columns, rows], one byte each; the middle one is zero, as builds write them (another zero point
-            is another constant, which `compare_graphs` tells).
+        turned: levels are [columns, rows], one byte each. The middle one is zero, as builds write them; another zero
+            point is another constant, which `compare_graphs` tells.
     """
 
     parts: tuple[TensorProto, ...]
