@@ -91,6 +91,7 @@ def code_digests(module: str, files: Iterable[str] = ()) -> dict[str, str]:
 
     Raises:
         ModuleNotFoundError: there is no such module.
+        ValueError: a pattern that matches no file of an installed package: it would leave the key without a word.
     """
     top, _, rest = module.partition(".")
     if _module_file(top, rest) is None:
@@ -171,7 +172,10 @@ def _matching(pattern: str) -> dict[str, Path]:
     except ModuleNotFoundError:
         # Nothing is lost: a package that is not installed shows up among `packages`.
         return {}
-    return {one.relative_to(folder.parent).as_posix(): one for one in folder.glob(rest) if one.is_file()}
+    found = {one.relative_to(folder.parent).as_posix(): one for one in folder.glob(rest) if one.is_file()}
+    if not found:
+        raise ValueError(f"no file of the package {top} matches {pattern!r}, on which a stage key depends")
+    return found
 
 
 def _differences(old: Mapping[str, object], new: Mapping[str, object]) -> Iterator[tuple[str, object, object]]:

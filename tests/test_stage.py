@@ -54,8 +54,8 @@ def test_the_record_says_what_was_made_from_what(build: Build) -> None:
     assert first["facts"] == {"length": 4096}
     assert first["components"]["recipe"] == {"max_length": 4096}
     assert first["components"]["packages"] == {"numpy": installed("numpy")}
-    code = ["demo/__init__.py", "demo/deepest.py", "demo/first.py", "demo/shared.py"]
-    assert sorted(first["components"]["code"]) == code
+    code = [f"demo/{name}" for name in ("__init__.py", "deepest.py", "defaults.toml", "first.py", "shared.py")]
+    assert sorted(first["components"]["code"]) == sorted(code)
     assert first["files"] == {"one.txt": len("length 4096")}
     assert first["cost"]["peak_rss"] > 10e6
     assert first["cost"]["written"] >= len("length 4096")

@@ -33,6 +33,13 @@ def test_the_loop_is_no_part_of_a_stages_code() -> None:
         assert not {"builder/loop.py", "builder/stage.py"} & set(code_digests(stage.module_name, stage.files))
 
 
+def test_a_pattern_that_matches_nothing_is_an_error() -> None:
+    """After a move a stale pattern would otherwise leave the key unnoticed, and the stage would not run again."""
+    with pytest.raises(ValueError, match="builder/nowhere"):
+        code_digests("builder.export", ("builder/nowhere/*.py",))
+    assert code_digests("builder.export", ("no_such_package/*.py",))
+
+
 @pytest.mark.parametrize(
     ("recipe", "name", "stage"), [("int4", "calibration", "quantize"), ("fp32", "heldout", "verify")]
 )

@@ -53,6 +53,7 @@ MODULES = {
                 log.write(name + "\\n")
         """,
     "deepest.py": "FACT = 1",
+    "defaults.toml": "a = 0",
     "unrelated.py": "FACT = 2",
 }
 
