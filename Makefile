@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 CHECKPOINT := builder/miniature/checkpoint
 BUNDLES := outputs/miniature-fp32/8-bundle
-NPM := builder/targets/node
+NPM := builder/targets/runners/js
 PICTURE := builder/miniature/heldout/pic002.png
 # Results of `test-full`, on their way into docs/test-full.md.
 RESULTS := outputs/test-full.xml

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.measure import Run, run
-from builder.cost import Cost
-from builder.output import RECORD, read_record
+from builder.stages.engine.output_folder import RECORD, read_record
+from builder.util.cost import Cost
 
 BUILDER = (sys.executable, "-m", "builder")
 

@@ -11,15 +11,15 @@ import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from builder import graph
-from builder.checkpoint import open_checkpoint
-from builder.contract import DECODER, components
-from builder.export import empty_model, export
-from builder.optimize import optimize
-from builder.quantize import calibrated_rows, fill, stored
-from builder.recipe import load_recipe
-from builder.rules import resolve
-from builder.unroll import shortened
+from builder.checkpoint.load import open_checkpoint
+from builder.graph import binding
+from builder.graph.ports import DECODER, components
+from builder.graph.unroll import shortened
+from builder.quantization.rules import resolve
+from builder.stages.export import empty_model, export
+from builder.stages.optimize import optimize
+from builder.stages.quantize import calibrated_rows, fill, stored
+from builder.targets.recipe_file import load_recipe
 from patches import patches_for
 from patches.registry import applied
 
@@ -37,8 +37,8 @@ def write_decoder(folder: Path, out: Path, name: str) -> None:
     optimized, _ = optimize(traced, target, component.name)
     with TemporaryDirectory() as between:
         # As between two stages: saving leaves out what the exporter noted.
-        graph.save(optimized, Path(between) / component.file)
-        bound = graph.load(Path(between) / component.file)
+        binding.save(optimized, Path(between) / component.file)
+        bound = binding.load(Path(between) / component.file)
     path = out / component.file
     storages = resolve(recipe.rules, checkpoint.tensors)
     if storages:

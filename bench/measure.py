@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
 
-from builder.cost import Cost
+from builder.util.cost import Cost
 
 ROOT = Path(__file__).parents[1]
 _FRAME = " │"  # of what typer says

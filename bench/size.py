@@ -18,7 +18,7 @@ from bench.comparators import Copy, Decoder
 from bench.measure import Run, typical
 from bench.synthetic import is_whole, shapes, write_synthetic
 from bench.table import UNKNOWN, Result, Row, copy_row, decoder_rows, megabytes, seconds, verify_rows
-from builder.cost import Cost
+from builder.util.cost import Cost
 
 GIGABYTE = 10**9
 # What the figures must be: of the real sizes, in gigabytes, seconds and ratios.

@@ -21,9 +21,9 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from builder.safetensors_index import INDEX, SINGLE
-from tests import checkpoints
-from tests.checkpoints import SPECIAL_ROWS, SPECIAL_SCALE, spread, write_settings
+from builder.checkpoint.safetensors import INDEX, SINGLE
+from tests.helpers import checkpoints
+from tests.helpers.checkpoints import SPECIAL_ROWS, SPECIAL_SCALE, spread, write_settings
 
 MARKER = "synthetic.json"
 SHARD_BYTES = 5 * 10**9
@@ -40,7 +40,7 @@ PIXELS = {"shortest_edge": 65536, "longest_edge": 16777216}
 
 @dataclass(frozen=True)
 class Size:
-    """Dimensions: what differs from `tests.checkpoints` in `text_config` and `vision_config`."""
+    """Dimensions: what differs from `tests.helpers.checkpoints` in `text_config` and `vision_config`."""
 
     text: Mapping[str, Any] = field(default_factory=dict)
     vision: Mapping[str, Any] = field(default_factory=dict)

@@ -17,7 +17,7 @@ from statistics import median
 
 from bench.comparators import Copy, Decoder
 from bench.measure import Run, total, typical
-from builder.cost import Cost
+from builder.util.cost import Cost
 
 PACKAGES = ("qwen3vl-onnx", "torch", "transformers", "numpy", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-genai")
 UNKNOWN = "–"

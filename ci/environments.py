@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from importlib.metadata import distributions
 from pathlib import Path
 
-from builder.errors import MissingPackageError
+from builder.util.errors import MissingPackageError
 
 
 def environment(folder: Path) -> Path:

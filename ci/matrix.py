@@ -31,8 +31,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from builder.errors import MissingPackageError
-from builder.prepare import MINIATURE
+from builder.stages.engine.prepare import MINIATURE
+from builder.util.errors import MissingPackageError
 from ci.environments import with_releases
 
 ROOT = Path(__file__).parents[1]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 from typing import TYPE_CHECKING
 
-from builder.errors import MissingPackageError, PatchError
+from builder.util.errors import MissingPackageError, PatchError
 
 if TYPE_CHECKING:
     from patches.registry import Patch

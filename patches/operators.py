@@ -3,8 +3,8 @@
 In: query, key and value of one attention layer, already normalised and rotated, or a residual stream. Out: the
 attention's output (and, for the text, the grown key/value cache), or the stream. Guaranteed: run in PyTorch they
 compute what upstream computes; while an ONNX export is traced each becomes one node, `qwen3vl::SegmentAttention`,
-which builder/passes/lower_segment_attention.py lowers for the target, `com.microsoft::GroupQueryAttention`,
-`com.microsoft::RotaryEmbedding`, or `qwen3vl::Layer`, which builder/unroll.py takes out.
+which builder/graph/passes/lower_segment_attention.py lowers for the target, `com.microsoft::GroupQueryAttention`,
+`com.microsoft::RotaryEmbedding`, or `qwen3vl::Layer`, which builder/graph/unroll.py takes out.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ SEGMENT_ATTENTION, LAYER = "qwen3vl::SegmentAttention", "qwen3vl::Layer"
 
 
 def layer_mark(hidden: Tensor) -> Tensor:
-    """`hidden` as it is. In a traced graph: where a layer ends, or the first one begins (builder/unroll.py)."""
+    """`hidden` as it is. In a traced graph: where a layer ends, or the first one begins (builder/graph/unroll.py)."""
     if not torch.onnx.is_in_onnx_export():
         return hidden
     mark: Tensor = torch.onnx.ops.symbolic(LAYER, (hidden,), {}, dtype=hidden.dtype, shape=hidden.shape, version=1)

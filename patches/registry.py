@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from builder.errors import MissingPackageError, PatchError
+from builder.util.errors import MissingPackageError, PatchError
 from patches import source, verified
 
 _reverifying: ContextVar[bool] = ContextVar("_reverifying", default=False)

@@ -18,7 +18,7 @@ from functools import reduce
 from types import ModuleType
 from typing import Any
 
-from builder.errors import MissingPackageError, PatchError
+from builder.util.errors import MissingPackageError, PatchError
 
 ABSENT = "absent"
 UPSTREAM = "__upstream__"  # `patches.registry.applied` sets it on what it installs: what that stands for

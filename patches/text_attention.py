@@ -16,7 +16,7 @@ from patches.tiny import assert_close, tiny_model
 
 MODELING = "transformers.models.qwen3_vl.modeling_qwen3_vl"
 TARGET = f"{MODELING}:Qwen3VLTextAttention.forward"
-# The decoder's loop over layers is composed in builder/modules.py: what it mirrors is watched here.
+# The decoder's loop over layers is composed in builder/graph/modules.py: what it mirrors is watched here.
 COVERS = (
     f"{MODELING}:apply_rotary_pos_emb",
     f"{MODELING}:eager_attention_forward",

@@ -18,7 +18,7 @@ from packaging.version import Version
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter
 from pydantic.dataclasses import dataclass
 
-from builder.errors import OutputError, PatchError
+from builder.util.errors import OutputError, PatchError
 
 FILE = Path(__file__).with_name("verified.toml")
 HEADER = """\

@@ -1,7 +1,7 @@
 """Vision attention over segments (one frame of one image each), for any number of images of any sizes.
 
 `cu_seqlens` carries the [2, patches] ranges that patches/vision_forward.py computes, instead of offsets.
-The recipe's `attention` decides how builder/passes/lower_segment_attention.py lowers the operator:
+The recipe's `attention` decides how builder/graph/passes/lower_segment_attention.py lowers the operator:
 in blocks of query rows with standard operators, or as one MultiHeadAttention a segment.
 """
 

@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from builder.files import link
-from builder.loop import execute
-from builder.recipe import Recipe, load_recipe
-from builder.source import parse_source
-from builder.stage import Build
-from tests.checkpoints import MINIATURE, write_shape
-from tests.processes import python
-from tests.toy_stages import build as build
-from tests.toy_stages import demo as demo
+from builder.checkpoint.source import parse_source
+from builder.stages.engine.build import Build
+from builder.stages.engine.execute import execute
+from builder.targets.recipe_file import Recipe, load_recipe
+from builder.util.files import link
+from tests.helpers.checkpoints import MINIATURE, write_shape
+from tests.helpers.processes import python
+from tests.helpers.toy_stages import build as build
+from tests.helpers.toy_stages import demo as demo
 
 if TYPE_CHECKING:
-    from builder.reference import Reference
+    from builder.reference.model import Reference
 
 # Before torch is imported. Models this small are faster on one thread, and do not wait for a core that is busy.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -38,7 +38,7 @@ def miniature() -> Path:
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """`checkpoint(shape)`: the folder of `tests.checkpoints.SHAPES[shape]`, written once a session."""
+    """`checkpoint(shape)`: the folder of `tests.helpers.checkpoints.SHAPES[shape]`, written once a session."""
     written: dict[str, Path] = {}
 
     def folder(shape: str) -> Path:
@@ -134,8 +134,8 @@ def bundle(miniature_built: Path, tmp_path: Path) -> Callable[[str], Path]:
 @pytest.fixture(scope="session")
 def reference() -> Reference:
     """PyTorch with the miniature's weights."""
-    from builder.checkpoint import open_checkpoint
-    from builder.reference import Reference
+    from builder.checkpoint.load import open_checkpoint
+    from builder.reference.model import Reference
 
     return Reference(open_checkpoint(MINIATURE))
 

@@ -49,7 +49,7 @@ def long(folder: Path) -> dict[str, float]:
 
 def picture(folder: Path) -> dict[str, float]:
     """Our bundle, from pixel values and token ids to the first token; a picture of the smallest size warms it up."""
-    from builder.genai import GenaiBundle
+    from builder.targets.runners.genai import GenaiBundle
 
     bundle = GenaiBundle(folder)
     figures = {}

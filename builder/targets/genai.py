@@ -11,17 +11,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from builder.checkpoint import Checkpoint
-from builder.contract import CONTRIB, DECODER, EMBEDDINGS, VISION, packed_components, packed_width
-from builder.providers import session_options
-from builder.rules import resolve
-from builder.targets.runtime import Notes, Runtime
-from builder.targets.settings import as_json, eos_token_ids, pipeline_settings, text_config, vision_processor
-from builder.weight_names import EMBEDDINGS as EMBEDDING_MATRIX
+from builder.checkpoint.load import Checkpoint
+from builder.checkpoint.tensors import EMBEDDINGS as EMBEDDING_MATRIX
+from builder.graph.ports import CONTRIB, DECODER, EMBEDDINGS, VISION, packed_components, packed_width
+from builder.quantization.rules import resolve
+from builder.targets.config_files import as_json, eos_token_ids, pipeline_settings, text_config, vision_processor
+from builder.targets.providers import session_options
+from builder.targets.spec import Notes, Runtime
 
 if TYPE_CHECKING:
-    from builder.genai import GenaiBundle
-    from builder.recipe import Recipe, Target
+    from builder.targets.recipe_file import Recipe, Target
+    from builder.targets.runners.genai import GenaiBundle
 
 SAMPLING = ("temperature", "top_k", "top_p", "repetition_penalty")
 
@@ -35,7 +35,7 @@ def _passes(graph: str, fused: bool) -> tuple[str, ...]:
 
 
 def _module(checkpoint: Checkpoint, model: Any, graph: str, fused: bool) -> Any:
-    from builder import modules
+    from builder.graph import modules
 
     if graph == VISION:
         return modules.VisionEncoder(model, packed=True)
@@ -137,7 +137,7 @@ def _search(checkpoint: Checkpoint, max_length: int, fused: bool) -> dict[str, A
 
 
 def _play(folder: Path, asked: bool) -> GenaiBundle:
-    from builder.genai import GenaiBundle
+    from builder.targets.runners.genai import GenaiBundle
 
     bundle = GenaiBundle(folder)
     if asked:

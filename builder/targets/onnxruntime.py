@@ -1,6 +1,7 @@
 """Target `onnxruntime`: plain sessions from any language. Standard ONNX operators only, one opset ≤ 20.
 
-Ports: see builder/contract.py. The bundle carries builder/pipeline.py, the reference for ports to other languages.
+Ports: see builder/graph/ports.py. The bundle carries builder/targets/clients/pipeline.py, the reference for ports to
+other languages.
 """
 
 from __future__ import annotations
@@ -11,15 +12,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from builder.checkpoint import Checkpoint
-from builder.contract import DECODER, EMBEDDINGS, VISION, plain_components
-from builder.targets.preprocessing import image_preprocessor_graph
-from builder.targets.runtime import Notes, Runtime
-from builder.targets.settings import pipeline_settings, vision_processor
+from builder.checkpoint.load import Checkpoint
+from builder.graph.ports import DECODER, EMBEDDINGS, VISION, plain_components
+from builder.targets.config_files import pipeline_settings, vision_processor
+from builder.targets.image_preprocessor import image_preprocessor_graph
+from builder.targets.spec import Notes, Runtime
 
 if TYPE_CHECKING:
-    from builder.pipeline import Inputs
-    from builder.recipe import Recipe, Target
+    from builder.targets.clients.pipeline import Inputs
+    from builder.targets.recipe_file import Recipe, Target
 
 PIPELINE = "pipeline.py"
 PASSES = {
@@ -31,7 +32,7 @@ PASSES = {
 
 def plain_module(checkpoint: Checkpoint, model: Any, graph: str, fused: bool) -> Any:
     """The module of one graph with `plain_components`."""
-    from builder import modules
+    from builder.graph import modules
 
     levels = len(checkpoint.vision.deepstack)
     if graph == VISION:
@@ -50,14 +51,14 @@ def _configs(checkpoint: Checkpoint, recipe: Recipe, target: Target) -> Mapping[
 
 
 def _programs() -> Mapping[str, str]:
-    return {PIPELINE: (Path(__file__).parents[1] / PIPELINE).read_text(encoding="utf-8")}
+    return {PIPELINE: (Path(__file__).parent / "clients" / PIPELINE).read_text(encoding="utf-8")}
 
 
 class PipelinePlayer:
     """A bundle through its pipeline: ours, or the copy that lies in it.
 
     Args:
-        module: builder.pipeline, or that copy.
+        module: builder.targets.clients.pipeline, or that copy.
         opened: a `Pipeline` of it.
     """
 
@@ -85,7 +86,7 @@ class PipelinePlayer:
 
 
 def _play(folder: Path, asked: bool) -> PipelinePlayer:
-    from builder import pipeline
+    from builder.targets.clients import pipeline
 
     module = _load_module(folder / PIPELINE) if asked else pipeline
     return PipelinePlayer(module, module.Pipeline.load(folder))

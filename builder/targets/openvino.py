@@ -1,9 +1,10 @@
 """Target `openvino`: OpenVINO ≥ 2026.4, which reads the ONNX graphs and their data files as they are.
 
-Ports are those of target `onnxruntime` (builder/contract.py), so that one client serves both. At fp32 there are
+Ports are those of target `onnxruntime` (builder/graph/ports.py), so that one client serves both. At fp32 there are
 standard operators only; weights in blocks of few bits are contrib operators that OpenVINO knows (MatMulNBits,
 GatherBlockQuantized). Attention is eager: OpenVINO makes its own fused one of it, and reads no contrib RotaryEmbedding
-of the kind that the fused graphs have. The bundle carries builder/openvino_pipeline.py beside builder/pipeline.py.
+of the kind that the fused graphs have. The bundle carries builder/targets/clients/openvino_pipeline.py beside
+builder/targets/clients/pipeline.py.
 """
 
 from __future__ import annotations
@@ -14,15 +15,15 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from builder.checkpoint import Checkpoint
-from builder.contract import CONTRIB, plain_components
+from builder.checkpoint.load import Checkpoint
+from builder.graph.ports import CONTRIB, plain_components
+from builder.targets.config_files import pipeline_settings, vision_processor
+from builder.targets.image_preprocessor import Array, Preprocess, image_preprocessor_graph
 from builder.targets.onnxruntime import PASSES, PipelinePlayer, plain_module
-from builder.targets.preprocessing import Array, Preprocess, image_preprocessor_graph
-from builder.targets.runtime import Notes, Runtime
-from builder.targets.settings import pipeline_settings, vision_processor
+from builder.targets.spec import Notes, Runtime
 
 if TYPE_CHECKING:
-    from builder.recipe import Recipe, Target
+    from builder.targets.recipe_file import Recipe, Target
 
 PROGRAMS = ("pipeline.py", "openvino_pipeline.py")
 
@@ -36,18 +37,18 @@ def _configs(checkpoint: Checkpoint, recipe: Recipe, target: Target) -> Mapping[
 
 
 def _programs() -> Mapping[str, str]:
-    ours = Path(__file__).parents[1]
+    ours = Path(__file__).parent / "clients"
     return {name: (ours / name).read_text(encoding="utf-8") for name in PROGRAMS}
 
 
 def _play(folder: Path, asked: bool) -> PipelinePlayer:
-    from builder import openvino_pipeline, pipeline
+    from builder.targets.clients import openvino_pipeline, pipeline
 
     return PipelinePlayer(pipeline, openvino_pipeline.load(folder))
 
 
 def _preprocessor(path: Path) -> Preprocess:
-    from builder.openvino_pipeline import Session
+    from builder.targets.clients.openvino_pipeline import Session
 
     session = Session(path)
 

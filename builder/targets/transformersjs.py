@@ -12,29 +12,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from builder.checkpoint import Checkpoint
-from builder.contract import (
-    CONTRIB,
-    DECODER,
-    EMBEDDINGS,
-    PACKED_FEATURES,
-    VISION,
-    components,
-    packed_components,
-)
-from builder.node import LIBRARY, PINNED_LIBRARY, missing, versions
-from builder.targets.preprocessing import image_preprocessor_graph
-from builder.targets.runtime import Notes, Place, Runtime
-from builder.targets.settings import as_json, eos_token_ids, pipeline_settings, vision_processor
+from builder.checkpoint.load import Checkpoint
+from builder.graph.ports import CONTRIB, DECODER, EMBEDDINGS, PACKED_FEATURES, VISION, components, packed_components
+from builder.targets.config_files import as_json, eos_token_ids, pipeline_settings, vision_processor
+from builder.targets.image_preprocessor import image_preprocessor_graph
+from builder.targets.runners.node import LIBRARY, PINNED_LIBRARY, missing, versions
+from builder.targets.spec import Notes, Place, Runtime
 
 if TYPE_CHECKING:
-    from builder.recipe import Recipe, Target
-    from builder.transformersjs import TransformersJs
+    from builder.targets.recipe_file import Recipe, Target
+    from builder.targets.runners.transformersjs import TransformersJs
 
 NAME, OPSET = "transformersjs", 18
 STEMS = {VISION: "vision_encoder", EMBEDDINGS: "embed_tokens", DECODER: "decoder_model_merged"}
 SUFFIXES = {"fp32": "", "fp16": "_fp16", "q8": "_quantized", "q4": "_q4", "q4f16": "_q4f16"}
-DEMO = Path(__file__).parent / "demo"
+DEMO = Path(__file__).parent / "clients" / "demo"
 VERSION = "@TRANSFORMERS_JS@"  # in the demo's files: of the library that it was made for
 BICUBIC = 3  # as PIL counts its filters, and as the library reads `resample`
 
@@ -66,7 +58,7 @@ def _passes(graph: str, fused: bool) -> tuple[str, ...]:
 
 
 def _module(checkpoint: Checkpoint, model: Any, graph: str, fused: bool) -> Any:
-    from builder import modules
+    from builder.graph import modules
 
     levels = len(checkpoint.vision.deepstack)
     if graph == VISION:
@@ -145,7 +137,7 @@ def preprocessor_config(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _play(folder: Path, asked: bool) -> TransformersJs:
-    from builder.transformersjs import TransformersJs
+    from builder.targets.runners.transformersjs import TransformersJs
 
     bundle = TransformersJs(folder)
     if asked:

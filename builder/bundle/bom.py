@@ -1,0 +1,147 @@
+"""bom.cdx.json of a bundle: its bill of materials, CycloneDX 1.6 with a model card (an ML-BOM).
+
+In: a manifest, the checkpoint's licence. Out: JSON. Guaranteed: it keeps to the published schema; the same bytes for
+the same manifest: no time, and a serial number made from the content. All the bundle's files are in it but itself and
+the manifest, which lists it. https://cyclonedx.org/docs/1.6/json/. The reference library for Python has no model cards
+(11.12), so the document is written here and judged by that library's schema in the tests.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import uuid
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import quote
+
+from builder.bundle.model_card import CARD, TASK, TOOL, limits
+from builder.checkpoint.license import Licence
+
+BOM = "bom.cdx.json"
+_ADDRESS = re.compile(r"https?://[\w./%~:?=&+-]+", re.ASCII)
+_SERIAL = uuid.uuid5(uuid.NAMESPACE_URL, "urn:qwen3vl-onnx:bom")
+_BUNDLE, _CHECKPOINT = "bundle", "checkpoint"  # what the document calls them
+
+Json = dict[str, Any]
+
+
+def bom(manifest: Mapping[str, Any], licence: Licence) -> str:
+    """The document's text."""
+    content = _document(manifest, licence)
+    serial = uuid.uuid5(_SERIAL, json.dumps(content, sort_keys=True, ensure_ascii=False))
+    head = {
+        "$schema": "http://cyclonedx.org/schema/bom-1.6.schema.json",
+        "bomFormat": "CycloneDX",
+        "specVersion": "1.6",
+    }
+    return json.dumps({**head, "serialNumber": f"urn:uuid:{serial}", **content}, indent=1, ensure_ascii=False) + "\n"
+
+
+def _document(manifest: Mapping[str, Any], licence: Licence) -> Json:
+    packages = [_package(name, version) for name, version in manifest["versions"].items() if name != TOOL]
+    files = [_file(name, facts) for name, facts in manifest["files"].items() if name != BOM]
+    tool = {"type": "application", "name": TOOL, "version": str(manifest["versions"].get(TOOL, ""))}
+    dependencies = [
+        {"ref": _BUNDLE, "dependsOn": [_CHECKPOINT, *(one["bom-ref"] for one in files)]},
+        {"ref": _CHECKPOINT, "dependsOn": []},
+    ]
+    return {
+        "version": 1,
+        "metadata": {"tools": {"components": [tool]}, "component": _bundle(manifest, licence)},
+        "components": [_checkpoint(manifest, licence), *files, *packages],
+        "dependencies": dependencies,
+    }
+
+
+def _bundle(manifest: Mapping[str, Any], licence: Licence) -> Json:
+    checkpoint, recipe = manifest["checkpoint"], manifest["recipe"]
+    facts = {
+        "target": manifest["target"],
+        "attention": manifest["attention"],
+        "opset": manifest["opset"],
+        **{f"recipe.{key}": value for key, value in recipe.items()},
+        **{f"patch.{name}": f"{one['target']} {one['digest']}" for name, one in manifest["patches"].items()},
+    }
+    references = [
+        {"type": "documentation", "url": CARD},
+        {"type": "evidence", "url": "evidence/report.md"},
+    ]
+    return {
+        "type": "machine-learning-model",
+        "bom-ref": _BUNDLE,
+        "name": f"{checkpoint['name']}-{recipe['name']}-{manifest['target']}",
+        **_licences(licence),
+        "pedigree": {"ancestors": [{**_identity(checkpoint), "type": "machine-learning-model"}]},
+        "externalReferences": references,
+        "modelCard": _model_card(manifest),
+        "properties": _properties(facts),
+    }
+
+
+def _model_card(manifest: Mapping[str, Any]) -> Json:
+    return {
+        "modelParameters": {
+            "task": TASK,
+            "architectureFamily": "transformer",
+            "modelArchitecture": "Qwen3VLForConditionalGeneration",
+            "inputs": [{"format": "text"}, {"format": "image"}],
+            "outputs": [{"format": "text"}],
+        },
+        "considerations": {"technicalLimitations": list(limits(manifest))},
+    }
+
+
+def _checkpoint(manifest: Mapping[str, Any], licence: Licence) -> Json:
+    checkpoint = manifest["checkpoint"]
+    parts = [{**_file(name, facts), "bom-ref": f"checkpoint/{name}"} for name, facts in checkpoint["files"].items()]
+    return {
+        "type": "machine-learning-model",
+        "bom-ref": _CHECKPOINT,
+        **_identity(checkpoint),
+        **_licences(licence),
+        "components": parts,
+        "properties": _properties({"config_sha256": checkpoint["config_sha256"]}),
+    }
+
+
+def _identity(checkpoint: Mapping[str, Any]) -> Json:
+    """Name, commit, and where the hub has it. https://github.com/package-url/purl-spec, type `huggingface`."""
+    repository, commit = checkpoint.get("repository"), checkpoint.get("revision")
+    found: Json = {"name": str(checkpoint["name"])}
+    if commit:
+        found["version"] = commit
+    if repository:
+        found["purl"] = f"pkg:huggingface/{quote(repository)}" + (f"@{commit}" if commit else "")
+        found["externalReferences"] = [{"type": "distribution", "url": f"https://huggingface.co/{quote(repository)}"}]
+    return found
+
+
+def _file(name: str, facts: Mapping[str, Any]) -> Json:
+    return {
+        "type": "file",
+        "bom-ref": f"file/{name}",
+        "name": name,
+        "hashes": [{"alg": "SHA-256", "content": facts["sha256"]}],
+        "properties": _properties({"size": facts["size"]}),
+    }
+
+
+def _package(name: str, version: str) -> Json:
+    """What it was built with; nothing of it is in the bundle."""
+    normal = name.lower().replace("_", "-")
+    purl = f"pkg:pypi/{normal}@{quote(version, safe='')}"
+    return {"type": "library", "bom-ref": purl, "name": name, "version": version, "purl": purl, "scope": "excluded"}
+
+
+def _licences(licence: Licence) -> Json:
+    if licence.id is None:
+        return {}
+    name = licence.name if licence.id == "other" and licence.name else licence.id
+    told: Json = {"id": licence.spdx} if licence.spdx else {"name": name}
+    address = {"url": licence.link} if licence.link and _ADDRESS.fullmatch(licence.link) else {}
+    return {"licenses": [{"license": {**told, **address}}]}
+
+
+def _properties(facts: Mapping[str, Any]) -> list[Json]:
+    return [{"name": f"{TOOL}:{key}", "value": str(value)} for key, value in facts.items()]

@@ -1,0 +1,175 @@
+"""One table of several bundles: each one's runtime, and what its verification has found.
+
+In: folders of bundles. Out: a `Row` a bundle, as a table, Markdown or JSON. Guaranteed: every figure is read from the
+bundle's own manifest and evidence; a bundle that could not be played says why; nothing is computed or run.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from builder.bundle.layout import EVIDENCE, MANIFEST, check_bundle
+from builder.cli.estimate_table import size
+from builder.targets.registry import TARGETS
+from builder.util.errors import BundleError
+from builder.util.files import write_text
+from builder.util.json_files import read_json
+
+PARITY, WRITTEN = "parity.json", "bundles"
+COLUMNS = ("bundle", "runtime", "verdict", "cases", "tokens equal", "task", "size", "")
+RUN = "run"
+NONE = "–"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One bundle.
+
+    Args:
+        runtime: that played it, with its version.
+        verdict: of its verification.
+        cases: of which tokens were compared.
+        tokens: that were compared; `equal`: of those, before the first that differs in each case.
+        task: right held-out answers of all, and PyTorch's.
+        bytes: of all files but the evidence.
+        played: `run`, or `not run here, because …`.
+        twin: the tokens are those of the bundle's twin in fp32, which must be exact where the bundle need not.
+    """
+
+    target: str
+    folder: str
+    runtime: str
+    verdict: str
+    cases: int
+    tokens: int
+    equal: int
+    task: str | None
+    bytes: int
+    played: str
+    twin: bool = False
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        """As `COLUMNS`."""
+        tokens = f"{self.equal} / {self.tokens}{', its fp32 twin' * self.twin}" if self.tokens else NONE
+        cases = str(self.cases) if self.tokens else NONE
+        return (
+            self.target,
+            self.runtime,
+            self.verdict,
+            cases,
+            tokens,
+            self.task or NONE,
+            size(self.bytes),
+            self.played,
+        )
+
+
+def bundles_in(folders: Sequence[Path]) -> list[Path]:
+    """The bundles that are there: folders of bundles as they are, of a build's output folder all that it made.
+
+    Raises:
+        BundleError: a folder that is neither.
+    """
+    found: list[Path] = []
+    for folder in folders:
+        if (folder / MANIFEST).is_file():
+            found.append(folder)
+            continue
+        inside = sorted(path.parent for path in folder.glob(f"8-bundle/*/{MANIFEST}"))
+        if not inside:
+            raise BundleError(
+                f"{folder} holds no bundles",
+                expected="a bundle, or the folder that `python -m builder build --output` was given",
+                next="python -m builder build --recipe fp32-everywhere",
+            )
+        found += inside
+    return found
+
+
+def rows(bundles: Sequence[Path]) -> list[Row]:
+    """In the order given.
+
+    Raises:
+        BundleError: no bundle, or one that was never verified.
+    """
+    return [_row(bundle) for bundle in bundles]
+
+
+def _row(bundle: Path) -> Row:
+    target, manifest = check_bundle(bundle), read_json(bundle / MANIFEST)
+    path = bundle / EVIDENCE / PARITY
+    if not path.is_file():
+        raise BundleError(
+            f"{bundle} was never verified",
+            expected=f"{EVIDENCE}/{PARITY} in it",
+            next=f"python -m builder verify {bundle} --reference CHECKPOINT",
+        )
+    parity = read_json(path)
+    facts, not_run = parity.get("facts", {}), parity.get("not run", {})
+    tokens, task = facts.get("tokens", {}), facts.get("task", {})
+    why = not_run.get("tokens") or not_run.get("generated tokens")
+    return Row(
+        target,
+        str(bundle),
+        _runtime(target, facts.get("versions", {})),
+        parity["verdict"],
+        int(tokens.get("cases", 0)),
+        int(tokens.get("compared", 0)),
+        int(tokens.get("equal", 0)),
+        f"{task['ONNX']} (PyTorch {task['PyTorch']})" if {"ONNX", "PyTorch"} <= task.keys() else None,
+        sum(int(one["size"]) for one in manifest.get("files", {}).values()),
+        f"not run here, because {why}" if why else RUN,
+        twin="quality" in facts,
+    )
+
+
+def _runtime(target: str, versions: Mapping[str, str]) -> str:
+    """The package that plays it; of a runtime that is none of Python's, what its target says of itself."""
+    known = TARGETS.get(target)
+    first = known.notes.packages[0] if known and known.notes.packages else target
+    if first in versions:
+        return f"{first} {versions[first]}"
+    own = known.versions() if known else {}
+    return ", ".join(f"{name} {versions.get(name, own[name])}" for name in own) or first
+
+
+def text(found: Sequence[Row], width: int = 132) -> str:
+    """For a terminal."""
+    table = Table(title="Bundles, each in its own runtime, against PyTorch", title_justify="left")
+    for name in COLUMNS:
+        table.add_column(name, justify="right" if name in ("cases", "tokens equal", "size") else "left")
+    for row in found:
+        table.add_row(*row.cells)
+    console = Console(file=io.StringIO(), width=width, color_system=None, markup=False, emoji=False)
+    console.print(table)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue().rstrip()
+
+
+def markdown(found: Sequence[Row]) -> str:
+    """For a README or a comment."""
+    lines = [f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS)]
+    lines += [f"| {' | '.join(cell.replace('|', '/') for cell in row.cells)} |" for row in found]
+    return "\n".join(lines) + "\n"
+
+
+def as_dicts(found: Sequence[Row]) -> list[dict[str, Any]]:
+    """For JSON."""
+    return [asdict(row) for row in found]
+
+
+def write(found: Sequence[Row], output: Path) -> None:
+    """`evidence/bundles.md` and `.json` of an output folder."""
+    folder = output / EVIDENCE
+    folder.mkdir(exist_ok=True)
+    write_text(folder / f"{WRITTEN}.md", markdown(found))
+    write_text(folder / f"{WRITTEN}.json", json.dumps(as_dicts(found), indent=1, ensure_ascii=False) + "\n")

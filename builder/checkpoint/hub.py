@@ -1,0 +1,233 @@
+"""In: a `Source` that names a hub repository. Out: its files in huggingface_hub's cache, its revision
+settled.
+
+Guaranteed: only the files that a build needs are fetched, all of one commit; what the config or the file
+names rule out is refused before a weight is fetched; whatever goes wrong on the way is a `DownloadError`
+that says what to do. Connections, resuming, locks, the cache, tokens and the endpoint (`HF_ENDPOINT`) are
+huggingface_hub's. A file whose connection drops is resumed; a build that is killed keeps every file that
+was whole.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from builder.checkpoint.config import read_architecture
+from builder.checkpoint.files import CONFIG, needed_files, notice_files, refuse_names, refuse_remote_code
+from builder.checkpoint.safetensors import INDEX, weight_files
+from builder.checkpoint.source import Source
+from builder.util.errors import BuildError, CheckpointError, DownloadError
+from builder.util.json_files import read_json
+from builder.util.progress import progress
+
+MEGABYTE = 10**6
+
+
+@dataclass(frozen=True)
+class Remote:
+    """A file of the repository, and what the hub says of its bytes (`None` where it says nothing).
+
+    Args:
+        size: in bytes.
+        sha256: of the content, of a file that is stored with LFS.
+        git: of any other file: SHA-1 of `blob <size>\\0` and the content, git's own name for it.
+    """
+
+    size: int | None = None
+    sha256: str | None = None
+    git: str | None = None
+
+
+def settle(source: Source) -> Source:
+    """The source with its revision as a commit; checks its config, and its file names where the hub is asked.
+
+    A commit whose config is in the cache asks nothing of the network.
+
+    Raises:
+        DownloadError: the hub cannot be reached, or does not have it.
+        BuildError: what `builder.checkpoint.load` would refuse by the config and the names.
+    """
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    with _hub_errors(source):
+        cached = try_to_load_from_cache(_repo(source), CONFIG, revision=source.revision) if source.pinned else None
+        if isinstance(cached, str):
+            _check_config(Path(cached))
+            return source
+        info = HfApi().model_info(_repo(source), revision=source.revision)
+        if info.sha is None:
+            raise DownloadError(f"the hub does not say which commit {source} is")
+        refuse_names({one.rfilename for one in info.siblings or []}, str(source))
+        settled = replace(source, revision=info.sha)
+        _check_config(_fetch_file(settled, CONFIG))
+        return settled
+
+
+def download(source: Source) -> tuple[Path, dict[str, Remote]]:
+    """Every file that a build needs, and the checkpoint's notices, in the cache.
+
+    Returns:
+        the folder of the snapshot, and the needed files with what the hub says of each.
+
+    Raises:
+        DownloadError: the hub cannot be reached, or the connection drops again and again.
+        CheckpointError: a file missing.
+        UnsafeError: an index that names a file outside the repository.
+    """
+    folder, files = needed(source)
+    with _hub_errors(source):
+        megabytes = sum(remote.size or 0 for remote in files.values()) // MEGABYTE
+        with progress(f"{source.repo}, MB", total=megabytes) as advance:
+            bar = _bar(advance)
+            for file in (*files, *notice_files(_listing(source))):
+                _fetch_file(source, file, bar)
+    return folder, files
+
+
+def needed(source: Source) -> tuple[Path, dict[str, Remote]]:
+    """What `download` brings; fetches no more of it than the config and the index.
+
+    Returns:
+        the folder of the snapshot, and the needed files with what the hub says of each.
+
+    Raises:
+        BuildError: as `download`.
+    """
+    with _hub_errors(source):
+        remotes = _listing(source)
+        refuse_names(remotes, str(source))
+        folder = _fetch_file(source, CONFIG).parent
+        if INDEX in remotes:
+            _fetch_file(source, INDEX)
+        files = needed_files(remotes, weight_files(folder, remotes))
+    for file in files:
+        if file not in remotes:
+            raise CheckpointError(f"{file} is missing from {source}", expected=f"{file}, as {INDEX} says")
+    return folder, {file: remotes[file] for file in files}
+
+
+def cache() -> Path:
+    """The folder that downloads go to."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE)
+
+
+def _repo(source: Source) -> str:
+    if source.repo is None:
+        raise ValueError(f"{source} is no hub repository")
+    return source.repo
+
+
+def _check_config(path: Path) -> None:
+    config = read_json(path)
+    refuse_remote_code(config, CONFIG)
+    read_architecture(config)
+
+
+def _listing(source: Source) -> dict[str, Remote]:
+    """What the repository holds; if the hub cannot be reached, what an earlier download left."""
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    try:
+        info = HfApi().model_info(_repo(source), revision=source.revision, files_metadata=True)
+    except (OfflineModeIsEnabled, _transport_error()) as error:
+        config = try_to_load_from_cache(_repo(source), CONFIG, revision=source.revision)
+        if isinstance(error, HfHubHTTPError) or not isinstance(config, str):
+            raise
+        folder = Path(config).parent
+        files = (path for path in folder.rglob("*") if path.is_file())
+        return {path.relative_to(folder).as_posix(): Remote() for path in files}
+    return {
+        one.rfilename: Remote(one.size, sha256=one.lfs.sha256) if one.lfs else Remote(one.size, git=one.blob_id)
+        for one in info.siblings or []
+    }
+
+
+def _fetch_file(source: Source, file: str, bar: Any = None) -> Path:
+    from huggingface_hub import HfApi
+
+    bar = bar or _bar(lambda steps: None)
+    return Path(HfApi().hf_hub_download(_repo(source), file, revision=source.revision, tqdm_class=bar))
+
+
+def _bar(advance: Callable[[int], None]) -> type[Any]:
+    """A class for huggingface_hub to report bytes to, which hands them on by the megabyte."""
+    from tqdm import tqdm  # type: ignore[import-untyped]
+
+    seen = 0
+
+    class Bar(tqdm):  # type: ignore[misc]
+        def __init__(self, *args: Any, **settings: Any) -> None:
+            settings.pop("name", None)
+            super().__init__(*args, **{**settings, "disable": True})
+
+        def update(self, n: float | None = 1) -> None:
+            nonlocal seen
+            before, seen = seen, seen + int(n or 0)
+            advance(seen // MEGABYTE - before // MEGABYTE)
+
+    return Bar
+
+
+def _transport_error() -> type[Exception]:
+    """The base class of the HTTP library that this release of huggingface_hub is built on."""
+    from huggingface_hub import errors
+
+    error: type[Exception] = errors.HTTPError  # type: ignore[attr-defined]
+    return error
+
+
+@contextmanager
+def _hub_errors(source: Source) -> Iterator[None]:
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except BuildError:
+        raise
+    except errors.GatedRepoError as error:
+        raise DownloadError(
+            f"{source.repo} is gated",
+            found=_first_line(error),
+            next=f"accept its conditions at {_page(source)}, then `hf auth login`, or set HF_TOKEN",
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise DownloadError(
+            f"{source.repo} has no revision {source.revision}",
+            found=_first_line(error),
+            next=f"pick a branch, a tag or a commit from {_page(source)}/commits",
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise DownloadError(
+            f"the hub has no repository {source.repo}, or not for you, and there is no folder of that name",
+            found=_first_line(error),
+            next="check the spelling; for a private repository, `hf auth login`, or set HF_TOKEN",
+        ) from error
+    except errors.RemoteEntryNotFoundError as error:
+        raise DownloadError(f"{source} lacks a file that it lists", found=_first_line(error)) from error
+    except (OSError, _transport_error()) as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise DownloadError(
+            f"{source} could not be downloaded",
+            expected="an answer from " + _page(source),
+            found=f"{type(error).__name__}: {_first_line(error)}",
+            next=f"{source.command} once the hub can be reached; files that are whole are not fetched again",
+        ) from error
+
+
+def _page(source: Source) -> str:
+    from huggingface_hub import constants
+
+    return f"{constants.ENDPOINT}/{source.repo}"
+
+
+def _first_line(error: Exception) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,0 +1,205 @@
+"""In: a folder with a Qwen3-VL checkpoint. Out: a `Checkpoint`: its facts, its files, and where each weight
+lies.
+
+Guaranteed: what `open_checkpoint` returns is whole (every weight that the architecture has, of the right
+shape, in a readable file, and none left over), safe (no pickle, no remote code, no name that leaves the
+folder) and of a kind that can be exported. Only headers and small JSON files are read, so a wrong folder is
+refused in the first second.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy.typing as npt
+
+from builder.checkpoint.config import Text, Vision, read_architecture, token_id
+from builder.checkpoint.files import (
+    CHAT_TEMPLATES,
+    CONFIG,
+    GENERATION,
+    MAY_NAME_CODE,
+    PREPROCESSOR,
+    PROCESSOR,
+    TOKENIZER,
+    TOKENIZER_CONFIG,
+    needed_files,
+    refuse_names,
+    refuse_remote_code,
+)
+from builder.checkpoint.generation_config import check_generation
+from builder.checkpoint.image_settings import read_preprocessor
+from builder.checkpoint.safetensors import NUMPY_TYPES, Tensor, index_tensors, map_bytes, weight_files
+from builder.checkpoint.tensors import check_tensors, expected_tensors, nearest
+from builder.util.errors import CheckpointError, WeightError
+from builder.util.json_files import read_json, read_text
+
+__all__ = ["Checkpoint", "Tensor", "Text", "Vision", "expected_tensors", "open_checkpoint"]
+
+# What two copies of one architecture may differ in.
+NOT_ARCHITECTURE = ("dtype", "torch_dtype", "transformers_version", "_name_or_path")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose weights are still on disk.
+
+    Args:
+        folder: where the files lie.
+        name: short, for output folders.
+        revision: the hub's commit; `None` for a local folder.
+        config: `config.json` as it is.
+        tensors: by name, exactly those of `expected_tensors`.
+        generation: `generation_config.json`, empty if there is none.
+        preprocessor: the image settings, see `builder.checkpoint.image_settings`.
+        files: every file that a build needs, relative to `folder`, sorted.
+    """
+
+    folder: Path
+    name: str
+    revision: str | None
+    config: Mapping[str, Any]
+    text: Text
+    vision: Vision
+    image_token_id: int
+    video_token_id: int
+    vision_start_token_id: int
+    vision_end_token_id: int
+    tensors: Mapping[str, Tensor]
+    generation: Mapping[str, Any]
+    preprocessor: Mapping[str, Any]
+    files: tuple[str, ...]
+
+    def read(self, name: str) -> npt.NDArray[Any]:
+        """One weight, memory-mapped and read-only, in its own type (`ml_dtypes.bfloat16` for BF16).
+
+        Raises:
+            WeightError: the checkpoint has no such weight.
+        """
+        if name not in self.tensors:
+            raise WeightError(f"the checkpoint has no weight {name}", expected=nearest(name, self.tensors))
+        tensor = self.tensors[name]
+        values: npt.NDArray[Any] = map_bytes(self.folder, tensor).view(NUMPY_TYPES[tensor.dtype])
+        return values.reshape(tensor.shape)
+
+    @property
+    def chat_template(self) -> str:
+        """The Jinja source of the chat template, from where transformers looks for it first.
+
+        Raises:
+            CheckpointError: the checkpoint has none, or none that can be read.
+        """
+        for file in (*CHAT_TEMPLATES, TOKENIZER_CONFIG):
+            if file not in self.files:
+                continue
+            if file.endswith(".jinja"):
+                return read_text(self.folder / file)
+            template = read_json(self.folder / file).get("chat_template")
+            if isinstance(template, str):
+                return template
+        raise CheckpointError(
+            f"{self.folder} has no chat template",
+            expected=", or ".join((*CHAT_TEMPLATES, f'"chat_template" in {TOKENIZER_CONFIG}')),
+            next="copy chat_template.jinja from the checkpoint that this one was made from",
+        )
+
+    @property
+    def config_digest(self) -> str:
+        """SHA-256 (hex) of what `config.json` says about the architecture, its dtype aside."""
+        canonical = json.dumps(_architecture(self.config), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def open_checkpoint(folder: Path, *, name: str | None = None, revision: str | None = None) -> Checkpoint:
+    """The checkpoint in `folder`, checked without reading a weight (but an `lm_head` that should be tied).
+
+    Args:
+        folder: holds `config.json` and the rest.
+        name: what to call it; the folder's own name if `None`.
+        revision: the commit, for a download from the hub.
+
+    Raises:
+        CheckpointError: no checkpoint, a file that is missing, truncated or malformed, a dtype or shape
+            that is wrong.
+        UnsupportedError: a kind that cannot be exported: see `builder.checkpoint.config`, or an adapter.
+        UnsafeError: pickle weights, remote code, a file outside the folder.
+        WeightError: a weight missing or left over.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is not a folder", expected="a folder with config.json and safetensors files")
+    names = frozenset(path.name for path in folder.iterdir())
+    refuse_names(names, str(folder))
+    config = read_json(folder / CONFIG)
+    for file in MAY_NAME_CODE:
+        if file in names:
+            refuse_remote_code(read_json(folder / file), file)
+    text, vision = read_architecture(config)
+    shards = weight_files(folder, names)
+    preprocessor = read_preprocessor(*_image_settings(folder, names), vision)
+    _check_tokenizer(folder, text)
+    tensors = index_tensors(folder, shards)
+    return Checkpoint(
+        folder=folder,
+        name=name or folder.resolve().name,
+        revision=revision,
+        config=config,
+        text=text,
+        vision=vision,
+        image_token_id=token_id(config, "image_token_id", 151655, text.vocab),
+        video_token_id=token_id(config, "video_token_id", 151656, text.vocab),
+        vision_start_token_id=token_id(config, "vision_start_token_id", 151652, text.vocab),
+        vision_end_token_id=token_id(config, "vision_end_token_id", 151653, text.vocab),
+        tensors=check_tensors(folder, tensors, config, expected_tensors(config, text, vision)),
+        generation=_generation(folder, names, config, text),
+        preprocessor=preprocessor,
+        files=needed_files(names, shards),
+    )
+
+
+def _image_settings(folder: Path, names: Collection[str]) -> tuple[Mapping[str, Any], str]:
+    """The image settings and the file that they are in."""
+    if PROCESSOR in names:
+        nested = read_json(folder / PROCESSOR).get("image_processor")
+        if isinstance(nested, dict):
+            return nested, PROCESSOR
+    return read_json(folder / PREPROCESSOR), PREPROCESSOR
+
+
+def _generation(folder: Path, names: Collection[str], config: Mapping[str, Any], text: Text) -> Mapping[str, Any]:
+    check_generation(config["text_config"], f"{CONFIG}, text_config", text.vocab)
+    return check_generation(read_json(folder / GENERATION), GENERATION, text.vocab) if GENERATION in names else {}
+
+
+def _check_tokenizer(folder: Path, text: Text) -> None:
+    """A token without a row in the embedding matrix would read past its end."""
+    tokenizer = read_json(folder / TOKENIZER)
+    model = tokenizer.get("model")
+    vocab = model.get("vocab") if isinstance(model, dict) else None
+    try:
+        added = [(token["id"], token["content"]) for token in tokenizer.get("added_tokens") or []]
+        ids = [*(vocab or {}).values(), *(number for number, _ in added)]
+        largest = max(ids)
+        if not all(type(one) is int and one >= 0 for one in ids) or not all(type(text) is str for _, text in added):
+            raise ValueError("an id is no number, or a token no text")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder / TOKENIZER} is not a tokenizer's", expected='"vocab" in "model", and "added_tokens"'
+        ) from error
+    if largest >= text.vocab:
+        raise CheckpointError(
+            f"{TOKENIZER} has more tokens than the model has embeddings",
+            expected=f"ids below vocab_size = {text.vocab}",
+            found=largest,
+            next="call model.resize_token_embeddings(len(tokenizer)) and save the checkpoint again",
+        )
+
+
+def _architecture(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _architecture(item) for key, item in value.items() if key not in NOT_ARCHITECTURE}
+    return [_architecture(item) for item in value] if isinstance(value, list) else value

@@ -1,0 +1,98 @@
+"""The command that makes a recipe: `sensitivity`.
+
+In: arguments. Out: see `builder.cli.app`, where it is registered.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from builder.cli.arguments import Checkpoint, Json, RecipeOption
+from builder.cli.exit_codes import emit, reported
+
+if TYPE_CHECKING:
+    from builder.quantization.sensitivity import Group, Sensitivity
+
+
+def sensitivity(
+    checkpoint: Checkpoint = None,
+    recipe: RecipeOption = "int4",
+    budget: Annotated[
+        float, typer.Option(min=0, help="How much larger the quantized matrices may become, in percent.")
+    ] = 2.0,
+    positions: Annotated[int, typer.Option(min=1, help="Tokens that are compared, at least.")] = 512,
+    write: Annotated[
+        Path | None, typer.Option(help="Write the recipe into this .toml file.", show_default=False)
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure which 4-bit matrices an answer depends on most, and give these 8 bits under a budget of bytes."""
+    with reported(as_json):
+        from builder.cli.progress_bars import bars
+        from builder.quantization import mixed_precision
+        from builder.quantization.rules import resolve
+        from builder.quantization.sensitivity import groups, measured
+        from builder.stages.engine.prepare import reference_checkpoint
+        from builder.targets.recipe_file import load_recipe
+        from builder.util.errors import RecipeError
+        from builder.util.progress import progress
+
+        if write is not None and (write.suffix != ".toml" or write.exists()):
+            raise RecipeError(
+                f"{write} cannot become a recipe",
+                expected="a new file with the suffix .toml",
+                found="a file that is there" if write.exists() else f"the suffix {write.suffix!r}",
+                next="--write another.toml",
+            )
+        opened, base = reference_checkpoint(checkpoint), load_recipe(recipe)
+        count = len(groups(opened, resolve(base.rules, opened.tensors)))
+        with bars(), progress("sensitivity, groups", count) as advance:
+            found = measured(opened, base, positions, advance)
+        whole = mixed_precision.stored_bytes(opened, base)
+        taken = mixed_precision.chosen(found, round(whole * budget / 100))
+        text = mixed_precision.as_toml(
+            mixed_precision.with_more_bits(opened, base, taken),
+            f"{base.name}, with 8 bits where {opened.name} is most sensitive: {budget:g} % of bytes more at most.",
+        )
+        if write is not None:
+            write.write_text(text, encoding="utf-8", newline="\n")
+        if as_json:
+            emit({"ok": True, "bytes": whole, "recipe": text, "groups": [_facts(one, taken) for one in found]})
+            return
+        print(_table(found, taken, whole))
+        print(text if write is None else write)
+
+
+def _facts(one: Sensitivity, taken: Sequence[Group]) -> dict[str, object]:
+    return {
+        "group": one.group.name,
+        "tensors": list(one.group.tensors),
+        "kl": one.kl,
+        "more bytes": one.group.more,
+        "8 bits": one.group in taken,
+    }
+
+
+def _table(found: Sequence[Sensitivity], taken: Sequence[Group], whole: int) -> str:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="Rounded alone, against PyTorch in fp32", title_justify="left")
+    for name in ("KL, mean", "share", "8 bits cost", ""):
+        table.add_column(name, justify="right" if name else "left")
+    table.add_column("group", overflow="fold")
+    total = sum(one.kl for one in found) or 1.0
+    for one in found:
+        cost = f"{one.group.more / whole:.1%} of bytes"
+        table.add_row(
+            f"{one.kl:.2e}", f"{one.kl / total:.0%}", cost, "8 bits" if one.group in taken else "", one.group.name
+        )
+    console = Console(file=io.StringIO(), width=120, color_system=None, markup=False, emoji=False)
+    console.print(table)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue().rstrip()

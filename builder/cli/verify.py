@@ -1,0 +1,144 @@
+"""The commands that judge a bundle: `verify`, `golden`, `report`, `table`.
+
+In: arguments. Out: see `builder.cli.app`, where they are registered.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from builder.cli.arguments import Bundle, Cases, Checkpoint, Json, Memory
+from builder.cli.exit_codes import emit, reported
+from builder.util.errors import BundleError, VerificationError
+
+
+def verify(
+    bundle: Bundle,
+    reference: Annotated[
+        str | None, typer.Option(help="The checkpoint: a folder, or a hub id.", show_default=False)
+    ] = None,
+    golden: Annotated[
+        Path | None,
+        typer.Option(help="Compare with a file that `golden` made, without torch.", show_default=False),
+    ] = None,
+    cases: Cases = None,
+    memory: Memory = None,
+    store: Annotated[
+        Path | None,
+        typer.Option(
+            help="Keep the reference's outputs in this folder, and use those that are there.", show_default=False
+        ),
+    ] = None,
+    self_test: Annotated[
+        bool,
+        typer.Option("--self-test", help="Break copies of the bundle, and see that each break is noticed and placed."),
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Compare a bundle with PyTorch; exits with 0 only when every gate holds."""
+    with reported(as_json):
+        from builder.stages.engine.prepare import reference_folder
+
+        if self_test and (reference is None or golden is not None or cases):
+            raise typer.BadParameter("needs --reference, and neither --golden nor --cases", param_hint="--self-test")
+        if golden is not None and (memory is not None or store is not None):
+            raise typer.BadParameter("has no use for --memory or --store", param_hint="--golden")
+        checkpoint = reference_folder(reference) if reference else None
+        if self_test and checkpoint is not None:
+            _test_itself(bundle, checkpoint, memory, store, as_json)
+            return
+        evidence = bundle / "evidence"
+        if golden is not None:
+            from builder.verify.golden.verify import PART, failed, verify_bundle_golden
+
+            evidence /= PART
+            report = verify_bundle_golden(bundle, golden, cases or [], checkpoint)
+        elif checkpoint is not None:
+            from builder.verify.whole import failed, verify_bundle
+
+            report = verify_bundle(bundle, checkpoint, memory, store, cases or [])
+        else:
+            raise typer.BadParameter("give the checkpoint, or --golden FILE", param_hint="--reference")
+        if as_json:
+            emit({**report.as_dict(), "ok": report.ok})
+            raise typer.Exit(0 if report.ok else VerificationError.exit_code)
+        print(report.table())
+        if not report.ok:
+            raise failed(report, evidence)
+
+
+def golden(
+    output: Annotated[Path, typer.Option(help="The file to write.")],
+    checkpoint: Checkpoint = None,
+    cases: Cases = None,
+    memory: Memory = None,
+    as_json: Json = False,
+) -> None:
+    """Keep what PyTorch makes of every case in one file, for `verify --golden`."""
+    with reported(as_json):
+        from builder.stages.engine.prepare import reference_checkpoint
+        from builder.verify.golden.record import golden_of
+
+        made = golden_of(reference_checkpoint(checkpoint), output, cases or [], memory)
+        if as_json:
+            emit({"ok": True, "golden": str(output), "checkpoint": made.checkpoint.name, "cases": len(made.cases)})
+        else:
+            print(output)
+
+
+def report(
+    bundle: Bundle,
+    html: Annotated[Path | None, typer.Option(help="One page for people.", show_default=False)] = None,
+    junit: Annotated[Path | None, typer.Option(help="JUnit XML for a CI server.", show_default=False)] = None,
+    markdown: Annotated[Path | None, typer.Option(help="A pull-request comment.", show_default=False)] = None,
+    as_json: Json = False,
+) -> None:
+    """Render a bundle's last verification again; without FILEs, all forms into its evidence/. Compares nothing."""
+    with reported(as_json):
+        from builder.verify.report.write import render
+
+        asked = {"report.html": html, "junit.xml": junit, "report.md": markdown}
+        found, files = render(bundle, {name: path for name, path in asked.items() if path is not None})
+        if as_json:
+            emit({**found.as_dict(), "ok": found.ok, "files": [str(path) for path in files]})
+            return
+        for path in files:
+            print(path)
+
+
+def _test_itself(bundle: Path, checkpoint: Path, memory: int | None, store: Path | None, as_json: bool) -> None:
+    from builder.verify.report.write import render
+    from builder.verify.self_test.run import failed, self_test
+
+    done = self_test(bundle, checkpoint, memory, store)
+    try:
+        render(bundle, {})  # with the catch table
+    except BundleError as error:
+        print(f"report.html is not made again: {error.what}", file=sys.stderr)
+    if as_json:
+        emit({**done.as_dict(), "ok": done.ok})
+        raise typer.Exit(0 if done.ok else VerificationError.exit_code)
+    print(done.table())
+    if not done.ok:
+        raise failed(done, bundle / "evidence")
+
+
+def table(
+    folders: Annotated[
+        list[Path], typer.Argument(help="Bundles, or output folders of builds, of which all bundles are meant.")
+    ],
+    as_json: Json = False,
+) -> None:
+    """One table of bundles: runtime, cases, tokens, task, size, as their own verifications found."""
+    with reported(as_json):
+        from builder.bundle import table
+
+        found = table.rows(table.bundles_in(folders))
+        if as_json:
+            emit({"ok": True, "bundles": table.as_dicts(found)})
+        else:
+            print(table.text(found))

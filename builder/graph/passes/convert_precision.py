@@ -1,0 +1,175 @@
+"""Activations and weights in fp16 or bf16: what flows from a float port or a weight is narrow, all else stays fp32.
+
+In: a graph in fp32, bound. Out: the same nodes on narrow values; ports are narrow, too, but for pixel values
+and what the target keeps wide.
+Guaranteed: positions, angles and interpolation weights, which come from integers alone, are computed in fp32 and cast
+where they meet what is narrow; layers that are named stay fp32 inside, with casts around them; norms accumulate in
+fp32 (their operators do).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import replace
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+
+from builder.graph.binding import BoundGraph, unbound
+from builder.graph.passes.result import Outcome
+from builder.graph.ports import RESIDUAL
+
+TYPES = {
+    "fp16": (ir.DataType.FLOAT16, "float16", np.float16),
+    "bf16": (ir.DataType.BFLOAT16, "bfloat16", ml_dtypes.bfloat16),
+}
+FLOAT = ir.DataType.FLOAT
+PIXELS = "pixel_values"  # always stays fp32: runtimes and clients hand over what their preprocessing gives
+
+
+def narrow(
+    graph: BoundGraph, precision: str, wide_layers: Collection[int] = (), wide_ports: Collection[str] = ()
+) -> Outcome:
+    """Counts the nodes that compute on narrow values.
+
+    Args:
+        precision: "fp16" or "bf16".
+        wide_layers: layers (`residual.N` is what they make) that stay fp32.
+        wide_ports: further inputs and outputs that stay fp32, with casts beside them.
+    """
+    return _Narrowing(graph, precision, frozenset(wide_layers), frozenset({PIXELS, *wide_ports})).run()
+
+
+class _Narrowing:
+    def __init__(
+        self, graph: BoundGraph, precision: str, wide_layers: frozenset[int], wide_ports: frozenset[str]
+    ) -> None:
+        self.model, self.bindings = graph.model, dict(graph.bindings)
+        self.type, self.name, self.numpy = TYPES[precision]
+        self.wide, self.wide_ports = wide_layers, wide_ports
+        self.casts: dict[tuple[int, ir.DataType], ir.Value] = {}
+
+    def run(self) -> Outcome:
+        graph = self.model.graph
+        narrow_nodes, wide_nodes = self._parted()
+        for name, binding in list(self.bindings.items()):
+            if binding.dtype == "float32":
+                self.bindings[name] = replace(binding, dtype=self.name)
+                value = graph.initializers[name]
+                value.const_value = unbound(self.bindings[name])
+                value.type = ir.TensorType(self.type)
+        for value in graph.inputs:
+            if value.name not in self.wide_ports:
+                self._retype(value)
+        for node in list(graph):
+            if node in narrow_nodes:
+                self._narrow(node)
+            elif node in wide_nodes:
+                self._widen(node)
+        for index, value in enumerate(graph.outputs):
+            # fp32 where it should not be: made of integers alone, or in a wide layer
+            made, asked = value.dtype, FLOAT if value.name in self.wide_ports else self.type
+            if made is not None and made in (FLOAT, self.type) and made != asked:
+                port = self._as(value, asked)
+                port.name, value.name = value.name, f"{value.name}.{made.name.lower()}"
+                graph.outputs[index] = port
+        return Outcome(BoundGraph(self.model, self.bindings), len(narrow_nodes))
+
+    def _parted(self) -> tuple[set[ir.Node], set[ir.Node]]:
+        """Nodes that become narrow, and those of wide layers; what neither sees of a float port stays as it is."""
+        flowing = {id(value) for value in self.model.graph.inputs if value.dtype == FLOAT}
+        flowing |= {id(self.model.graph.initializers[name]) for name in self.bindings}
+        narrow_nodes: set[ir.Node] = set()
+        wide_nodes: set[ir.Node] = set()
+        for node, layer in _with_layers(self.model.graph):
+            reads = [*node.inputs, *_captured(node)]
+            if any(value is not None and id(value) in flowing for value in reads):
+                floats = [value for value in node.outputs if value.dtype in (FLOAT, None)]
+                if node.op_type in ("Shape", "Size") or not floats:
+                    continue
+                flowing |= {id(value) for value in floats}
+                # Attention keeps its type: its cache is a port, and what enters it is normed.
+                wide = layer in self.wide and node.op_type != "GroupQueryAttention"
+                (wide_nodes if wide else narrow_nodes).add(node)
+        return narrow_nodes, wide_nodes
+
+    def _narrow(self, node: ir.Node) -> None:
+        for index, value in enumerate(node.inputs):
+            if value is not None and _type(value) == FLOAT:
+                node.replace_input_with(index, self._as(value, self.type))
+        for attribute in node.attributes.values():
+            if attribute.type == ir.AttributeType.GRAPH:
+                self._body(attribute.as_graph())
+        if node.op_type == "Cast" and node.attributes.get_int("to", 0) == FLOAT:
+            node.attributes["to"] = ir.AttrInt64("to", int(self.type))
+        for value in node.outputs:
+            self._retype(value)
+
+    def _widen(self, node: ir.Node) -> None:
+        """A node of a layer that stays fp32; its outputs are cast back where narrow nodes read them."""
+        for index, value in enumerate(node.inputs):
+            if value is not None and value.dtype == self.type:
+                node.replace_input_with(index, self._as(value, FLOAT))
+
+    def _body(self, body: ir.Graph) -> None:
+        for value in body.inputs:
+            self._retype(value)
+        for node in body:
+            for index, read in enumerate(node.inputs):
+                if read is not None and _type(read) == FLOAT and read.graph is not body:
+                    node.replace_input_with(index, self._as(read, self.type))
+            if node.op_type == "Constant":
+                self._constant(node)
+            for value in node.outputs:
+                self._retype(value)
+
+    def _as(self, value: ir.Value, dtype: ir.DataType) -> ir.Value:
+        """The value cast to another type, once. Constants, too: they are folded at load, and written exactly."""
+        key = (id(value), dtype)
+        if key not in self.casts:
+            cast = ir.node("Cast", [value], attributes={"to": int(dtype)})
+            new = cast.outputs[0]
+            new.shape, new.type = value.shape, ir.TensorType(dtype)
+            new.name = f"{dtype.name.lower()}.{value.name}"  # in front: `residual.N` is the stream's name alone
+            producer = value.producer()
+            if producer is not None and producer.graph is self.model.graph:
+                self.model.graph.insert_after(producer, cast)
+            else:
+                self.model.graph.insert_before(self.model.graph[0], cast)
+            self.casts[key] = new
+        return self.casts[key]
+
+    def _constant(self, node: ir.Node) -> None:
+        tensor = node.attributes.get_tensor("value", None)
+        if tensor is not None and tensor.dtype == FLOAT:
+            node.attributes["value"] = ir.AttrTensor("value", ir.tensor(tensor.numpy().astype(self.numpy)))
+
+    def _retype(self, value: ir.Value) -> None:
+        if value.dtype == FLOAT:
+            value.type = ir.TensorType(self.type)
+
+
+def _type(value: ir.Value) -> ir.DataType | None:
+    """Of a constant, too, that nobody has told its type."""
+    constant = None if value.dtype else ir.convenience.get_const_tensor(value)
+    return constant.dtype if constant is not None else value.dtype
+
+
+def _with_layers(graph: ir.Graph) -> Iterator[tuple[ir.Node, int]]:
+    """Every node and the layer that it belongs to: those up to the one that makes `residual.N` are layer N's."""
+    layer = 0
+    for node in graph:
+        yield node, layer
+        made = [value for value in node.outputs if str(value.name).startswith(f"{RESIDUAL}.")]
+        if made:
+            layer = int(str(made[0].name).rpartition(".")[2]) + 1
+
+
+def _captured(node: ir.Node) -> Iterable[ir.Value | None]:
+    """What subgraphs read from outside."""
+    for attribute in node.attributes.values():
+        if attribute.type == ir.AttributeType.GRAPH:
+            inner = attribute.as_graph()
+            for one in inner:
+                yield from (value for value in one.inputs if value is not None and value.graph is not inner)

@@ -1,0 +1,62 @@
+"""Keep what PyTorch went through, so that a second comparison with the same inputs need not compute it again.
+
+In: a reference, a prompt, a folder. Out: its `Trace`, computed or read. Guaranteed: one that is read was computed from
+the same weights (as far as size, time and header of each file tell), inputs and versions; a file that cannot be read is
+computed again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from builder.reference.model import Prompt, Reference, Trace
+from builder.stages.fetch import mark
+
+COMPUTED_WITH = ("torch", "transformers", "numpy")
+
+
+def traced(reference: Reference, prompt: Prompt, folder: Path, answer: Sequence[int] = ()) -> Trace:
+    """`reference.hidden_states(prompt, answer)`, from `folder` where it is there, and kept there where it is not."""
+    path = folder / f"{_key(reference, prompt, answer)}.safetensors"
+    try:
+        return _unpacked(load_file(path))
+    except (OSError, SafetensorError):
+        trace = reference.hidden_states(prompt, answer)
+    folder.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    save_file(_packed(trace), part)
+    os.replace(part, path)
+    return trace
+
+
+def _key(reference: Reference, prompt: Prompt, answer: Sequence[int]) -> str:
+    checkpoint = reference.checkpoint
+    digest = hashlib.sha256()
+    marks = {file: mark(checkpoint.folder / file) for file in checkpoint.files}
+    said = [marks, {name: version(name) for name in COMPUTED_WITH}, list(answer)]
+    digest.update(json.dumps(said, sort_keys=True).encode())
+    for array in (prompt.input_ids, prompt.pixel_values, prompt.image_grid_thw, prompt.position_ids):
+        digest.update(b"-" if array is None else f"{array.dtype} {array.shape} ".encode() + array.tobytes())
+    return digest.hexdigest()[:32]
+
+
+def _packed(trace: Trace) -> dict[str, np.ndarray]:
+    rows = {"vision": trace.vision, "features": trace.features, "decoder": trace.decoder, "logits": (trace.logits,)}
+    return {f"{name}.{i}": np.ascontiguousarray(one) for name, row in rows.items() for i, one in enumerate(row)}
+
+
+def _unpacked(arrays: dict[str, np.ndarray]) -> Trace:
+    def row(name: str) -> tuple[np.ndarray, ...]:
+        count = sum(key.startswith(f"{name}.") for key in arrays)
+        return tuple(arrays[f"{name}.{i}"] for i in range(count))
+
+    return Trace(row("vision"), row("features"), row("decoder"), arrays["logits.0"])

@@ -1,0 +1,241 @@
+"""What a build would need and take, and whether this machine has it.
+
+In: a `Build` and its steps (`builder.stages.engine.execute.plan`). Out: an `Estimate`, for people, for programs, or
+as a refusal.
+Guaranteed: no weight is read or fetched; nothing is written but a config and an index into the hub's cache.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from builder.checkpoint import hub
+from builder.checkpoint.config import read_architecture
+from builder.checkpoint.files import CONFIG
+from builder.checkpoint.load import open_checkpoint
+from builder.checkpoint.safetensors import ITEM_BYTES, Tensor
+from builder.checkpoint.tensors import EXACT_IN, expected_tensors
+from builder.cli.estimate_table import size
+from builder.quantization.rules import resolve
+from builder.stages.engine.estimate import (
+    Facts,
+    GraphBytes,
+    Mode,
+    StageCost,
+    Stored,
+    graph_bytes,
+    stage_cost,
+    verify_mode,
+)
+from builder.util import machine
+from builder.util.errors import ResourceError
+from builder.util.json_files import read_json
+
+if TYPE_CHECKING:
+    from builder.checkpoint.load import Checkpoint
+    from builder.stages.engine.build import Build
+    from builder.stages.engine.execute import Step
+
+Use = Literal["output", "download"]
+
+NOTHING = StageCost(0, 0, 0.0)
+ELSEWHERE: Mapping[Use, str] = {
+    "output": "give another --output",
+    "download": "set HF_HUB_CACHE to a folder on another disk",
+}
+MORE_MEMORY = "raise the container's limit, or use a machine with more memory"
+
+
+@dataclass(frozen=True)
+class Disk:
+    """A disk that a build writes to.
+
+    Args:
+        folder: where on it.
+        uses: what it takes, in bytes.
+        free: bytes that may be written, what an interrupted build left and this one removes included.
+    """
+
+    folder: Path
+    uses: Mapping[Use, int]
+    free: int
+
+    @property
+    def needed(self) -> int:
+        """Bytes of all uses."""
+        return sum(self.uses.values())
+
+    @property
+    def short(self) -> bool:
+        return self.needed > self.free
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The figures of one build.
+
+    Args:
+        steps: every stage, and what it costs (`NOTHING` where it is cached).
+        graphs: every graph whose weights would be written; none where they are on disk already.
+        download: file → bytes that are to be fetched from the hub.
+        disks: those that are written to.
+        memory: bytes that this process may use.
+        mode: how `verify` would run.
+        command: what builds the same checkpoint.
+    """
+
+    steps: tuple[tuple[Step, StageCost], ...]
+    graphs: tuple[GraphBytes, ...]
+    download: Mapping[str, int]
+    disks: tuple[Disk, ...]
+    memory: int
+    mode: Mode
+    command: str
+
+    @property
+    def largest(self) -> tuple[Step, StageCost]:
+        """The stage that needs most memory."""
+        return max(self.steps, key=lambda one: one[1].memory)
+
+    @property
+    def seconds(self) -> float:
+        """Of all stages; how long a download takes is not known."""
+        return sum(cost.seconds for _, cost in self.steps)
+
+    @property
+    def fits(self) -> bool:
+        """Whether this machine has what is needed."""
+        return self.largest[1].memory <= self.memory and not any(disk.short for disk in self.disks)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For programs: bytes and seconds."""
+        stages = [
+            {"stage": step.stage.name, "state": step.state, "why": step.why, **asdict(cost)}
+            for step, cost in self.steps
+        ]
+        disks = [{"folder": str(one.folder), "needed": one.needed, "free": one.free, **one.uses} for one in self.disks]
+        return {
+            "fits": self.fits,
+            "stages": stages,
+            "graphs": [asdict(row) for row in self.graphs],
+            "data_bytes": sum(row.data_bytes for row in self.graphs),
+            "download": {"files": dict(self.download), "bytes": sum(self.download.values())},
+            "disks": disks,
+            "memory": {"needed": self.largest[1].memory, "limit": self.memory, "verify": self.mode},
+            "seconds": round(self.seconds),
+        }
+
+    def refuse(self) -> None:
+        """
+        Raises:
+            ResourceError: the build does not fit: what is needed, what there is, and all figures.
+        """
+        if self.fits:
+            return
+        short = [disk for disk in self.disks if disk.short]
+        needed = [f"{size(disk.needed)} of disk under {disk.folder}" for disk in short]
+        found = [f"{size(disk.free)} of disk" for disk in short]
+        advice = [" or ".join(ELSEWHERE[use] for use in disk.uses) for disk in short]
+        step, cost = self.largest
+        if cost.memory > self.memory:
+            needed.append(f"{size(cost.memory)} of memory for the stage {step.stage.name}")
+            found.append(f"{size(self.memory)} of memory")
+            advice.append(self._with_less_memory())
+        raise ResourceError(
+            "this build needs more than this machine has, and was not started",
+            expected=", ".join(needed),
+            found=", ".join(found),
+            next="; ".join(advice),
+            estimate=self.as_dict(),
+        )
+
+    def _with_less_memory(self) -> str:
+        large = [step.stage.name for step, cost in self.steps if cost.memory > self.memory]
+        if large != ["verify"]:
+            return MORE_MEMORY
+        return f"{MORE_MEMORY}; or build without verifying: {self.command} --until configure"
+
+
+def estimated(build: Build, steps: Sequence[Step]) -> Estimate:
+    """The figures of what `builder.stages.engine.execute.execute` would do.
+
+    Raises:
+        BuildError: what the stage `fetch` would refuse, or the hub cannot be reached.
+    """
+    facts, memory = known(build, steps), machine.memory_limit()
+    mode = verify_mode(facts, memory if build.memory is None else build.memory)
+    runtimes = [target.runtime for target in build.recipe.targets]
+    stored = Stored(resolve(build.recipe.rules, facts.tensors), build.recipe.precision)
+    running = {step.stage.name for step in steps if step.state == "run"}
+    costs = tuple(
+        (step, stage_cost(step.stage.name, facts, runtimes, mode, stored) if step.stage.name in running else NOTHING)
+        for step in steps
+    )
+    uses: dict[Use, tuple[Path, int]] = {"output": (build.output, sum(cost.written for _, cost in costs))}
+    if facts.missing:
+        uses["download"] = hub.cache(), sum(facts.missing.values())
+    return Estimate(
+        steps=costs,
+        graphs=graph_bytes(facts, runtimes, stored) if "quantize" in running else (),
+        download=facts.missing,
+        disks=disks(uses, left_over(build.output)),
+        memory=memory,
+        mode=mode,
+        command=build.source.command,
+    )
+
+
+def known(build: Build, steps: Sequence[Step]) -> Facts:
+    """What is known of the build's checkpoint before a weight is there."""
+    if build.source.folder is not None:
+        return described(open_checkpoint(build.source.folder))
+    if any(step.stage.name == "fetch" and step.state == "cached" for step in steps):
+        return described(build.checkpoint)
+    folder, remotes = hub.needed(build.source)
+    here = {file: (folder / file).stat().st_size for file in remotes if (folder / file).is_file()}
+    missing = {file: remote.size or 0 for file, remote in remotes.items() if file not in here}
+    config = read_json(folder / CONFIG)
+    text, vision = read_architecture(config)
+    # A repository whose config does not say is taken to be what the published ones are.
+    dtype = EXACT_IN.get(str(config.get("dtype") or config.get("torch_dtype")), ("BF16",))[0]
+    tensors = {
+        name: Tensor(name, "", dtype, shape, 0, math.prod(shape) * ITEM_BYTES[dtype])
+        for name, shape in expected_tensors(config, text, vision).items()
+    }
+    return Facts(text, vision, tensors, {**here, **missing}, missing)
+
+
+def described(checkpoint: Checkpoint) -> Facts:
+    """The facts of a checkpoint on this disk."""
+    files = {file: (checkpoint.folder / file).stat().st_size for file in checkpoint.files}
+    return Facts(checkpoint.text, checkpoint.vision, checkpoint.tensors, files, {})
+
+
+def disks(uses: Mapping[Use, tuple[Path, int]], left: int) -> tuple[Disk, ...]:
+    """One entry a disk; `left` bytes come back to that of the output."""
+    found: list[Disk] = []
+    for use, (folder, count) in uses.items():
+        shared = next((disk for disk in found if machine.same_disk(disk.folder, folder)), None)
+        if shared is None:
+            found.append(Disk(folder, {use: count}, machine.free_disk(folder) + (left if use == "output" else 0)))
+        else:
+            found[found.index(shared)] = Disk(shared.folder, {**shared.uses, use: count}, shared.free)
+    return tuple(found)
+
+
+def left_over(output: Path) -> int:
+    """Bytes of what an interrupted build left, which the next one removes before it writes as much."""
+    freed = 0
+    for part in output.glob("*.part"):
+        links: defaultdict[tuple[int, int], int] = defaultdict(int)
+        for stat in (file.lstat() for file in part.rglob("*") if file.is_file()):
+            links[stat.st_dev, stat.st_ino] += 1
+            # A file that another folder links to stays.
+            if links[stat.st_dev, stat.st_ino] == stat.st_nlink:
+                freed += stat.st_size
+    return freed

@@ -1,0 +1,255 @@
+"""The build loop: which stages have to run, and why.
+
+In: a `Build` (checkpoint, recipe, output folder). Out: one folder a stage, `1-fetch` … `8-bundle`, each
+with a `stage.json`. Guaranteed: a stage runs when, and only when, something that its result depends on has
+changed, or it was forced; each run says why in words; a folder that bears a stage's name is whole.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal
+
+from builder.stages.engine.build import Build, Stage
+from builder.stages.engine.cache_key import MISSING, UNKNOWN, Components, code_digests, plain, reasons, version
+from builder.stages.engine.output_folder import (
+    Record,
+    claimed,
+    damage,
+    linked,
+    part,
+    put_in_place,
+    read_record,
+    recover,
+    remove_part,
+    sizes,
+    twin,
+    unwritable,
+    write_record,
+)
+from builder.util.cost import Meter
+from builder.util.errors import MissingPackageError
+
+BESIDE = ("calibration", "heldout")  # folders of cases beside a checkpoint
+_DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG})
+_PERMISSION = frozenset({errno.EACCES, errno.EPERM})
+
+
+@dataclass(frozen=True)
+class Step:
+    """A stage, and whether it has to run: `why` is empty when it does not.
+
+    `link` is for a stage that another build beside this one has whole, in the folder `twin`.
+    """
+
+    stage: Stage
+    state: Literal["cached", "link", "run"]
+    why: str
+    components: Components
+    record: Record | None = None
+    twin: Path | None = None
+
+    @property
+    def text(self) -> str:
+        """`cached`, `link: …`, or `run: recipe.max_length changed (4096 → 2048)`."""
+        return f"{self.state}: {self.why}" if self.why else self.state
+
+
+@dataclass(frozen=True)
+class Event:
+    """What the loop tells while it goes: a step begins (record None), or is over."""
+
+    step: Step
+    record: Record | None = None
+
+
+def plan(build: Build, until: str | None = None, force: Collection[str] = ()) -> list[Step]:
+    """What `execute` would do, in order; writes nothing and imports no stage."""
+    steps: dict[str, Step] = {}
+    for stage in wanted(build, until):
+        steps[stage.name] = _step(build, stage, steps, force, _architecture(build, steps.get("fetch")))
+    return list(steps.values())
+
+
+def execute(
+    build: Build,
+    until: str | None = None,
+    force: Collection[str] = (),
+    on_event: Callable[[Event], None] = lambda event: None,
+) -> list[tuple[Step, Record]]:
+    """Run what has to run, up to and with `until`.
+
+    Args:
+        until: name of the last stage; None for all.
+        force: names of stages to run although nothing changed; what is made from them runs too.
+        on_event: called when a step begins and when it is over.
+
+    Returns:
+        each step with the record of its artifacts.
+
+    Raises:
+        OutputError: see `builder.stages.engine.output_folder.claimed`.
+        MissingPackageError: a package that a stage needs is not installed (before any stage runs).
+        BuildError: whatever a stage raises; the folders of the stages before it stay.
+    """
+    source = str(build.source)
+    about = {"asked": build.asked or source, "checkpoint": source, "recipe": build.recipe.name}
+    done: dict[str, tuple[Step, Record]] = {}
+    with claimed(build.output, about):
+        for stage in build.stages:
+            recover(build.folder(stage.name))
+        _require_packages(plan(build, until, force))
+        for stage in wanted(build, until):
+            steps = {name: step for name, (step, _) in done.items()}
+            step = _step(build, stage, steps, force, lambda: build.checkpoint.config_digest)
+            on_event(Event(step))
+            after = {name: done[name][1].started for name in stage.inputs if name in done}
+            record = step.record or _made(build, step, after)
+            remove_part(build.folder(stage.name))
+            done[stage.name] = step, record
+            on_event(Event(step, record))
+    return list(done.values())
+
+
+def wanted(build: Build, until: str | None) -> tuple[Stage, ...]:
+    """The stages up to and with `until`."""
+    names = [stage.name for stage in build.stages]
+    return build.stages[: names.index(until) + 1] if until else build.stages
+
+
+def _step(
+    build: Build,
+    stage: Stage,
+    earlier: Mapping[str, Step],
+    force: Collection[str],
+    architecture: Callable[[], str],
+) -> Step:
+    components = _components(build, stage, earlier, architecture)
+    folder = build.folder(stage.name)
+    try:
+        record = read_record(folder)
+    except ValueError:
+        return Step(stage, "run", "record unreadable", components)
+    if record is None:
+        other = twin(folder, components.key) if stage.shared and stage.name not in force else None
+        if other is not None:
+            return Step(stage, "link", f"the same as in {other.parent.name}", components, twin=other)
+        return Step(stage, "run", "first time", components)
+    if stage.name in force:
+        return Step(stage, "run", "forced", components)
+    why = reasons(record.components, components)
+    why += [
+        f"{name} made anew"
+        for name, step in earlier.items()
+        if name in stage.inputs and f"{name} changed" not in why and _anew(step, record.after.get(name))
+    ]
+    why += damage(folder, record)
+    if not why:
+        return Step(stage, "cached", "", components, record)
+    shown = why[:3] + ([f"and {len(why) - 3} more"] if len(why) > 3 else [])
+    return Step(stage, "run", ", ".join(shown), components)
+
+
+def _anew(step: Step, started: str | None) -> bool:
+    return step.record is None or step.record.started != started
+
+
+def _components(build: Build, stage: Stage, earlier: Mapping[str, Step], architecture: Callable[[], str]) -> Components:
+    inputs: dict[str, str] = {}
+    for name in stage.inputs:
+        if name == "source":
+            from builder.stages.fetch import identity
+
+            inputs |= identity(build.source, rehash=build.rehash)
+        elif name in BESIDE:
+            from builder.stages.fetch import beside
+
+            read = name == "heldout" or any(rule.search == "gptq" for rule in build.recipe.rules)
+            inputs[name] = beside(build.source, name) if read else "not read"
+        else:
+            inputs[name] = architecture() if name == "config" else earlier[name].components.key
+    return Components(
+        recipe={name: plain(getattr(build.recipe, name)) for name in stage.fields},
+        inputs=inputs,
+        code=code_digests(stage.module_name, stage.files),
+        packages={name: version(name) for name in stage.packages} | (_runtimes(build) if stage.plays else {}),
+    )
+
+
+def _runtimes(build: Build) -> dict[str, str]:
+    """Target → what plays its bundle here, where that is more than packages that every stage may name."""
+    from builder.targets.registry import TARGETS
+
+    found: dict[str, str] = {}
+    for runtime in (TARGETS[target.runtime] for target in build.recipe.targets):
+        versions = ", ".join(f"{name} {number}" for name, number in sorted(runtime.versions().items()))
+        here = "not here" if runtime.needs() else versions
+        found |= {f"runtime of {runtime.name}": here} if here else {}
+    return found
+
+
+def _architecture(build: Build, fetch: Step | None) -> Callable[[], str]:
+    """The config's digest, as far as it can be told before the stage `fetch` has run."""
+
+    def digest() -> str:
+        if fetch is not None and fetch.state == "cached":
+            return build.checkpoint.config_digest
+        if build.source.folder is None:
+            return UNKNOWN
+        from builder.checkpoint.load import open_checkpoint
+
+        return open_checkpoint(build.source.folder).config_digest
+
+    return digest
+
+
+def _require_packages(steps: list[Step]) -> None:
+    for step in steps:
+        missing = [name for name, found in step.components.packages.items() if found == MISSING]
+        if missing and step.state == "run":
+            raise MissingPackageError(
+                f"the stage {step.stage.name} needs {', '.join(missing)}",
+                found=MISSING,
+                next='pip install "qwen3vl-onnx[build]"; in a checkout: make setup',
+            )
+
+
+def _made(build: Build, step: Step, after: Mapping[str, str]) -> Record:
+    """Run the stage in its `.part` folder and put that in place; where the disk is at fault, it gets its space back."""
+    folder = build.folder(step.stage.name)
+    started, meter = datetime.now(UTC).isoformat(timespec="microseconds"), Meter()
+    try:
+        fresh = part(folder)
+        facts = step.stage.run(build, fresh) if step.twin is None else linked(step.twin, fresh)
+        record = Record(
+            stage=step.stage.name,
+            key=step.components.key,
+            components=step.components,
+            after=after,
+            facts=facts,
+            files=sizes(fresh),
+            started=started,
+            cost=meter.cost(),
+        )
+        write_record(fresh, record)
+        put_in_place(fresh, folder)
+    except OSError as error:
+        if not _of_the_output(error, build.output):
+            raise
+        with suppress(OSError):
+            remove_part(folder)
+        raise unwritable(build.output, error) from error
+    return record
+
+
+def _of_the_output(error: OSError, output: Path) -> bool:
+    """Whether the output folder's disk, or its permissions, are to blame: files are written nowhere else."""
+    named = [os.path.abspath(os.fsdecode(name)) for name in (error.filename, error.filename2) if name]
+    inside = any(Path(name).is_relative_to(os.path.abspath(output)) for name in named)
+    return error.errno in _DISK or (error.errno in _PERMISSION and inside)

@@ -1,0 +1,286 @@
+"""A recipe says what to build; nothing else decides.
+
+In: a TOML file, or the name of a shipped one. Out: a frozen `Recipe` in which every default is filled in.
+Guaranteed: an unknown key, a wrong type, or a combination that no target can run is a `RecipeError` that
+names the file and the key; nothing in a recipe is ignored.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass as checked
+
+from builder.quantization.blockwise import LARGEST, SMALLEST, Search
+from builder.quantization.rules import Activations, Rule, Store
+from builder.targets.providers import Name, Precision
+from builder.targets.recipe_checks import check_runnable
+from builder.targets.registry import TARGETS
+from builder.util.errors import RecipeError
+
+Attention = Literal["eager", "fused"]
+
+SHIPPED = Path(__file__).parents[1] / "recipes"
+DEFAULT = "fp32"
+# At the checkpoint's own context (262,144) onnxruntime-genai would allocate a key-value buffer of that size.
+MAX_LENGTH = 4096
+
+
+@dataclass(frozen=True)
+class Target:
+    """One consuming runtime and the attention that its graphs use."""
+
+    runtime: str
+    attention: Attention
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a build that is not exact may lose against PyTorch in fp32; a gate for each (builder/verify/quality.py).
+
+    Args:
+        weight: largest relative error of a weight matrix.
+        kl_mean, kl_p99: KL divergence of the next token's distribution, in nats, over all positions that are compared.
+        same_top: least share of positions whose likeliest token is the same.
+        perplexity: largest ratio of perplexities on the shipped text.
+        task_lost: held-out cases that fp32 gets right and this may get wrong.
+        lead: largest lead, in logits, of PyTorch's own choice over a token that is generated in its place.
+    """
+
+    weight: float
+    kl_mean: float
+    kl_p99: float
+    same_top: float
+    perplexity: float
+    task_lost: int
+    lead: float
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What to build.
+
+    Args:
+        name: the recipe file's stem; part of the default output folder's name.
+        precision: of activations, and of the weights that no rule quantizes.
+        targets: in the order they were written; the first one's bundle is what `build` prints last.
+        max_length: tokens of prompt and answer together that a bundle's generation settings allow.
+        provider: onnxruntime's execution provider that the settings in a bundle start.
+        rules: see `builder.quantization.rules`.
+        limits: None where the artifact has to equal the model.
+    """
+
+    name: str
+    precision: Precision
+    targets: tuple[Target, ...]
+    max_length: int
+    provider: Name = "cpu"
+    rules: tuple[Rule, ...] = ()
+    limits: Limits | None = None
+
+    @property
+    def exact(self) -> bool:
+        """Whether the artifact has to equal the model to the last digits of fp32."""
+        return self.precision == "fp32" and not self.rules
+
+
+_STRICT = ConfigDict(extra="forbid")
+
+
+def _known(runtime: str) -> str:
+    if runtime not in TARGETS:
+        raise ValueError(f"Input should be one of: {', '.join(TARGETS)}")
+    return runtime
+
+
+def _block_size(value: int) -> int:
+    if not SMALLEST <= value <= LARGEST or value & (value - 1):
+        raise ValueError(f"a power of two from {SMALLEST} to {LARGEST}")
+    return value
+
+
+@checked(frozen=True, config=_STRICT)
+class _Rule:
+    weights: Annotated[tuple[str, ...], Field(min_length=1)]
+    store: Store
+    block: Annotated[int, Field(strict=True), AfterValidator(_block_size)] = 32
+    zero_points: Annotated[bool, Field(strict=True)] = False
+    search: Search = "mse"
+    accuracy: Literal[1, 2, 4] = 4
+    activations: Activations = "float"
+
+
+_Share = Annotated[float, Field(gt=0, le=1)]
+_Positive = Annotated[float, Field(gt=0)]
+
+
+@checked(frozen=True, config=_STRICT)
+class _Limits:
+    weight: _Positive
+    kl_mean: _Positive
+    kl_p99: _Positive
+    same_top: _Share
+    perplexity: Annotated[float, Field(ge=1)]
+    task_lost: Annotated[int, Field(strict=True, ge=0)]
+    lead: _Positive
+
+
+@checked(frozen=True, config=_STRICT)
+class _Document:
+    precision: Precision
+    targets: Annotated[tuple[Annotated[str, AfterValidator(_known)], ...], Field(min_length=1)]
+    attention: dict[str, Attention] = field(default_factory=dict)
+    max_length: Annotated[int, Field(strict=True, ge=1)] = MAX_LENGTH
+    provider: Name = "cpu"
+    rules: tuple[_Rule, ...] = ()
+    limits: _Limits | None = None
+
+
+_SECTIONS: Mapping[str, type] = {"": _Document, "rules": _Rule, "limits": _Limits}
+_UNKNOWN = "unexpected_keyword_argument"
+_A_TABLE = 'one of "eager", "fused" for every target, or a table such as { genai = "eager" }'
+
+
+def shipped() -> list[str]:
+    """Names of the recipes that come with the package, sorted."""
+    return sorted(path.stem for path in SHIPPED.glob("*.toml"))
+
+
+def load_recipe(name_or_path: str | Path = DEFAULT) -> Recipe:
+    """Read a shipped recipe by name, or any `.toml` file by path.
+
+    Raises:
+        RecipeError: no such recipe, no TOML, an unknown key (with the nearest spelling), a wrong type or
+            value, or a target and attention that do not go together.
+    """
+    path = _located(str(name_or_path))
+    document = _completed(path, _parsed(path))
+    attention = document.get("attention")
+    if isinstance(attention, str):
+        document = {**document, "attention": dict.fromkeys(TARGETS, attention)}
+    elif isinstance(attention, dict):
+        _check_runtimes(path, attention)
+    try:
+        checked_document = TypeAdapter(_Document).validate_python(document)
+    except ValidationError as error:
+        raise _explained(path, error) from None
+    targets = _targets(path, checked_document, one_for_all=isinstance(attention, str))
+    rules = tuple(Rule(**asdict(rule)) for rule in checked_document.rules)
+    limits = None if checked_document.limits is None else Limits(**asdict(checked_document.limits))
+    recipe = Recipe(
+        path.stem,
+        checked_document.precision,
+        targets,
+        checked_document.max_length,
+        checked_document.provider,
+        rules,
+        limits,
+    )
+    check_runnable(path, recipe)
+    return recipe
+
+
+def nearest(word: str, among: Iterable[str]) -> str | None:
+    """The spelling among `among` that `word` was probably meant to be, or None."""
+    return next(iter(difflib.get_close_matches(word, list(among), n=1, cutoff=0.5)), None)
+
+
+def _located(name: str) -> Path:
+    if name.endswith(".toml"):
+        return Path(name)
+    if name in shipped():
+        return SHIPPED / f"{name}.toml"
+    near = nearest(name, shipped())
+    raise RecipeError(
+        f"no recipe is called {name!r}",
+        expected=f"one of: {', '.join(shipped())}; or the path of a .toml file",
+        found=name,
+        next=f"--recipe {near or DEFAULT}",
+    )
+
+
+def _parsed(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        reason, expected = error.strerror or str(error), "a readable TOML file"
+    except (ValueError, RecursionError) as error:
+        reason, expected = str(error), "TOML 1.0 in UTF-8"
+    raise RecipeError(f"recipe {path} cannot be read", expected=expected, found=reason)
+
+
+def _completed(path: Path, document: dict[str, Any]) -> dict[str, Any]:
+    """With the keys that it does not set from the shipped recipe that it is `like`."""
+    if "like" not in document:
+        return document
+    model = document.pop("like")
+    if model not in shipped() or model == path.stem:
+        raise RecipeError(
+            f"recipe {path}: `like` names no other shipped recipe",
+            expected=f"one of: {', '.join(name for name in shipped() if name != path.stem)}",
+            found=repr(model),
+        )
+    return {**_completed(SHIPPED / f"{model}.toml", _parsed(SHIPPED / f"{model}.toml")), **document}
+
+
+def _explained(path: Path, error: ValidationError) -> RecipeError:
+    """The first problem in the recipe's own words; an unknown key goes before everything else."""
+    problems = sorted(error.errors(include_url=False), key=lambda one: one["type"] != _UNKNOWN)
+    problem = problems[0]
+    place = [str(part) for part in problem["loc"]]
+    key = ".".join(place)
+    if problem["type"] == _UNKNOWN:
+        section = ".".join(part for part in place[:-1] if not part.isdigit())
+        return _unknown(path, key, [one.name for one in fields(_SECTIONS[section])])
+    if problem["type"] == "missing":
+        return RecipeError(f"recipe {path}: the key `{key}` is missing", next=f"add `{key} = …`")
+    expected = _A_TABLE if problem["type"] == "dataclass_type" else problem["msg"]
+    return RecipeError(f"recipe {path}: `{key}` is not right", expected=expected, found=repr(problem["input"]))
+
+
+def _unknown(path: Path, key: str, known: Iterable[str]) -> RecipeError:
+    word = key.rpartition(".")[2]
+    near = nearest(word, known)
+    return RecipeError(
+        f"recipe {path}: unknown key `{key}`",
+        expected=f"one of: {', '.join(sorted(known))}",
+        found=word,
+        next=f"did you mean `{near}`?" if near else f"remove `{key}`",
+    )
+
+
+def _check_runtimes(path: Path, attention: Mapping[str, Any]) -> None:
+    for runtime in attention:
+        if runtime not in TARGETS:
+            raise _unknown(path, f"attention.{runtime}", TARGETS)
+
+
+def _targets(path: Path, document: _Document, *, one_for_all: bool) -> tuple[Target, ...]:
+    runtimes = document.targets
+    if len(set(runtimes)) != len(runtimes):
+        raise RecipeError(f"recipe {path}: `targets` names a runtime twice", found=", ".join(runtimes))
+    asked = document.attention
+    unused = [runtime for runtime in asked if runtime not in runtimes]
+    if unused and not one_for_all:
+        raise RecipeError(
+            f"recipe {path}: `attention.{unused[0]}` is for a runtime that `targets` does not name",
+            expected=f"only: {', '.join(runtimes)}",
+            found=unused[0],
+            next=f'add "{unused[0]}" to `targets`, or remove `attention.{unused[0]}`',
+        )
+    for runtime in runtimes:
+        able = TARGETS[runtime].attentions
+        if asked.get(runtime, able[0]) not in able:
+            raise RecipeError(
+                f"recipe {path}: {asked[runtime]} attention is no choice for the target `{runtime}`",
+                expected=" or ".join(able) + ": fused attention is no standard ONNX operator",
+                found=asked[runtime],
+                next='write a table instead: attention = { genai = "fused" }',
+            )
+    return tuple(Target(runtime, asked.get(runtime, TARGETS[runtime].attentions[0])) for runtime in runtimes)

@@ -1,0 +1,107 @@
+"""A bundle's own graphs in plain ONNX Runtime, its decoder giving the logits of every token.
+
+In: a bundle as it ships, at whatever precision. Out: teacher-forced logits, and the residual stream behind each layer.
+Guaranteed: arithmetic and weights are the bundle's; fp16 ports are fed and read as fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from builder.bundle.layout import graph_files
+from builder.graph.ports import DECODER, RESIDUAL, ROLES
+from builder.reference.model import Prompt
+from builder.targets.registry import TARGETS
+from builder.util.errors import BundleError
+from builder.verify.graphs.fp32_copy import decoder_with_all_logits
+from builder.verify.graphs.sessions import Graphs
+
+Array = npt.NDArray[Any]
+TYPES = {"tensor(float16)": np.float16, "tensor(float)": np.float32, "tensor(int64)": np.int64}
+
+
+class FloatSession:
+    """A session whose float ports are float32 to the outside."""
+
+    def __init__(self, session: Any) -> None:
+        self._session = session
+        self._types = {port.name: TYPES[port.type] for port in session.get_inputs()}
+
+    def get_inputs(self) -> Any:
+        return self._session.get_inputs()
+
+    def run(self, outputs: Sequence[str] | None, feed: dict[str, Array]) -> list[Array]:
+        """As onnxruntime's, all outputs where `outputs` is None."""
+        cast = {name: value.astype(self._types[name], copy=False) for name, value in feed.items()}
+        return [
+            value.astype(np.float32) if value.dtype == np.float16 else value
+            for value in self._session.run(outputs, cast)
+        ]
+
+
+def shipped_graphs(folder: Path, target: str, hidden: int) -> tuple[Graphs, list[str]]:
+    """The three sessions on the CPU, and the names of the decoder's outputs.
+
+    Raises:
+        BundleError: ONNX Runtime does not load a graph.
+    """
+    import onnxruntime
+
+    files, sessions = graph_files(folder), []
+    outputs: list[str] = []
+    for name in ROLES:
+        path = files[name]
+        model = decoder_with_all_logits(path) if name == DECODER else str(path)
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3  # it warns of the constants of what was taken out
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
+        try:
+            session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # the runtime has no base class of its own for what it throws
+            raise BundleError(
+                f"{path} does not load in onnxruntime {onnxruntime.__version__}",
+                expected="a graph of a precision that the CPU provider computes in",
+                found=str(error).splitlines()[0],
+            ) from error
+        sessions.append(FloatSession(session))
+        outputs = [port.name for port in session.get_outputs()]
+    vision, embeddings, decoder = sessions
+    return Graphs(vision, embeddings, decoder, TARGETS[target].packed, hidden), outputs
+
+
+def forced(
+    graphs: Graphs, outputs: Sequence[str], prompt: Prompt, answer: Sequence[int], image_token_id: int
+) -> tuple[Array, list[Array]]:
+    """One pass over a prompt and a given answer, from pixels on.
+
+    Returns:
+        logits [seq, vocab]; the residual stream behind each decoder layer, [seq, H] each.
+    """
+    ids = np.concatenate([prompt.input_ids, np.asarray(answer, np.int64)[None]], axis=1)
+    further = prompt.position_ids[:, :, -1:] + 1 + np.arange(len(answer), dtype=np.int64)
+    positions = np.concatenate([prompt.position_ids, further], axis=2)
+    width = graphs.hidden
+    main, levels = np.zeros((0, width), np.float32), [np.zeros((0, width), np.float32)] * _levels(graphs)
+    if prompt.pixel_values is not None and prompt.image_grid_thw is not None:
+        main, levels = graphs.vision(prompt.pixel_values, prompt.image_grid_thw)
+    embeds, spread = graphs.embed(ids, main, levels, image_token_id)
+    feed = graphs.decoder_feed(embeds, spread, positions, np.ones((1, ids.shape[1]), np.int64), graphs.empty_past(1))
+    values = dict(zip(outputs, graphs.model.run(None, feed), strict=True))
+    streams = sorted((name for name in values if name.startswith(f"{RESIDUAL}.")), key=_layer)
+    return values["logits"][0], [values[name][0] for name in streams]
+
+
+def _levels(graphs: Graphs) -> int:
+    shapes = {port.name: port.shape for port in graphs.model.get_inputs()}
+    if graphs.packed:
+        return int(shapes["inputs_embeds"][2]) // graphs.hidden - 1
+    return int(shapes.get("deepstack_embeds", [0])[0])
+
+
+def _layer(name: str) -> int:
+    return int(name.rpartition(".")[2])

@@ -1,0 +1,196 @@
+"""What a report says besides the comparison: what was compared, what making it cost, what the self-test caught.
+
+In: a bundle's manifest.json and evidence/, or a build that has come as far as the stage verify. Out: a `Context`.
+Guaranteed: what is not there is left out, and the report says that it is not known; nothing here fails a report, so a
+manifest that lies about a type is read as far as it can be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from builder.cli.estimate_table import size
+from builder.util.errors import BundleError, CheckpointError
+from builder.util.files import sha256
+from builder.util.json_files import read_json
+from builder.verify.report.summary import figure
+
+if TYPE_CHECKING:
+    from builder.stages.engine.build import Build
+
+MANIFEST, STAGES, SELF_TEST = "manifest.json", "stages", "self_test.json"
+_STAGES = ("fetch", "patch", "export", "optimize", "quantize", "configure", "verify")
+
+_UNSHOWN = ("detail", "at")  # of the self-test: the place and the case say as much
+_SIGNS = {"caught": "✓ caught", "does not apply": "does not apply"}  # of a mutant
+
+Rows = tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A heading, the columns' names, and rows of text."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: Rows
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """Seconds of the clock, and bytes of memory at the peak; None where it is not known."""
+
+    name: str
+    seconds: float
+    memory: int | None
+
+
+@dataclass(frozen=True)
+class Context:
+    """Empty where nothing is known.
+
+    Args:
+        facts: what was compared, with what: name → value.
+        tables: packages, patches, files.
+        stages: in the order in which they ran.
+        self_test: what `verify --self-test` found.
+    """
+
+    facts: tuple[tuple[str, str], ...] = ()
+    tables: tuple[Table, ...] = ()
+    stages: tuple[StageCost, ...] = ()
+    self_test: tuple[Table, ...] = ()
+
+
+def of_bundle(bundle: Path) -> Context:
+    """What a bundle tells of itself.
+
+    Raises:
+        BundleError: the folder has no manifest.
+    """
+    if not (bundle / MANIFEST).is_file():
+        raise BundleError(f"{bundle} is not a bundle", expected=f"{MANIFEST} in it", next="python -m builder build")
+    evidence = bundle / "evidence"
+    manifest = _read(bundle / MANIFEST)
+    return Context(
+        facts=(*_manifest_facts(manifest), ("manifest.json", f"sha256 {sha256(bundle / MANIFEST)}")),
+        tables=_manifest_tables(manifest),
+        stages=_costs([(name, evidence / STAGES / f"{name}.json") for name in _STAGES]),
+        self_test=_self_test(_read(evidence / SELF_TEST)),
+    )
+
+
+def of_build(build: Build, target: str) -> Context:
+    """What is known while the stage verify runs."""
+    checkpoint, recipe = build.checkpoint, build.recipe
+    attention = next(one.attention for one in recipe.targets if one.runtime == target)
+    manifest = {
+        "target": target,
+        "attention": attention,
+        "recipe": {"name": recipe.name, "precision": recipe.precision, "max_length": recipe.max_length},
+        "checkpoint": {
+            "name": checkpoint.name,
+            "revision": checkpoint.revision,
+            "config_sha256": checkpoint.config_digest,
+        },
+    }
+    return Context(
+        facts=_manifest_facts(manifest),
+        tables=_manifest_tables(manifest),
+        stages=_costs([(name, build.folder(name) / "stage.json") for name in _STAGES]),
+    )
+
+
+def _manifest_facts(manifest: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+    checkpoint, recipe = _mapping(manifest.get("checkpoint")), _mapping(manifest.get("recipe"))
+    known = (
+        ("checkpoint", checkpoint.get("name")),
+        ("revision", checkpoint.get("revision")),
+        ("config.json", checkpoint.get("config_sha256") and f"sha256 {checkpoint['config_sha256']}"),
+        ("target", manifest.get("target")),
+        ("attention", manifest.get("attention")),
+        ("opset", manifest.get("opset")),
+        ("recipe", ", ".join(f"{key} {value}" for key, value in recipe.items())),
+    )
+    return tuple((name, _text(value)) for name, value in known if value not in (None, ""))
+
+
+def _manifest_tables(manifest: Mapping[str, Any]) -> tuple[Table, ...]:
+    checkpoint = _mapping(manifest.get("checkpoint"))
+    patches = {name: _mapping(one) for name, one in _mapping(manifest.get("patches")).items()}
+    tables = (
+        Table(
+            "Patches of upstream",
+            ("patch", "of", "why"),
+            tuple((name, _text(one.get("target", "")), _text(one.get("why", ""))) for name, one in patches.items()),
+        ),
+        Table("Built with", ("package", "version"), _pairs(manifest.get("versions"))),
+        Table("Files of the bundle", ("file", "size", "sha256"), _files(manifest.get("files"))),
+        Table("Files of the checkpoint", ("file", "size", "sha256"), _files(checkpoint.get("files"))),
+    )
+    return tuple(table for table in tables if table.rows)
+
+
+def _files(files: object) -> Rows:
+    rows = []
+    for name, one in _mapping(files).items():
+        told = _mapping(one)
+        bytes_ = told.get("size")
+        rows.append((name, size(bytes_) if isinstance(bytes_, int) else "", _text(told.get("sha256", ""))))
+    return tuple(rows)
+
+
+def _pairs(found: object) -> Rows:
+    return tuple((name, _text(value)) for name, value in _mapping(found).items())
+
+
+def _costs(records: Sequence[tuple[str, Path]]) -> tuple[StageCost, ...]:
+    found = []
+    for name, path in records:
+        cost = _mapping(_read(path).get("cost"))
+        seconds, memory = cost.get("wall_s"), cost.get("peak_rss")
+        if isinstance(seconds, int | float) and 0 <= seconds < float("inf"):
+            found.append(StageCost(name, float(seconds), memory if isinstance(memory, int) and memory >= 0 else None))
+    return tuple(found)
+
+
+def _self_test(found: Mapping[str, Any]) -> tuple[Table, ...]:
+    """Each list of objects becomes a table, whatever columns it has; those that say nothing are left out."""
+    tables = []
+    for title, rows in found.items():
+        listed = [_mapping(row) for row in rows] if isinstance(rows, list) else []
+        columns = tuple(dict.fromkeys(key for row in listed for key in row if key not in _UNSHOWN and row[key] != ""))
+        if columns:
+            told = tuple(tuple(_cell(key, row.get(key, "")) for key in columns) for row in listed)
+            tables.append(Table(title.capitalize(), columns, told))
+    return tuple(tables)
+
+
+def _cell(column: str, value: object) -> str:
+    text = _text(value)
+    return _SIGNS.get(text, f"✗ {text}") if column == "status" and text else text
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    """The object in a file; empty where there is none."""
+    try:
+        return read_json(path) if path.is_file() else {}
+    except CheckpointError:
+        return {}
+
+
+def _mapping(found: object) -> Mapping[str, Any]:
+    return found if isinstance(found, dict) else {}
+
+
+def _text(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return figure(value)
+    if isinstance(value, list):
+        return ", ".join(map(_text, value))
+    return "" if value is None else str(value)

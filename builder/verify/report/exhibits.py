@@ -1,0 +1,262 @@
+"""What a person wants to see of a comparison: pictures, both answers, logits side by side, their divergence.
+
+In: both sides' arrays, told through `show_…` while a verification runs. Out: `Exhibit`s, for a report's pages.
+Guaranteed: without a `collecting()` around it nothing is computed; no exhibit decides anything, gates do; whatever the
+size of the model, an exhibit holds at most `POINTS` logits a case and `POSITIONS` divergences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from builder.verify.report.thumbnails import difference, patches_to_picture, scaled, thumbnail
+
+if TYPE_CHECKING:
+    from builder.checkpoint.config import Vision
+
+Array = npt.NDArray[Any]
+POINTS = 160  # logits of one case
+POSITIONS = 256  # divergences of one case
+LEADING = 4  # of the logits of a position: the reference's largest, which decide the token
+TEXT = 400  # characters of an answer or a prompt
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """One picture's pixel values on both sides, in the units that the vision encoder is given.
+
+    Args:
+        way: whose values these are: our preprocessing's, or the runtime's own.
+        values: how many were compared.
+        differing: how many differ.
+        largest: the largest absolute difference; None where the grids differ, or a value is no finite number.
+        picture: the absolute difference as a picture, a data URI, black where equal; "" where nothing differs.
+        sides: data URIs of what PyTorch is given and of what the artifact is given; empty where nothing differs.
+    """
+
+    way: str
+    values: int
+    differing: int
+    largest: float | None = None
+    picture: str = ""
+    sides: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture of a case: its file's name, a small copy (a data URI, "" if it was left out), what was compared."""
+
+    name: str
+    thumbnail: str
+    pixels: tuple[Pixels, ...] = ()
+
+
+@dataclass(frozen=True)
+class Exhibit:
+    """One case, seen from both sides.
+
+    Args:
+        kind: `case` (compared token by token) or `task` (a held-out question, compared by its answer).
+        expected: the held-out answer.
+        answers: texts, PyTorch's then the artifact's; empty where none were generated.
+        logits: (PyTorch's, the artifact's) of the same token at the same position, a sample.
+        divergences: Kullback-Leibler divergence of the next-token distributions, nats, one a position.
+        undefined: positions at which a logit was no finite number.
+    """
+
+    case: str
+    kind: str
+    prompt: str
+    pictures: tuple[Picture, ...] = ()
+    expected: str | None = None
+    answers: tuple[str, ...] = ()
+    logits: tuple[tuple[float, float], ...] = ()
+    divergences: tuple[float, ...] = ()
+    undefined: int = 0
+
+
+@dataclass
+class _Collected:
+    """What has been shown so far; `current` is the case that the next things belong to."""
+
+    vision: Vision
+    shown: dict[tuple[str, str, tuple[Path, ...]], Exhibit] = field(default_factory=dict)
+    current: tuple[str, str, tuple[Path, ...]] | None = None
+    spans: set[tuple[str, tuple[int, int]]] = field(default_factory=set)
+
+    def change(self, **changes: Any) -> None:
+        assert self.current is not None
+        self.shown[self.current] = replace(self.shown[self.current], **changes)
+
+    @property
+    def exhibit(self) -> Exhibit | None:
+        return None if self.current is None else self.shown[self.current]
+
+
+_COLLECTED: ContextVar[_Collected | None] = ContextVar("collected", default=None)
+
+
+@contextmanager
+def collecting(vision: Vision) -> Iterator[Callable[[], tuple[Exhibit, ...]]]:
+    """Keep what is shown inside; the call gives it.
+
+    Args:
+        vision: the sizes that turn pixel values back into pictures.
+    """
+    collected = _Collected(vision)
+    token = _COLLECTED.set(collected)
+    try:
+        yield lambda: tuple(collected.shown.values())
+    finally:
+        _COLLECTED.reset(token)
+
+
+def show_case(
+    name: str, prompt: str, images: Sequence[Path], *, kind: str = "case", expected: str | None = None
+) -> None:
+    """What is shown from now on belongs to this case."""
+    collected = _COLLECTED.get()
+    if collected is None:
+        return
+    collected.current = (name, prompt, tuple(images))
+    if collected.current not in collected.shown:
+        pictures = tuple(Picture(path.name, thumbnail(path)) for path in images)
+        collected.shown[collected.current] = Exhibit(name, kind, _cut(prompt), pictures, expected)
+
+
+def show_pixels(
+    way: str, got: Array | None, want: Array | None, got_grid: Array | None, want_grid: Array | None
+) -> None:
+    """Pixel values of every picture of the case.
+
+    Args:
+        way: see `Pixels`.
+        got: the artifact's, [patches, channels·temporal·patch²] float32.
+        want: PyTorch's.
+        got_grid: [images, 3] int64, the artifact's.
+        want_grid: PyTorch's.
+    """
+    collected = _COLLECTED.get()
+    if collected is None or collected.exhibit is None or want is None or want_grid is None:
+        return
+    theirs = _by_picture(want, want_grid)
+    ours = [] if got is None or got_grid is None else _by_picture(got, got_grid)
+    pictures = list(collected.exhibit.pictures)
+    for index, (patches, size) in enumerate(theirs[: len(pictures)]):
+        other = ours[index] if len(ours) == len(theirs) else None
+        found = _pixels(way, other, (patches, size), collected.vision)
+        pictures[index] = replace(pictures[index], pixels=(*pictures[index].pixels, found))
+    collected.change(pictures=tuple(pictures))
+
+
+def show_answers(got: str, want: str) -> None:
+    """The texts of both sides."""
+    collected = _COLLECTED.get()
+    if collected is not None and collected.exhibit is not None:
+        collected.change(answers=(_cut(want), _cut(got)))
+
+
+def show_logits(name: str, span: tuple[int, int], got: Array, want: Array) -> None:
+    """Logits of the same positions on both sides; what does not fit in the sample is left out.
+
+    Args:
+        name: of the case, shown before.
+        span: first and last of the tokens; those that were shown before are not shown again.
+        got: the artifact's, [… positions, vocab].
+        want: PyTorch's.
+    """
+    collected = _COLLECTED.get()
+    if collected is None or got.size != want.size or want.size == 0 or (name, span) in collected.spans:
+        return
+    collected.current = next((key for key in collected.shown if key[0] == name), None)
+    before = collected.exhibit
+    if before is None:
+        return
+    collected.spans.add((name, span))
+    ours, theirs = got.reshape(-1, got.shape[-1]), want.reshape(-1, want.shape[-1])
+    pairs, found, undefined = list(before.logits), list(before.divergences), before.undefined
+    for row in _spread(len(theirs), POSITIONS - len(found)):
+        divergence = kl_divergence(theirs[row], ours[row])
+        undefined += not np.isfinite(divergence)
+        found += [_short(divergence)] if np.isfinite(divergence) else []
+    for row in _spread(len(theirs), max(1, (POINTS - len(pairs)) // (8 * LEADING))):
+        columns = _sample(theirs[row])
+        pairs += [
+            (_short(a, 9), _short(b, 9))
+            for a, b in zip(theirs[row][columns], ours[row][columns], strict=True)
+            if np.isfinite(a) and np.isfinite(b)
+        ]
+    collected.change(logits=tuple(pairs[:POINTS]), divergences=tuple(found), undefined=undefined)
+
+
+def kl_divergence(want: Array, got: Array) -> float:
+    """Σ p·ln(p/q) of the softmaxes of two rows of logits, float64; nan where a logit is nan."""
+    p, q = _log_softmax(want), _log_softmax(got)
+    weight = np.exp(p)
+    with np.errstate(invalid="ignore"):
+        # A token that the reference rules out costs nothing, whatever the other side makes of it.
+        total = float(np.where(weight == 0, 0.0, weight * (p - q)).sum())
+    return max(total, 0.0)  # rounding may leave less than 0; of nan, max gives its first argument
+
+
+def _log_softmax(row: Array) -> Array:
+    with np.errstate(invalid="ignore"):
+        shifted = row.astype(np.float64) - row.max()
+    return shifted - np.log(np.exp(shifted).sum())  # type: ignore[no-any-return]
+
+
+def _spread(count: int, wanted: int) -> list[int]:
+    """At most `wanted` of `count` rows, evenly spread, the last among them."""
+    if wanted <= 0:
+        return []
+    return sorted({count - 1 - step * count // min(count, wanted) for step in range(min(count, wanted))})
+
+
+def _sample(row: Array) -> Array:
+    """Columns: the `LEADING` largest, and others from the whole range of values, evenly spread by rank."""
+    order = np.argsort(row)
+    spread = np.linspace(0, len(order) - 1, min(7 * LEADING, len(order))).astype(int)
+    return np.unique(np.concatenate([order[-LEADING:], order[spread]]))
+
+
+def _by_picture(pixels: Array, grid: Array) -> list[tuple[Array, Array]]:
+    """Each picture's patches and its (frames, rows, columns)."""
+    ends = np.cumsum(grid.prod(-1))
+    if len(ends) and ends[-1] != len(pixels):
+        return []
+    return list(zip(np.split(pixels, ends[:-1]), grid, strict=True))
+
+
+def _pixels(way: str, got: tuple[Array, Array] | None, want: tuple[Array, Array], vision: Vision) -> Pixels:
+    patches, size = want
+    if got is None or got[0].shape[1:] != patches.shape[1:]:
+        return Pixels(way, patches.size, patches.size)
+    if np.array_equal(got[1], size) and np.array_equal(got[0], patches):
+        return Pixels(way, patches.size, 0, 0.0)
+    pictures = [patches_to_picture(*side, vision) for side in (want, got)]
+    low, high = float(pictures[0].min()), float(pictures[0].max())
+    sides = tuple(scaled(one, low, high) for one in pictures)
+    if not np.array_equal(got[1], size):
+        return Pixels(way, patches.size, patches.size, None, "", sides)
+    gap = np.abs(got[0].astype(np.float64) - patches)
+    differing = int((got[0] != patches).sum())
+    shown = difference(patches_to_picture(gap, size, vision))
+    largest = float(gap.max())
+    return Pixels(way, patches.size, differing, _short(largest) if np.isfinite(largest) else None, shown, sides)
+
+
+def _short(value: float, digits: int = 4) -> float:
+    """Few bytes of JSON; nine digits are all that an fp32 number has."""
+    return float(f"{float(value):.{digits}g}")
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= TEXT else text[: TEXT - 1] + "…"

@@ -1,0 +1,218 @@
+"""What a verification found: gates, their margins, the first place that differs.
+
+In: measured figures with their limits, in the order in which the model computes. Out: a `Report`, as a table and JSON.
+Guaranteed: a report without gates does not pass; the first failure named is the earliest stage of the computation.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+from rich.console import Console
+from rich.table import Table
+
+from builder.util.errors import BuildError
+
+if TYPE_CHECKING:
+    from builder.verify.report.exhibits import Exhibit
+
+FP32 = 1e-4  # of the output's standard deviation; 2e-5 is what is seen
+FORMAT = 1  # of parity.json, see builder/verify/report/schema.json
+# The order in which a wrong value travels: what differs first is where it began.
+PLACES = (
+    "decoded picture",
+    "pixel values",
+    "token ids",
+    "position ids",
+    "runtime's pixel values",
+    "image preprocessor",
+    "weights",
+    "vision layers",
+    "image features",
+    "deepstack features",
+    "embeddings",
+    "decoder layers",
+    "decoder prefill",
+    "decoder chunk",
+    "decoder step",
+    "tokens",
+    "tokens of the runtime's pixels",
+    "KL divergence",
+    "other top-1",
+    "perplexity",
+    "generated tokens",
+    "task",
+)
+
+
+@dataclass(frozen=True)
+class Gate:
+    """One comparison.
+
+    Args:
+        place: one of `PLACES`.
+        case: what it was computed on.
+        measured: the figure; for exact comparisons the number of values that differ.
+        limit: the largest figure that passes.
+        detail: what a person needs to see where and how it differs.
+    """
+
+    place: str
+    case: str
+    measured: float
+    limit: float
+    detail: str = ""
+
+    def __post_init__(self) -> None:
+        if self.place not in PLACES:
+            raise ValueError(f"{self.place!r} is no place of the computation: one of {', '.join(PLACES)}")
+
+    @property
+    def ok(self) -> bool:
+        return math.isfinite(self.measured) and self.measured <= self.limit
+
+
+@dataclass(frozen=True)
+class Report:
+    """All gates of one bundle.
+
+    `not_run` says, of each place (or case) that could not be compared on this machine, why; `exhibits` are for people
+    to look at.
+    """
+
+    target: str
+    checkpoint: str
+    gates: tuple[Gate, ...]
+    facts: dict[str, Any]
+    not_run: Mapping[str, str] = field(default_factory=dict)
+    exhibits: tuple[Exhibit, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        return bool(self.gates) and all(gate.ok for gate in self.gates)
+
+    @property
+    def verdict(self) -> str:
+        """`failed`; `passed`; or `sliced`: all that was compared holds, and something could not be."""
+        return "failed" if not self.ok else "sliced" if self.not_run else "passed"
+
+    @property
+    def first_failure(self) -> Gate | None:
+        """The failing gate that comes first in the order of the computation."""
+        failing = [gate for gate in self.gates if not gate.ok]
+        return min(failing, key=lambda gate: PLACES.index(gate.place), default=None)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: numbers stay numbers; a figure that is no number is written as text."""
+        first = self.first_failure
+        return {
+            "format": FORMAT,
+            "target": self.target,
+            "checkpoint": self.checkpoint,
+            "verdict": self.verdict,
+            "first difference": None if first is None else f"{first.place}: {first.case}",
+            "not run": dict(self.not_run),
+            "gates": [{**asdict(gate), "measured": _plain(gate.measured), "ok": gate.ok} for gate in self.gates],
+            "facts": self.facts,
+        }
+
+    def table(self, width: int = 110) -> str:
+        """One row a place: how many cases hold and the one with the least margin; then the failures in order."""
+        table = Table(title=f"{self.target} against PyTorch · {self.checkpoint}", title_justify="left")
+        for heading, justify in (
+            ("place", "left"),
+            ("cases", "right"),
+            ("worst", "right"),
+            ("limit", "right"),
+        ):
+            table.add_column(heading, justify=justify)  # type: ignore[arg-type]
+        table.add_column("at")
+        table.add_column("")
+        for place in PLACES:
+            gates = [gate for gate in self.gates if gate.place == place]
+            if gates:
+                worst = max(gates, key=lambda gate: (not gate.ok, gate.measured - gate.limit))
+                good = sum(gate.ok for gate in gates)
+                verdict = "holds" if good == len(gates) else "FAILS"
+                figures = (_figure(worst.measured), _figure(worst.limit))
+                table.add_row(place, f"{good}/{len(gates)}", *figures, worst.case, verdict)
+            elif place in self.not_run:
+                table.add_row(place, "", "", "", f"not run: {self.not_run[place]}", "")
+        console = Console(file=io.StringIO(), width=width, color_system=None, markup=False, emoji=False)
+        console.print(table)
+        for what, why in self.not_run.items():
+            if what not in PLACES:
+                console.print(f"{what}: the rest not run: {why}")
+        for what, checks in self.facts.get("not checked", {}).items():
+            console.print(f"case {what}: not compared, by its own choice: {', '.join(checks)}")
+        for what, why in self.facts.get("not asked", {}).items():
+            console.print(f"case {what}: {why}")
+        for gate in sorted((g for g in self.gates if not g.ok), key=lambda g: PLACES.index(g.place))[:8]:
+            console.print(f"{gate.place}: {gate.case}: {gate.detail or _figure(gate.measured)}")
+        assert isinstance(console.file, io.StringIO)
+        return console.file.getvalue().rstrip()
+
+
+def relative_error(got: npt.NDArray[Any], want: npt.NDArray[Any]) -> float:
+    """max |got - want| over the standard deviation of `want`; infinite where shapes differ or a value is not finite."""
+    if got.shape != want.shape or not np.isfinite(got).all():
+        return math.inf
+    if want.size == 0:
+        return 0.0
+    scale = float(want.std(dtype=np.float64)) or 1.0
+    return float(np.abs(got.astype(np.float64) - want).max() / scale)
+
+
+def close(place: str, case: str, got: npt.NDArray[Any], want: npt.NDArray[Any], limit: float) -> Gate:
+    """A gate on `relative_error`."""
+    detail = f"shape {got.shape}, expected {want.shape}" if got.shape != want.shape else ""
+    error = relative_error(got, want)
+    if not detail and math.isfinite(error) and error > limit:
+        at = tuple(int(i) for i in np.unravel_index(np.abs(got - want).argmax(), want.shape))
+        detail = f"{error:.1e} of a standard deviation at {list(at)}: {got[at]:.6g}, PyTorch {want[at]:.6g}"
+    return Gate(place, case, error, limit, detail)
+
+
+def exact(place: str, case: str, got: npt.NDArray[Any] | Sequence[Any], want: npt.NDArray[Any] | Sequence[Any]) -> Gate:
+    """A gate on the number of values that differ, bit for bit."""
+    a, b = np.asarray(got), np.asarray(want)
+    if a.shape != b.shape:
+        return Gate(place, case, float(max(a.size, b.size, 1)), 0.0, f"shape {a.shape}, expected {b.shape}")
+    if a.dtype != b.dtype:
+        return Gate(place, case, float(max(a.size, 1)), 0.0, f"type {a.dtype}, expected {b.dtype}")
+    bits = f"u{a.dtype.itemsize}"  # 0.0 and -0.0 are equal numbers of different bits
+    differ = (a != b) | (np.ascontiguousarray(a).view(bits) != np.ascontiguousarray(b).view(bits))
+    if not differ.any():
+        return Gate(place, case, 0.0, 0.0)
+    at = tuple(int(i) for i in np.argwhere(differ)[0])
+    return Gate(place, case, float(differ.sum()), 0.0, f"first at {list(at)}: {a[at]}, expected {b[at]}")
+
+
+def attempted(place: str, case: str, compute: Callable[..., list[Gate]], *arguments: Any) -> list[Gate]:
+    """The gates that `compute(*arguments)` gives, or one that fails and says why there are none."""
+    try:
+        return compute(*arguments)
+    except BuildError:
+        raise
+    except Exception as error:  # each runtime throws errors of its own for what its graphs cannot take
+        return [uncomputed(place, case, error)]
+
+
+def uncomputed(place: str, case: str, error: Exception) -> Gate:
+    """The gate of a comparison that `error` has ended."""
+    first, *_ = str(error).splitlines() or [""]
+    return Gate(place, case, math.inf, 0.0, f"{type(error).__name__}: {first}")
+
+
+def _figure(value: float) -> str:
+    return f"{value:.1e}" if 0 < abs(value) < 1e-2 else f"{value:g}"
+
+
+def _plain(value: float) -> float | str:
+    return value if math.isfinite(value) else str(value)

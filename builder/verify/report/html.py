@@ -1,0 +1,187 @@
+"""One page that holds everything in itself.
+
+In: a `Report` and its `Context`. Out: HTML with its styles, plots and pictures inline. Guaranteed: no script, nothing
+is loaded from anywhere (a content security policy says so too), and every text is escaped.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
+from markupsafe import Markup
+
+from builder.cli.estimate_table import duration, size
+from builder.verify.report.context import Context, StageCost, Table
+from builder.verify.report.exhibits import Exhibit
+from builder.verify.report.gates import PLACES, Gate, Report
+from builder.verify.report.plots import error_plot, histogram, scatter
+from builder.verify.report.quality_tables import loss_tables
+from builder.verify.report.summary import (
+    clean,
+    cut,
+    excess,
+    failures,
+    figure,
+    headline,
+    margin,
+    measured,
+    notes,
+    places,
+    unasked,
+)
+
+FOLDER = Path(__file__).parent
+SHOWN = 48  # exhibits with an answer; those that differ come first
+FOLDED = 9  # held-out questions behind which the rest is folded away; none that differs is
+LISTED = 3  # failing gates of one place
+LIMIT_AT = 70.0  # per cent of a bar's width, where the limit is
+DECADES_BELOW, DECADES_OVER = 4.0, 3.0  # that a bar shows on either side of it
+_VERDICTS = {"passed": ("✓", "Passed"), "sliced": ("✓", "Passed, in part"), "failed": ("✗", "Failed")}
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One figure that a reader looks for first."""
+
+    value: str
+    label: str
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A stage's cost; `width` in per cent of the largest."""
+
+    words: str
+    width: float
+
+
+def html(report: Report, context: Context) -> str:
+    """The page."""
+    glyph, verdict = _VERDICTS[report.verdict]
+    failing = failures(report)
+    cases, tasks = _shown(report.exhibits, "case"), _shown(report.exhibits, "task")
+    return _template().render(
+        style=Markup((FOLDER / "style.css").read_text(encoding="utf-8")),
+        report=report,
+        context=context,
+        glyph=glyph,
+        verdict=verdict,
+        headline=headline(report),
+        tiles=_tiles(report),
+        places=places(report),
+        notes=notes(report),
+        unasked=unasked(report),
+        bar=bar,
+        limit_at=LIMIT_AT,
+        failing=(listed := _first_of_each(failing)),
+        further=len(failing) - len(listed),
+        listed=[(place, [gate for gate in report.gates if gate.place == place]) for place in PLACES],
+        wide=error_plot(report),
+        plots=(scatter(report.exhibits), histogram(report.exhibits)),
+        stages=_stages(context.stages),
+        total=duration(sum(stage.seconds for stage in context.stages)),
+        cases=cases,
+        tasks=tasks,
+        folded=max(FOLDED, sum(differs(one) for one in tasks)),
+        left_out=len(report.exhibits) - len(cases) - len(tasks),
+        facts=_facts(report, context),
+        tables=_tables(report, context),
+    )
+
+
+@cache
+def _template() -> Template:
+    environment = Environment(
+        loader=FileSystemLoader(FOLDER),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=lambda value: clean(value) if isinstance(value, str) and not isinstance(value, Markup) else value,
+    )
+    environment.filters.update(figure=figure, margin=margin, measured=measured, cut=cut)
+    return environment.get_template("template.html.j2")
+
+
+def bar(gate: Gate) -> float:
+    """How far a margin's bar reaches, in per cent: logarithmic, the limit at `LIMIT_AT`."""
+    over = excess(gate)
+    if over == 0:
+        return 0.0
+    if math.isinf(over):
+        return 100.0
+    decades = math.log10(over)
+    if decades <= 0:
+        return max(2.0, LIMIT_AT * (1 + decades / DECADES_BELOW))
+    return min(100.0, LIMIT_AT + (100 - LIMIT_AT) * decades / DECADES_OVER)
+
+
+def _tiles(report: Report) -> list[Tile]:
+    good = sum(gate.ok for gate in report.gates)
+    tiles = [Tile(f"{good:,} / {len(report.gates):,}", "comparisons hold")]
+    close = [gate for gate in report.gates if gate.limit > 0 and gate.measured > 0 and gate.case != "near ties"]
+    if close:
+        worst = max(close, key=excess)
+        tiles.append(Tile(margin(worst), f"{'least margin' if worst.ok else 'farthest off'}: {worst.place}"))
+    tokens = [gate for gate in report.gates if gate.place.startswith("tokens") and gate.case != "near ties"]
+    if tokens:
+        tiles.append(Tile(f"{sum(gate.ok for gate in tokens)} / {len(tokens)}", "answers equal, token by token"))
+    task = report.facts.get("task")
+    if isinstance(task, dict):
+        tiles.append(Tile(" · ".join(str(value) for value in task.values()), f"right answers: {' · '.join(task)}"))
+    if report.not_run:
+        tiles.append(Tile(f"{len(report.not_run)}", "places not run"))
+    return tiles
+
+
+def _first_of_each(failing: Sequence[Gate]) -> list[Gate]:
+    """The first `LISTED` of every place."""
+    kept: dict[str, list[Gate]] = {}
+    for gate in failing:
+        kept.setdefault(gate.place, []).append(gate)
+    return [gate for gates in kept.values() for gate in gates[:LISTED]]
+
+
+def _stages(stages: Sequence[StageCost]) -> list[tuple[str, Bar, Bar | None]]:
+    longest = max((stage.seconds for stage in stages), default=0) or 1.0
+    largest = max((stage.memory or 0 for stage in stages), default=0) or 1
+    return [
+        (
+            stage.name,
+            Bar(_seconds(stage.seconds), 100 * stage.seconds / longest),
+            None if stage.memory is None else Bar(size(stage.memory), 100 * stage.memory / largest),
+        )
+        for stage in stages
+    ]
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 10 else duration(seconds)
+
+
+def _shown(exhibits: Sequence[Exhibit], kind: str) -> list[Exhibit]:
+    found = [one for one in exhibits if one.kind == kind]
+    return sorted(found, key=lambda one: not differs(one))[:SHOWN]
+
+
+def differs(exhibit: Exhibit) -> bool:
+    """Whether the answers do."""
+    return bool(exhibit.answers) and exhibit.answers[0] != exhibit.answers[-1]
+
+
+def _facts(report: Report, context: Context) -> list[tuple[str, str]]:
+    told = list(context.facts) or [("checkpoint", report.checkpoint), ("target", report.target)]
+    peak = report.facts.get("peak_rss")
+    return told + ([("memory of the verification", size(peak))] if isinstance(peak, int) else [])
+
+
+def _tables(report: Report, context: Context) -> list[Table]:
+    versions = report.facts.get("versions")
+    rows = tuple((str(a), str(b)) for a, b in versions.items()) if isinstance(versions, dict) else ()
+    verified = [Table("Verified with", ("package", "version"), rows)] if rows else []
+    return [*loss_tables(report), *verified, *context.tables]

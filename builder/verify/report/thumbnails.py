@@ -1,0 +1,97 @@
+"""Small pictures that a page can carry in itself.
+
+In: a picture's file, or pixel values as a vision encoder is given them. Out: `data:` URIs.
+Guaranteed: no side longer than `SIDE`; a single pixel that differs is still seen in a difference, however small it is.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps
+
+if TYPE_CHECKING:
+    from builder.checkpoint.config import Vision
+
+Array = npt.NDArray[Any]
+SIDE = 128  # pixels
+# Black, violet, orange, white: lightness grows all the way, so that no colour has to be told from another.
+_RAMP = ((0.0, (0, 0, 0)), (0.35, (120, 28, 109)), (0.7, (237, 105, 37)), (1.0, (252, 255, 220)))
+
+
+def thumbnail(path: Path) -> str:
+    """A small copy of the picture in `path`, turned by its EXIF orientation; "" where it cannot be opened."""
+    try:
+        with Image.open(path) as opened:
+            picture = ImageOps.exif_transpose(opened).convert("RGBA")
+    except (OSError, ValueError, Image.DecompressionBombError):
+        return ""
+    picture.thumbnail((SIDE, SIDE))
+    white = Image.new("RGBA", picture.size, "white")
+    return _smallest(Image.alpha_composite(white, picture).convert("RGB"))
+
+
+def patches_to_picture(patches: Array, size: Array, vision: Vision) -> Array:
+    """Pixel values of one picture back in their places.
+
+    Args:
+        patches: [patches, channels·temporal·patch²], in the order of transformers' Qwen2-VL image processor: blocks of
+            merge × merge patches, row by row.
+        size: (frames, rows, columns) in patches.
+
+    Returns:
+        [height, width, channels]: the first frame.
+    """
+    frames, rows, columns = (int(one) for one in size)
+    merge, side = vision.merge_size, vision.patch_size
+    shape = (frames, rows // merge, columns // merge, merge, merge)
+    whole = patches.reshape(*shape, vision.in_channels, vision.temporal_patch_size, side, side)
+    first = whole[0, :, :, :, :, :, 0]  # (rows/merge, columns/merge, merge, merge, channels, patch, patch)
+    placed: Array = first.transpose(0, 2, 5, 1, 3, 6, 4)
+    return placed.reshape(rows * side, columns * side, vision.in_channels)
+
+
+def scaled(picture: Array, low: float, high: float) -> str:
+    """A picture [height, width, channels] whose values from `low` to `high` become black to white."""
+    span = (high - low) or 1.0
+    bytes_ = np.clip(np.nan_to_num((picture - low) / span) * 255, 0, 255).astype(np.uint8)
+    image = Image.fromarray(np.ascontiguousarray(bytes_[..., :3]) if bytes_.shape[-1] >= 3 else bytes_[..., 0])
+    image.thumbnail((SIDE, SIDE))
+    return _smallest(image.convert("RGB"))
+
+
+def difference(gap: Array) -> str:
+    """Absolute differences [height, width, channels]: black where equal, the largest white.
+
+    Each shown pixel is the largest of those that it stands for.
+    """
+    flat = np.nan_to_num(gap.max(-1), nan=np.inf, posinf=np.inf)
+    finite = flat[np.isfinite(flat)]
+    flat = np.minimum(flat, finite.max(initial=0.0) or 1.0)
+    step = max(1, -(-max(flat.shape) // SIDE))
+    height, width = (-(-one // step) * step for one in flat.shape)
+    padded = np.zeros((height, width))
+    padded[: flat.shape[0], : flat.shape[1]] = flat
+    pooled = padded.reshape(height // step, step, width // step, step).max((1, 3))
+    # From a quarter of the ramp on, so that a small difference beside a large one is no black.
+    level = np.where(pooled > 0, 0.25 + 0.75 * pooled / (pooled.max() or 1.0), 0.0)
+    stops = [stop for stop, _ in _RAMP]
+    channels = [np.interp(level, stops, [colour[c] for _, colour in _RAMP]) for c in range(3)]
+    return _smallest(Image.fromarray(np.stack(channels, -1).astype(np.uint8)))
+
+
+def _smallest(picture: Image.Image) -> str:
+    """PNG for what is drawn, JPEG for what is photographed: whichever is smaller."""
+    found = []
+    for kind, settings in (("png", {"optimize": True}), ("jpeg", {"quality": 82})):
+        buffer = io.BytesIO()
+        image = picture.quantize(64) if kind == "png" else picture
+        image.save(buffer, kind, **settings)
+        found.append((buffer.tell(), kind, buffer.getvalue()))
+    _, kind, content = min(found)
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode('ascii')}"

@@ -1,0 +1,125 @@
+"""Every way to break a bundle that a verification must notice, and the place that it must name for it.
+
+In: builder/verify/self_test/mutations.py, builder/verify/self_test/quantized_mutations.py. Out: `MUTANTS`, a table.
+Guaranteed: names are unique; every
+kind of gate that compares numbers, and every kind of input, has a mutant that it must catch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from builder.targets.registry import TARGETS
+from builder.verify.report.gates import Gate
+from builder.verify.self_test import mutations
+from builder.verify.self_test import quantized_mutations as quantized
+
+WEIGHTS = "weights"
+Mutation = Callable[[Path, str], None]
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One way to break a bundle.
+
+    Args:
+        name: short, for a table.
+        what: what is broken, for a person.
+        change: breaks the bundle in a folder; raises InapplicableError where it cannot.
+        places: target → the places at which its first difference may be.
+        at: how the case of the first difference ends, such as "layer 1".
+        stored: what is broken is a stored weight: where it is quantized, that is seen before anything is computed.
+    """
+
+    name: str
+    what: str
+    change: Mutation
+    places: Mapping[str, frozenset[str]]
+    at: str = ""
+    stored: bool = False
+
+    def explains(self, target: str, first: Gate | None) -> bool:
+        """Whether that is the first difference that this mutant must have."""
+        if first is None:
+            return False
+        return (self.stored and first.place == WEIGHTS) or (
+            first.place in self.places[target] and first.case.endswith(self.at)
+        )
+
+
+def _both(*places: str) -> dict[str, frozenset[str]]:
+    return dict.fromkeys(TARGETS, frozenset(places))
+
+
+LAYERS = "decoder layers"
+MUTANTS: tuple[Mutant, ...] = (
+    Mutant("pixel mean", "the mean of one channel, 1 % off", mutations.mean_changed, _both("pixel values")),
+    Mutant("pixel std", "the standard deviation of one channel, 1 % off", mutations.std_changed, _both("pixel values")),
+    Mutant("patch size", "patches half as large", mutations.patch_size_changed, _both("pixel values")),
+    Mutant("newline lost", "no line break before the answer", mutations.newline_lost, _both("token ids")),
+    Mutant(
+        "preprocessor",
+        "the image preprocessor's levels, 1 % off",
+        mutations.preprocessor_brighter,
+        _both("image preprocessor"),
+    ),
+    Mutant("vision MLP", "block 1 adds 1 % too much", mutations.vision_mlp_scaled, _both("vision layers"), "layer 1"),
+    Mutant(
+        "features shifted",
+        "each image token takes the next one's features",
+        mutations.image_features_shifted,
+        # Where the client merges, the features themselves are shifted.
+        {name: frozenset({"embeddings" if one.merges else "image features"}) for name, one in TARGETS.items()},
+    ),
+    Mutant("last picture lost", "its features are 0", mutations.last_picture_dropped, _both("image features")),
+    Mutant("DeepStack zeroed", "the usual recipes' fault", mutations.deepstack_zeroed, _both("deepstack features")),
+    Mutant(
+        "DeepStack swapped",
+        "levels 0 and 1",
+        mutations.deepstack_levels_swapped,
+        _both("deepstack features"),
+        "level 0",
+    ),
+    Mutant("attention mask", "off by one token", mutations.attention_mask_off_by_one, _both(LAYERS), "layer 0"),
+    Mutant("causal mask", "a query sees one token ahead", mutations.causal_mask_off_by_one, _both(LAYERS), "layer 0"),
+    Mutant("rotary axes", "height and width swapped", mutations.rotary_axes_swapped, _both(LAYERS), "layer 0"),
+    Mutant(
+        "MRoPE sections",
+        "blocks where they are interleaved",
+        mutations.mrope_sections_permuted,
+        _both(LAYERS),
+        "layer 0",
+    ),
+    Mutant("rotary theta", "1 % off", mutations.rotary_theta_changed, _both(LAYERS), "layer 0"),
+    Mutant("norm epsilon", "ten times as large", mutations.norm_epsilon_changed, _both(LAYERS), "layer 0"),
+    Mutant("MLP scaled", "layer 3 adds 1 % too much", mutations.mlp_scaled, _both(LAYERS), "layer 3"),
+    Mutant(
+        "layers swapped",
+        "down projections of layers 1 and 2",
+        mutations.layers_swapped,
+        _both(LAYERS),
+        "layer 1",
+        stored=True,
+    ),
+    Mutant(
+        "weight transposed",
+        "output projection of layer 1",
+        mutations.weight_transposed,
+        _both(LAYERS),
+        "layer 1",
+        stored=True,
+    ),
+    Mutant("scales shifted", "by one block, in layer 1", quantized.scales_shifted, _both(WEIGHTS), stored=True),
+    Mutant("zero points", "one level off, in layer 1", quantized.zero_points_shifted, _both(WEIGHTS), stored=True),
+    Mutant("nibbles swapped", "in layer 1", quantized.nibbles_swapped, _both(WEIGHTS), stored=True),
+    Mutant(
+        "whole numbers",
+        "zero one level off, in vision block 1",
+        quantized.whole_zero_point_shifted,
+        _both("vision layers"),
+        "layer 1",
+    ),
+    Mutant("image token", "genai_config.json names another", mutations.image_token_unknown, _both("tokens")),
+)

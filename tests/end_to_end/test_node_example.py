@@ -1,0 +1,102 @@
+"""A bundle for plain ONNX Runtime, asked from a second language: examples/node, token ids in, tokens out, no Python."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from builder.checkpoint.chat_template import split_template, token_text
+from builder.checkpoint.load import Checkpoint
+from builder.reference.cases import Case, held_out, shipped_cases
+from tests.helpers.runtimes import NODE_EXAMPLE, require_node
+
+if TYPE_CHECKING:
+    from builder.reference.model import Reference
+
+TOKENS = 16
+# Every question in one process: what starts it costs more than an answer.
+ASK_ALL = """
+import { readFileSync } from "node:fs";
+import { Bundle, decodePng } from "./qwen3vl.mjs";
+
+const { folder, questions, tokens } = JSON.parse(readFileSync(0, "utf8"));
+const bundle = await Bundle.load(folder);
+for (const { ids, images } of questions) {
+  const pictures = images.map((file) => decodePng(readFileSync(file)));
+  const answer = [];
+  for await (const token of bundle.generate(ids, pictures, tokens)) answer.push(token);
+  console.log(JSON.stringify(answer));
+}
+"""
+
+
+def prompt_ids(checkpoint: Checkpoint, case: Case) -> list[int]:
+    """As the example takes them: the image token once a picture."""
+    from tokenizers import Tokenizer
+
+    words = split_template(checkpoint)
+    turn = words["prefix"] + words["image"] * len(case.images) + case.prompt + words["suffix"]
+    tokenizer = Tokenizer.from_file(str(checkpoint.folder / "tokenizer.json"))
+    found: list[int] = tokenizer.encode(turn, add_special_tokens=False).ids
+    assert words["image"].count(token_text(checkpoint, checkpoint.image_token_id)) == 1
+    return found
+
+
+def asked(node: str, folder: Path, questions: Sequence[dict[str, Any]]) -> list[list[int]]:
+    """The tokens of each answer."""
+    given = json.dumps({"folder": str(folder), "questions": questions, "tokens": TOKENS})
+    command = [node, "--input-type=module", "--eval", ASK_ALL]
+    done = subprocess.run(command, input=given, capture_output=True, text=True, check=False, cwd=NODE_EXAMPLE)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def png(case: Case) -> bool:
+    return all(path.suffix == ".png" for path in case.images)
+
+
+@pytest.mark.torch
+def test_tokens_are_pytorchs(miniature_built: Path, reference: Reference) -> None:
+    """Held-out questions about one picture, text, several pictures, and pictures that must be resized."""
+    node = require_node()
+    names = {"text", "one picture", "wide, tall"}
+    cases = [*held_out(reference.checkpoint), *(case for case in shipped_cases() if case.name in names and png(case))]
+    assert sum(len(case.images) == 1 for case in cases) >= 29
+    assert any(not case.images for case in cases)
+    assert any(len(case.images) > 1 for case in cases)
+    questions = [
+        {"ids": prompt_ids(reference.checkpoint, case), "images": [str(path.resolve()) for path in case.images]}
+        for case in cases
+    ]
+    answers = asked(node, miniature_built / "onnxruntime", questions)
+    expected = [list(reference.generate(reference.prepare(one.prompt, one.images), TOKENS).tokens) for one in cases]
+    assert answers == expected
+
+
+@pytest.mark.torch
+def test_it_has_a_command_line(miniature_built: Path, reference: Reference) -> None:
+    node = require_node()
+    case = held_out(reference.checkpoint)[0]
+    ids = ",".join(map(str, prompt_ids(reference.checkpoint, case)))
+    command = [node, str(NODE_EXAMPLE / "qwen3vl.mjs"), str(miniature_built / "onnxruntime"), "--ids", ids]
+    done = subprocess.run(
+        [*command, "--image", str(case.images[0])], capture_output=True, text=True, check=False, cwd=NODE_EXAMPLE
+    )
+    assert done.returncode == 0, done.stderr
+    tokens = reference.generate(reference.prepare(case.prompt, case.images), TOKENS).tokens
+    assert tuple(map(int, done.stdout.split())) == tokens
+    refused = subprocess.run(command[:3], capture_output=True, text=True, check=False)
+    assert (refused.returncode, refused.stderr.partition(":")[0]) == (2, "usage")
+
+
+def test_the_lock_file_names_no_registry() -> None:
+    lock = json.loads((NODE_EXAMPLE / "package-lock.json").read_text(encoding="utf-8"))
+    pinned = json.loads((NODE_EXAMPLE / "package.json").read_text(encoding="utf-8"))["dependencies"]
+    packages = lock["packages"]
+    assert not any("resolved" in facts for facts in packages.values())
+    assert {name: packages[f"node_modules/{name}"]["version"] for name in pinned} == pinned

@@ -1,0 +1,291 @@
+"""The preprocessor as a graph, against transformers' own: grids equal, pixel values to the last bit.
+
+`deviation` is in levels of 1/255. It is 0 for every picture in every runtime that computes float64; where float64 is
+float32 it is bounded, and what is bounded is computed here by ONNX Runtime on the graph with its types changed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnx_ir as ir
+import onnxruntime
+import pytest
+from onnx.reference import ReferenceEvaluator
+from onnx.utils import Extractor
+from PIL import Image
+
+from builder.checkpoint.load import open_checkpoint
+from builder.graph.image_preprocessor import resize
+from builder.graph.image_preprocessor.build import NAME, image_preprocessor
+from builder.targets.clients import pipeline
+from tests.helpers.checkpoints import MINIATURE
+
+Array = npt.NDArray[Any]
+Settings = Mapping[str, Any]
+Run = Callable[[Array], tuple[Array, Array]]
+MINI = open_checkpoint(MINIATURE).preprocessor
+REAL = {**MINI, "size": {"shortest_edge": 65536, "longest_edge": 16777216}}
+OTHER = {
+    **MINI,
+    "size": {"shortest_edge": 3136, "longest_edge": 200704},
+    "patch_size": 14,
+    "temporal_patch_size": 1,
+    "merge_size": 3,
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+}
+SETTINGS = {"miniature": MINI, "real": REAL, "another family": OTHER}
+
+# Heights and widths.
+SIZES = [
+    *[(1, 1), (1, 2), (2, 1), (1, 200), (200, 1), (3, 5), (9, 29), (16, 16), (31, 33), (63, 64)],  # tiny
+    *[(239, 239), (237, 237), (343, 7), (315, 140), (75, 12)],  # scaled to a whole root, or just beside one
+    *[(48, 80), (400, 600), (272, 208), (80, 720), (1040, 176), (592, 336)],  # sides ≡ 16 mod 64
+    *[(32, 32), (64, 64), (256, 256), (320, 352), (256, 512), (32, 4096), (84, 126)],  # already at a target size
+    *[(257, 511), (255, 513), (511, 509), (720, 1280), (1081, 1919), (1201, 799)],  # past the miniature's bound
+    *[(8000, 40), (40, 8000), (2600, 13), (13, 2600), (1009, 47), (7, 1303), (997, 5)],  # extreme ratios
+    *[(336, 355), (201, 220), (500, 224), (463, 367), (356, 356), (354, 358)],  # lower rather than narrower
+    *[(101, 103), (307, 293), (411, 31), (127, 129), (59, 366), (380, 120), (85, 35)],  # odd, primes
+]
+
+
+def model(settings: Settings, opset: int = 18) -> onnx.ModelProto:
+    return ir.to_proto(image_preprocessor(settings, opset))
+
+
+def session(proto: onnx.ModelProto) -> Run:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    loaded = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return lambda picture: loaded.run(["pixel_values", "image_grid_thw"], {"image": picture})
+
+
+def noise(height: int, width: int) -> Array:
+    """Half of it black and white, which takes sums past either end of a byte."""
+    rng = np.random.default_rng((height, width))
+    levels = rng.integers(0, 256, (height, width, 3), np.uint8)
+    return np.where(rng.random((height, width, 1)) < 0.5, (levels // 128) * np.uint8(255), levels)
+
+
+def upstream(settings: Settings) -> Run:
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    keys = ("size", "patch_size", "temporal_patch_size", "merge_size", "image_mean", "image_std")
+    processor = Qwen2VLImageProcessorPil(**{key: settings[key] for key in keys})
+
+    def run(picture: Array) -> tuple[Array, Array]:
+        made = processor(images=[Image.fromarray(picture)], return_tensors="np")
+        return made["pixel_values"], made["image_grid_thw"]
+
+    return run
+
+
+def ours(settings: Settings) -> Run:
+    """builder/targets/clients/pipeline.py, whose tests hold it against upstream."""
+    vision = pipeline.ImageSettings(
+        min_pixels=settings["size"]["shortest_edge"],
+        max_pixels=settings["size"]["longest_edge"],
+        patch_size=settings["patch_size"],
+        temporal_patch_size=settings["temporal_patch_size"],
+        merge_size=settings["merge_size"],
+        divisor=255.0,
+        mean=tuple(settings["image_mean"]),
+        std=tuple(settings["image_std"]),
+    )
+    return lambda picture: pipeline.preprocess([Image.fromarray(picture)], vision)
+
+
+def deviations(got: tuple[Array, Array], want: tuple[Array, Array], settings: Settings) -> Array:
+    """Of each value, in levels of 1/255."""
+    assert [array.dtype for array in got] == [np.float32, np.int64]
+    np.testing.assert_array_equal(got[1], want[1])
+    assert got[0].shape == want[0].shape
+    std = np.array(settings["image_std"])[:, None]
+    apart: Array = np.abs(got[0].astype(np.float64) - want[0]).reshape(len(got[0]), len(std), -1)
+    scaled: Array = apart * std * 255
+    return scaled
+
+
+def deviation(got: tuple[Array, Array], want: tuple[Array, Array], settings: Settings) -> float:
+    return float(deviations(got, want, settings).max())
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("name", SETTINGS)
+def test_no_deviation_from_upstream(name: str) -> None:
+    assert len(set(SIZES)) == len(SIZES) >= 40
+    graph, expected = session(model(SETTINGS[name])), upstream(SETTINGS[name])
+    pictures = {size: noise(*size) for size in SIZES}
+    found = {size: deviation(graph(one), expected(one), SETTINGS[name]) for size, one in pictures.items()}
+    assert found == dict.fromkeys(SIZES, 0.0)
+
+
+@pytest.mark.slow
+@pytest.mark.torch
+@pytest.mark.parametrize("size", [(3000, 4000), (4100, 4200), (9000, 2100)])
+def test_no_deviation_in_large_pictures(size: tuple[int, int]) -> None:
+    picture = noise(*size)
+    assert deviation(session(model(REAL))(picture), upstream(REAL)(picture), REAL) == 0
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("name", SETTINGS)
+def test_grids_of_many_sizes_are_upstreams(name: str) -> None:
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+    settings = SETTINGS[name]
+    patch, merge, bounds = settings["patch_size"], settings["merge_size"], settings["size"]
+    whole, without_float64 = session_of_grids(model(settings)), session_of_grids(narrowed(model(settings)))
+    for height, width in many_sizes():
+        target = smart_resize(height, width, patch * merge, bounds["shortest_edge"], bounds["longest_edge"])
+        expected = [1, *(side // patch for side in target)]
+        assert whole(height, width) == expected, (height, width)
+        # Without float64 it is the exact root, from which upstream's rounding is sometimes off where it is whole.
+        found = without_float64(height, width)
+        assert found == expected or is_whole_root(height, width, settings), (height, width)
+
+
+def many_sizes() -> list[tuple[int, int]]:
+    rng = np.random.default_rng(7)
+    sides, ratios = np.exp2(rng.uniform(0, 13, 1500)).astype(int), np.exp2(rng.uniform(-7, 7, 1500))
+    sizes = [(int(side), min(max(1, int(side * ratio)), 2**15)) for side, ratio in zip(sides, ratios, strict=True)]
+    sizes += [(side, side * times) for side in range(1, 520, 3) for times in (1, 4)]
+    sizes += [(side, side) for side in range(4080, 4200, 16)]
+    return [size for size in sizes if max(size) <= 200 * min(size)]
+
+
+def is_whole_root(height: int, width: int, settings: Settings) -> bool:
+    """Whether a picture below the bound is scaled to a whole number of units, before anything is rounded."""
+    unit = int(settings["patch_size"]) * int(settings["merge_size"])
+    over, under = height * int(settings["size"]["shortest_edge"]), width * unit**2
+    return over % under == 0 and math.isqrt(over // under) ** 2 == over // under
+
+
+def session_of_grids(proto: onnx.ModelProto) -> Callable[[int, int], list[int]]:
+    """Only the sizes: a picture's bytes are not even looked at."""
+    part = Extractor(proto).extract_model(["image"], ["image_grid_thw"])
+    loaded = onnxruntime.InferenceSession(part.SerializeToString(), providers=["CPUExecutionProvider"])
+    room = np.zeros(2**30, np.uint8)  # virtual: no page of it is touched
+
+    def grid(height: int, width: int) -> list[int]:
+        (row,) = loaded.run(None, {"image": room[: height * width * 3].reshape(height, width, 3)})[0].tolist()
+        assert isinstance(row, list)
+        return row
+
+    return grid
+
+
+def test_what_is_too_long_is_not_refused() -> None:
+    assert session_of_grids(model(MINI))(1, 1000) == [1, 2, 128]
+
+
+def test_any_settings() -> None:
+    rng = np.random.default_rng(11)
+    for _ in range(25):
+        low = int(rng.integers(1, 20_000))
+        settings = {
+            "size": {"shortest_edge": low, "longest_edge": low + int(rng.integers(0, 60_000))},
+            "patch_size": int(rng.choice((4, 8, 14, 16))),
+            "temporal_patch_size": int(rng.integers(1, 4)),
+            "merge_size": int(rng.integers(1, 4)),
+            "image_mean": rng.random(3).tolist(),
+            "image_std": rng.uniform(0.1, 1, 3).tolist(),
+        }
+        graph, expected = session(model(settings)), ours(settings)
+        for height, width in rng.integers(1, 300, (3, 2)):
+            if max(height, width) <= 200 * min(height, width):
+                picture = noise(int(height), int(width))
+                assert deviation(graph(picture), expected(picture), settings) == 0, (settings, height, width)
+
+
+def test_exact_up_to_the_longest_filter() -> None:
+    settings = {**MINI, "size": {"shortest_edge": 1, "longest_edge": 16}, "patch_size": 4, "merge_size": 1}
+    assert resize.MOST_TAPS >= 4 * 128
+    for picture in (noise(512, 512), np.full((512, 512, 3), 255, np.uint8)):
+        assert deviation(session(model(settings))(picture), ours(settings)(picture), settings) == 0
+
+
+def test_another_runtime_computes_the_same() -> None:
+    evaluator = ReferenceEvaluator(model(MINI))
+    for size in ((48, 80), (31, 33), (400, 300)):
+        picture = noise(*size)
+        assert deviation(tuple(evaluator.run(None, {"image": picture})), ours(MINI)(picture), MINI) == 0
+
+
+@pytest.mark.parametrize("opset", [18, 20])
+def test_graph_is_plain_and_the_same_every_time(opset: int) -> None:
+    proto = model(MINI, opset)
+    onnx.checker.check_model(proto, full_check=True)
+    assert proto.graph.name == NAME
+    assert [(entry.domain, entry.version) for entry in proto.opset_import] == [("", opset)]
+    assert not {node.op_type for node in proto.graph.node} & {"If", "Loop", "Scan", "Resize"}
+    assert not any(tensor.data_location for tensor in proto.graph.initializer)
+    assert proto.SerializeToString() == model(MINI, opset).SerializeToString()
+    picture = noise(60, 70)
+    assert deviation(session(proto)(picture), ours(MINI)(picture), MINI) == 0
+
+
+def narrowed(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """What OpenVINO's CPU plugin makes of it: float64 is float32."""
+    wide, narrow = onnx.TensorProto.DOUBLE, onnx.TensorProto.FLOAT
+    for tensor in proto.graph.initializer:
+        if tensor.data_type == wide:
+            array = onnx.numpy_helper.to_array(tensor).astype(np.float32)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(array, tensor.name))
+    for node in proto.graph.node:
+        for attribute in node.attribute:
+            if node.op_type == "Cast" and attribute.i == wide:
+                attribute.i = narrow
+    return proto
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_level_at_most_without_float64(name: str) -> None:
+    settings = SETTINGS[name]
+    graph, expected = session(narrowed(model(settings))), ours(settings)
+    beyond = {(239, 239), (343, 7), (315, 140)}  # upstream's float64 misses a whole root, which float32 cannot know
+    for size in sorted({*SIZES} - beyond):
+        found = deviations(graph(noise(*size)), expected(noise(*size)), settings)
+        assert found.max() < 1.001, size
+        assert (found > 0).mean() < 1e-3, size
+
+
+def scaled(name: str, factor: float) -> onnx.ModelProto:
+    """The miniature's graph with one of its numbers a little off."""
+    proto = model(MINI)
+    (tensor,) = [tensor for tensor in proto.graph.initializer if tensor.name == name]
+    array = onnx.numpy_helper.to_array(tensor)
+    tensor.CopyFrom(onnx.numpy_helper.from_array((array * factor).astype(array.dtype), name))
+    return proto
+
+
+def set_to(monkeypatch: pytest.MonkeyPatch, name: str, value: float) -> onnx.ModelProto:
+    """The graph of another filter."""
+    monkeypatch.setattr(resize, name, value)
+    return model(MINI)
+
+
+BROKEN: Mapping[str, Callable[[pytest.MonkeyPatch], onnx.ModelProto]] = {
+    "a coefficient, one millionth off": lambda _: scaled("float64_2.5", 1 + 1e-6),
+    "the filter that other libraries call bicubic": lambda patch: set_to(patch, "SHARPNESS", -0.75),
+    "weights of fewer bits": lambda patch: set_to(patch, "PRECISION", 16),
+    "across first whatever the size, as Pillow 12": lambda patch: set_to(patch, "DOWN_FIRST", 2**40),
+    "a half goes down": lambda _: scaled("float64_32.0", 1 + 1e-9),
+    "the mean, one thousandth off": lambda _: model({**MINI, "image_mean": [0.5, 0.5, 0.5005]}),
+}
+
+
+@pytest.mark.parametrize("name", ["nothing", *BROKEN])
+def test_what_is_broken_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    graph, expected = session(BROKEN[name](monkeypatch) if name in BROKEN else model(MINI)), ours(MINI)
+    noticed = False
+    for size in SIZES:
+        got, want = graph(noise(*size)), expected(noise(*size))
+        noticed |= not np.array_equal(got[1], want[1]) or deviation(got, want, MINI) > 0
+    assert noticed == (name in BROKEN)

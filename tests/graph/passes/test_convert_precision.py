@@ -1,0 +1,306 @@
+"""narrow: fp16 where values flow from ports and weights, fp32 where they come from integers, in ONNX Runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+
+from builder.graph.binding import UNBOUND, BoundGraph
+from builder.graph.passes.convert_precision import narrow
+from builder.graph.passes.lower_segment_attention import lower_segment_attention
+from builder.graph.passes.quantize_weights import quantize_weights
+from builder.graph.passes.result import Outcome
+from builder.quantization.blockwise import Blocks
+from builder.quantization.rules import Storage
+from tests.helpers.small_graphs import Array, Weights, bound_graph, drawn, operators, run
+
+HALF = ir.DataType.FLOAT16
+# x flows; angles come from positions alone and meet it in the product.
+ROTARY = """
+rotary (float[batch, seq, 8] x, int64[batch, seq] positions) => (float[batch, seq, 8] y, float[batch, seq, 8] kept)
+{
+    placed = Cast <to = 1> (positions)
+    axis = Constant <value_ints = [2]> ()
+    column = Unsqueeze(placed, axis)
+    angles = Mul(column, speeds)
+    turned = Cos(angles)
+    h = MatMul(x, w)
+    y = Mul(h, turned)
+    kept = Add(x, half)
+}
+"""
+WEIGHTS = {"w": drawn(8, 8)}
+
+
+def inferred(graph: BoundGraph) -> BoundGraph:
+    """With types that ONNX can tell only now that constants are there."""
+    model = ir.from_proto(onnx.shape_inference.infer_shapes(ir.to_proto(graph.model)))
+    return BoundGraph(model, graph.bindings)
+
+
+def rotary() -> BoundGraph:
+    """`speeds` and `half` are constants: no checkpoint tensor fills them."""
+    speeds = np.array([1, 0.1, 0.01, 1e-3, 1, 0.1, 0.01, 1e-3], np.float32)
+    extra = {"speeds": speeds, "half": np.full(8, 0.5, np.float32)}
+    text = ROTARY.replace("x, int64", "x, float[8] speeds, float[8] half, int64")
+    graph = bound_graph(text, WEIGHTS)
+    model = graph.model
+    for name, array in extra.items():
+        (value,) = [one for one in model.graph.inputs if one.name == name]
+        model.graph.inputs.remove(value)
+        value.const_value = ir.tensor(array, name=name)
+        model.graph.initializers.add(value)
+    return graph
+
+
+def halved(weights: Weights) -> dict[str, Array]:
+    return {name: array.astype(np.float16) for name, array in weights.items()}
+
+
+def types(graph: BoundGraph) -> Mapping[str, ir.DataType | None]:
+    return {str(value.name): value.dtype for node in graph.model.graph for value in node.outputs}
+
+
+def producer(graph: BoundGraph, name: str) -> ir.Node:
+    (found,) = [node for node in graph.model.graph for value in node.outputs if value.name == name]
+    return found
+
+
+def read(node: ir.Node) -> list[tuple[str, bool]]:
+    """Each input's name, and whether it is cast first."""
+    found = []
+    for value in node.inputs:
+        assert value is not None
+        cast = value.producer()
+        through = cast is not None and cast.op_type == "Cast" and cast.inputs[0] is not None
+        source = cast.inputs[0] if through and cast is not None else value
+        assert source is not None
+        found.append((str(source.name), through))
+    return found
+
+
+def test_ports_weights_and_what_flows_from_them_are_narrow() -> None:
+    graph = narrow(rotary(), "fp16").graph
+    assert [port.dtype for port in graph.model.graph.inputs] == [HALF, ir.DataType.INT64]
+    assert [port.dtype for port in graph.model.graph.outputs] == [HALF, HALF]
+    assert [one.dtype for one in graph.bindings.values()] == ["float16"]
+    weight = graph.model.graph.initializers["w"]
+    assert weight.dtype == HALF
+    assert isinstance(weight.const_value, ir.ExternalTensor)
+    assert weight.const_value.location == UNBOUND
+    assert types(graph)["h"] == HALF
+
+
+def test_ports_that_stay_wide_are_cast_and_keep_their_names() -> None:
+    graph = narrow(rotary(), "fp16", (), ("x", "kept")).graph
+    assert [port.dtype for port in graph.model.graph.inputs] == [ir.DataType.FLOAT, ir.DataType.INT64]
+    assert {str(port.name): port.dtype for port in graph.model.graph.outputs} == {"y": HALF, "kept": ir.DataType.FLOAT}
+    assert types(graph)["h"] == HALF
+    assert producer(graph, "kept").op_type == "Cast"
+    x, places = drawn(1, 4, 8), np.arange(4, dtype=np.int64)[None]
+    weights = halved(WEIGHTS)
+    y, kept = run(inferred(graph), weights, x=x, positions=places)
+    assert [str(one.dtype) for one in (y, kept)] == ["float16", "float32"]
+    assert np.allclose(kept, x + 0.5, atol=2e-3)
+
+
+def test_what_comes_from_integers_stays_wide_and_is_cast_where_it_meets_them() -> None:
+    graph = narrow(rotary(), "fp16").graph
+    found = types(graph)
+    assert {found[name] for name in ("placed", "column", "angles", "turned")} == {ir.DataType.FLOAT}
+    assert read(producer(graph, "y")) == [("h", False), ("turned", True)]
+    assert operators(graph)["Cast"] == 3  # of positions, of the cosine, and of a constant
+
+
+@pytest.mark.parametrize("start", [0, 30_000])
+def test_positions_beyond_the_range_of_whole_numbers_in_fp16_are_exact(start: int) -> None:
+    """30,001 is no number of fp16: computed there, its cosine would be another's."""
+    feed: dict[str, Any] = {"x": drawn(2, 5, 8), "positions": np.arange(start, start + 10).reshape(2, 5)}
+    want = run(rotary(), WEIGHTS, **feed)
+    outcome = narrow(rotary(), "fp16")
+    got = run(outcome.graph, halved(WEIGHTS), **(feed | {"x": feed["x"].astype(np.float16)}))
+    for one, other in zip(got, want, strict=True):
+        assert one.dtype == np.float16
+        np.testing.assert_allclose(one, other, atol=0.02)
+    assert outcome.matches == 3  # MatMul, Mul and Add
+
+
+def test_a_constant_is_cast_for_narrow_readers_and_kept_for_wide_ones() -> None:
+    graph = narrow(rotary(), "fp16").graph
+    initializers = graph.model.graph.initializers
+    assert {initializers[name].dtype for name in ("half", "speeds")} == {ir.DataType.FLOAT}
+    assert read(producer(graph, "kept")) == [("x", False), ("half", True)]
+    assert read(producer(graph, "angles")) == [("column", False), ("speeds", False)]
+
+
+def test_bf16_is_another_type_of_the_same_graph() -> None:
+    """onnxruntime multiplies in it on no CPU: types only."""
+    graph = narrow(rotary(), "bf16").graph
+    brain = ir.DataType.BFLOAT16
+    assert {port.dtype for port in graph.model.graph.outputs} == {brain}
+    assert [one.dtype for one in graph.bindings.values()] == ["bfloat16"]
+    assert [None if value is None else value.dtype for value in producer(graph, "y").inputs] == [brain, brain]
+
+
+def test_a_cast_of_what_flows_is_to_the_narrow_type() -> None:
+    text = "cast (float[n] x) => (float[n] y) { e = Cast <to = 1> (x) y = Neg(e) }"
+    graph = narrow(bound_graph(text), "fp16").graph
+    assert producer(graph, "e").attributes.get_int("to", 0) == HALF
+    x = drawn(5).astype(np.float16)
+    np.testing.assert_array_equal(run(graph, x=x)[0], -x)
+
+
+def test_pixel_values_are_handed_over_in_fp32() -> None:
+    """As preprocessing gives them; they are cast behind the port."""
+    text = "vision (float[n, 8] pixel_values) => (float[n, 8] y) { y = MatMul(pixel_values, w) }"
+    pixels = drawn(3, 8)
+    graph = narrow(bound_graph(text, WEIGHTS), "fp16").graph
+    assert [port.dtype for port in graph.model.graph.inputs] == [ir.DataType.FLOAT]
+    (got,) = run(graph, halved(WEIGHTS), pixel_values=pixels)
+    assert got.dtype == np.float16
+    np.testing.assert_allclose(got, pixels @ WEIGHTS["w"], atol=0.02)
+
+
+def test_shapes_are_no_values_that_flow() -> None:
+    text = """shapes (float[n, 4] x) => (float[n, 4] y, float[1] rows) {
+        shape = Shape <start = 0, end = 1> (x)
+        rows = Cast <to = 1> (shape)
+        y = Neg(x)
+    }"""
+    graph = narrow(bound_graph(text), "fp16").graph
+    assert types(graph)["shape"] == ir.DataType.INT64
+    y, rows = run(graph, x=drawn(3, 4).astype(np.float16))
+    assert y.dtype == rows.dtype == np.float16
+    assert rows.tolist() == [3]
+    assert [port.name for port in graph.model.graph.outputs] == ["y", "rows"]
+
+
+def test_a_port_behind_a_wide_layer_is_narrow() -> None:
+    """Its own cast: the value is read wide in the graph."""
+    text = LAYERS.replace("float[n, 4] y)", "float[n, 4] y, float[n, 4] c)")
+    x = drawn(3, 4)
+    want = run(layers(text=text), LARGE, x=x)
+    graph = narrow(layers(text=text), "fp16", [0]).graph
+    assert [(port.name, port.dtype) for port in graph.model.graph.outputs] == [("y", HALF), ("c", HALF)]
+    for got, one in zip(run(graph, halved(LARGE), x=x.astype(np.float16)), want, strict=True):
+        np.testing.assert_allclose(got, one, rtol=0.02, atol=0.05)
+
+
+SEGMENTS = """
+attention (float[patches, 8] q, float[patches, 8] k, float[patches, 8] v,
+           int64[patches] begin, int64[patches] end) => (float[patches, 8] out)
+{ attended = qwen3vl.SegmentAttention <num_heads = 2, scale = 0.3> (q, k, v, begin, end) out = Neg(attended) }
+"""
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["eager", "fused"])
+@pytest.mark.parametrize("lengths", [(4, 12, 1), (6,)], ids=str)
+def test_the_bodies_of_loops_are_narrow_too(fused: bool, lengths: tuple[int, ...]) -> None:
+    def lowered() -> BoundGraph:
+        graph = lower_segment_attention(bound_graph(SEGMENTS, None, ["qwen3vl"]), fused=fused, block=3).graph
+        return inferred(graph)
+
+    ends = np.cumsum(lengths, dtype=np.int64)
+    feed = {name: drawn(sum(lengths), 8, seed=seed) for seed, name in enumerate("qkv")}
+    ranges = {"begin": np.repeat(ends - np.asarray(lengths), lengths), "end": np.repeat(ends, lengths)}
+    (want,) = run(lowered(), **feed, **ranges)
+    graph = narrow(lowered(), "fp16").graph
+    (got,) = run(graph, **halved(feed), **ranges)
+    assert got.dtype == np.float16
+    np.testing.assert_allclose(got, want, atol=5e-3)
+    assert operators(graph)["Loop"]
+
+
+# Two layers with a residual stream; what the first one makes inside is beyond fp16, what leaves it is not. Identity has
+# a kernel for fp16: without two of it onnxruntime's CPU provider would hand on the fp32 that it multiplies in.
+LAYERS = """
+layers (float[n, 4] x) => (float[n, 4] y)
+{
+    a = MatMul(x, up)
+    b = MatMul(a, up)
+    held = Identity(b)
+    kept = Identity(held)
+    c = MatMul(kept, down)
+    residual.0 = Add(x, c)
+    d = MatMul(residual.0, own)
+    residual.1 = Add(residual.0, d)
+    y = MatMul(residual.1, own)
+}
+"""
+LARGE: Weights = {
+    "up": 400 * np.eye(4, dtype=np.float32),
+    "down": np.eye(4, dtype=np.float32) / 160000,
+    "own": drawn(4, 4),
+}
+
+
+def layers(weights: Weights = LARGE, text: str = LAYERS) -> BoundGraph:
+    graph = bound_graph(text.replace("residual.", "residual_"), weights)
+    for node in graph.model.graph:
+        for value in node.outputs:
+            value.name = str(value.name).replace("residual_", "residual.")
+    return graph
+
+
+def both(wide: list[int]) -> tuple[Outcome, Array, Array]:
+    """The pass, what its graph gives, and what fp32 gives."""
+    x = 1 + np.abs(drawn(3, 4))
+    (want,) = run(layers(), LARGE, x=x)
+    outcome = narrow(layers(), "fp16", wide)
+    (got,) = run(outcome.graph, halved(LARGE), x=x.astype(np.float16))
+    return outcome, got, want
+
+
+def test_a_layer_that_overflows_is_finite_and_right_where_it_is_wide() -> None:
+    outcome, got, want = both([0])
+    assert got.dtype == np.float16
+    np.testing.assert_allclose(got, want, rtol=0.02, atol=0.05)
+    found = types(outcome.graph)
+    assert {found[name] for name in ("a", "b", "c", "residual.0")} == {ir.DataType.FLOAT}
+    assert {found[name] for name in ("d", "y")} == {HALF}
+    assert {one.dtype for one in outcome.graph.bindings.values()} == {"float16"}
+    assert outcome.matches == 3  # of nine, six are wide
+
+
+@pytest.mark.parametrize("wide", [[], [1]], ids=str)
+def test_it_is_infinite_where_it_is_not(wide: list[int]) -> None:
+    """A control: the values above are beyond fp16."""
+    with np.errstate(all="ignore"):
+        _, got, want = both(wide)
+    assert np.isfinite(want).all()
+    assert not np.isfinite(got).any()
+
+
+def test_neighbouring_wide_layers_hand_on_fp32() -> None:
+    outcome, got, want = both([0, 1])
+    np.testing.assert_allclose(got, want, rtol=0.02, atol=0.05)
+    found = types(outcome.graph)
+    assert {found[name] for name in ("residual.0", "d", "residual.1")} == {ir.DataType.FLOAT}
+    assert found["y"] == HALF
+
+
+def test_a_value_is_cast_once_however_many_read_it() -> None:
+    outcome, _, _ = both([0])
+    casts = [node for node in outcome.graph.model.graph if node.op_type == "Cast"]
+    read = [(node.inputs[0].name if node.inputs[0] else "", node.outputs[0].dtype) for node in casts]
+    assert len(read) == len(set(read))
+    assert {name for name, _ in read} == {"x", "up", "down", "residual.0"}
+
+
+def test_parts_of_quantized_matrices_are_left_as_they_are() -> None:
+    """Scales are narrow already (builder/stages/quantize.py), levels are whole numbers."""
+    text = "product (float[n, 32] x) => (float[n, 4] y) { y = MatMul(x, w) }"
+    graph = bound_graph(text, {"w": drawn(32, 4)})
+    bindings = {"w": replace(graph.bindings["w"], shape=(4, 32), transpose=True)}
+    quantized = quantize_weights(
+        BoundGraph(graph.model, bindings), {"checkpoint.w": Storage(Blocks(4, 32), 4)}, "float16"
+    )
+    found = narrow(quantized.graph, "fp16").graph
+    assert {name: one.dtype for name, one in found.bindings.items()} == {"w.levels": "uint8", "w.scales": "float16"}
+    assert [one.dtype for one in found.model.graph.outputs] == [HALF]

@@ -1,0 +1,296 @@
+"""quantize_weights: products and lookups on quantized matrices, against the same graph on dequantized ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from builder.graph.binding import UNBOUND, Binding, BoundGraph, bind, load, save
+from builder.graph.passes.quantize_weights import quantize_weights
+from builder.quantization.blockwise import Blocks, dequantize, quantize
+from builder.quantization.packing import packed_parts
+from builder.quantization.rules import Storage
+from tests.helpers.small_graphs import Array, Weights, bound_graph, drawn, operators, run
+
+INT4, INT8 = Storage(Blocks(4, 16, search="mse"), 1), Storage(Blocks(8, 32), 1)
+ZERO = Storage(Blocks(4, 32, zero_points=True), 1)
+# q, k and v as the exporter and fold_weight_transposes leave them: [in, out]
+ATTENTION = """
+attention (float[batch, seq, 64] x) => (float[batch, seq, 24] q, float[batch, seq, 8] k, float[batch, seq, 40] v) {
+    q = MatMul(x, a.q_proj.weight)
+    k = MatMul(x, a.k_proj.weight)
+    v = MatMul(x, a.v_proj.weight)
+}
+"""
+QKV = {"a.q_proj.weight": (24, 64), "a.k_proj.weight": (8, 64), "a.v_proj.weight": (40, 64)}
+
+
+def matrices(shapes: Mapping[str, tuple[int, int]] = QKV) -> dict[str, Array]:
+    """[out, in] each, as a checkpoint has them."""
+    return {name: drawn(*shape, seed=number) for number, (name, shape) in enumerate(shapes.items())}
+
+
+def turned(text: str, weights: Weights, *names: str) -> BoundGraph:
+    """The graph, its initializers of these names bound the other way round."""
+    plain = {name: name.replace(".", "_") for name in weights}  # the text format takes no dots
+    for name, short in plain.items():
+        text = text.replace(name, short)
+    shapes = {plain[name]: array.T if name in names else array for name, array in weights.items()}
+    model = bound_graph(text, shapes).model
+    for name, short in plain.items():
+        value = model.graph.initializers.pop(short)
+        value.name = name
+        model.graph.initializers.add(value)
+    shaped = {name: array.shape for name, array in weights.items()}
+    return bind(model, [Binding(n, f"checkpoint.{n}", "float32", s, transpose=n in names) for n, s in shaped.items()])
+
+
+def attention(weights: Weights) -> BoundGraph:
+    return turned(ATTENTION, weights, *weights)
+
+
+def everything(storage: Storage, weights: Iterable[str]) -> dict[str, Storage]:
+    return {f"checkpoint.{name}": storage for name in weights}
+
+
+def filled(graph: BoundGraph, weights: Weights) -> BoundGraph:
+    """The quantized graph, its parts made of whole matrices; what is left bound is what was not quantized."""
+    model = ir.from_proto(ir.to_proto(graph.model))
+    checkpoint = {f"checkpoint.{name}": array for name, array in weights.items()}
+    for name, one in graph.bindings.items():
+        if one.blocks is not None and one.part is not None:
+            rows = np.concatenate([checkpoint[tensor].reshape(-1, one.shape[1]) for tensor in one.tensors])
+            part = packed_parts(quantize(rows, one.blocks), one.blocks, one.dtype)[one.part]
+            model.graph.initializers[name].const_value = ir.tensor(part.reshape(one.stored_shape), name=name)
+    return BoundGraph(model, {name: one for name, one in graph.bindings.items() if one.blocks is None})
+
+
+def rounded(weights: Weights, storages: Mapping[str, Storage]) -> dict[str, Array]:
+    """Each matrix as its levels have it."""
+    found = {}
+    for name, array in weights.items():
+        storage = storages.get(f"checkpoint.{name}")
+        found[name] = array if storage is None else dequantize(quantize(array, storage.blocks))
+    return found
+
+
+def assert_equal(graph: BoundGraph, before: BoundGraph, weights: Weights, storages: Mapping[str, Storage]) -> None:
+    x = drawn(2, 3, 64, seed=8)
+    want = run(before, rounded(weights, storages), x=x)
+    for got, wanted in zip(run(filled(graph, weights), weights, x=x), want, strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("storage", [INT4, INT8, ZERO], ids=["int4", "int8", "zero points"])
+def test_products_of_one_input_and_format_become_one(storage: Storage) -> None:
+    weights = matrices()
+    storages = everything(storage, weights)
+    outcome = quantize_weights(attention(weights), storages)
+    assert (outcome.matches, outcome.misses) == (3, ())
+    assert operators(outcome.graph) == {"com.microsoft::MatMulNBits": 1, "Split": 1}
+    assert_equal(outcome.graph, attention(weights), weights, storages)
+
+
+def test_the_parts_are_named_after_what_they_are_made_of() -> None:
+    weights = matrices()
+    graph = quantize_weights(attention(weights), everything(ZERO, weights), "float16").graph
+    together = "a.q_proj+k_proj+v_proj.weight"
+    assert list(graph.bindings) == [f"{together}.{part}" for part in ("levels", "scales", "zero_points")]
+    assert list(graph.model.graph.initializers) == list(graph.bindings)
+    levels, scales, zeros = graph.bindings.values()
+    assert levels.tensors == tuple(f"checkpoint.{name}" for name in weights)
+    assert levels.shape == (72, 64)
+    assert (levels.stored_shape, scales.stored_shape, zeros.stored_shape) == ((72, 2, 16), (72, 2), (72, 1))
+    assert [one.dtype for one in graph.bindings.values()] == ["uint8", "float16", "uint8"]
+    assert levels.source == scales.source == zeros.source
+    for name, one in graph.bindings.items():
+        value = graph.model.graph.initializers[name]
+        assert value.shape == one.stored_shape
+        assert isinstance(value.const_value, ir.ExternalTensor)
+        assert value.const_value.location == UNBOUND
+
+
+def test_differing_formats_stay_apart() -> None:
+    weights = matrices()
+    storages = everything(INT4, weights) | {"checkpoint.a.v_proj.weight": INT8}
+    outcome = quantize_weights(attention(weights), storages)
+    assert outcome.matches == 3
+    assert operators(outcome.graph) == {"com.microsoft::MatMulNBits": 2, "Split": 1}
+    assert {name.rpartition(".")[0] for name in outcome.graph.bindings} == {
+        "a.q_proj+k_proj.weight",
+        "a.v_proj.weight",
+    }
+    assert_equal(outcome.graph, attention(weights), weights, storages)
+
+
+@pytest.mark.parametrize("kept", list(QKV))
+def test_what_no_rule_names_is_left(kept: str) -> None:
+    weights = matrices()
+    storages = {name: one for name, one in everything(INT4, weights).items() if not name.endswith(kept)}
+    outcome = quantize_weights(attention(weights), storages)
+    assert outcome.matches == 2
+    assert outcome.graph.bindings[kept] == attention(weights).bindings[kept]
+    assert operators(outcome.graph)["MatMul"] == 1
+    assert_equal(outcome.graph, attention(weights), weights, storages)
+
+
+def test_differing_inputs_stay_apart() -> None:
+    text = ATTENTION.replace("v = MatMul(x,", "y = Neg(x) v = MatMul(y,")
+    weights = matrices()
+    before = turned(text, weights, *weights)
+    outcome = quantize_weights(turned(text, weights, *weights), everything(INT4, weights))
+    assert operators(outcome.graph) == {"com.microsoft::MatMulNBits": 2, "Split": 1, "Neg": 1}
+    assert_equal(outcome.graph, before, weights, everything(INT4, weights))
+
+
+def test_a_product_of_a_product() -> None:
+    text = ATTENTION.replace("v = MatMul(x,", "v = MatMul(q,").replace("24] q", "64] q")
+    weights = matrices({**QKV, "a.q_proj.weight": (64, 64)})
+    storages = everything(INT4, weights)
+    outcome = quantize_weights(turned(text, weights, *weights), storages)
+    assert operators(outcome.graph) == {"com.microsoft::MatMulNBits": 2, "Split": 1}
+    assert_equal(outcome.graph, turned(text, weights, *weights), weights, storages)
+    # By itself, not by a name that it shares with what was there before: names change later
+    # (builder/stages/optimize.py).
+    (split,) = [node for node in outcome.graph.model.graph if node.op_type == "Split"]
+    assert [node.op_type for node in split.outputs[0].consumers()] == ["MatMulNBits"]
+
+
+def test_the_operator_is_told_the_size_format_and_accuracy() -> None:
+    weights = matrices()
+    graph = quantize_weights(attention(weights), everything(replace(INT8, accuracy=4), weights)).graph
+    (node,) = [node for node in graph.model.graph if node.op_type == "MatMulNBits"]
+    told = {name: attribute.as_int() for name, attribute in node.attributes.items()}
+    assert told == {"K": 64, "N": 72, "bits": 8, "block_size": 32, "accuracy_level": 4}
+
+
+GEMM = """
+linear (float[rows, 64] x) => (float[rows, 24] y, float[rows, 24] z) {
+    y = Gemm <transB = 1> (x, a.q_proj.weight, bias)
+    z = Gemm <transB = 1> (x, a.k_proj.weight)
+}
+"""
+
+
+@pytest.mark.parametrize("storage", [INT4, ZERO], ids=["int4", "zero points"])
+def test_a_bias_is_added_by_the_operator(storage: Storage) -> None:
+    weights = matrices({"a.q_proj.weight": (24, 64), "a.k_proj.weight": (24, 64)}) | {"bias": drawn(24)}
+    storages = everything(storage, [*weights][:2])
+    outcome = quantize_weights(turned(GEMM, weights), storages)
+    assert outcome.matches == 2
+    assert operators(outcome.graph) == {"com.microsoft::MatMulNBits": 2}
+    assert "bias" in outcome.graph.bindings
+    x = drawn(5, 64, seed=8)
+    want = run(turned(GEMM, weights), rounded(weights, storages), x=x)
+    for got, wanted in zip(run(filled(outcome.graph, weights), weights, x=x), want, strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4)
+
+
+TIED = """
+tied (int64[batch, seq] ids) => (float[batch, seq, 64] e, float[batch, seq, 24] logits) {
+    e = Gather(table, ids)
+    turned = MatMul(e, head)
+    logits = Neg(turned)
+}
+"""
+
+
+@pytest.mark.parametrize("storage", [INT4, ZERO], ids=["int4", "zero points"])
+def test_rows_are_looked_up_and_share_their_bytes_with_the_head(storage: Storage) -> None:
+    table = drawn(24, 64)
+    graph = bound_graph(TIED, {"table": table, "head": table.T})
+    head = Binding("head", "checkpoint.table", "float32", (24, 64), transpose=True)
+    before = BoundGraph(graph.model, {**graph.bindings, "head": head})
+    storages = {"checkpoint.table": storage}
+    ids = np.array([[3, 23, 0]])
+    weights = {"table": table, "head": table}
+    want = run(before, rounded(weights, storages | {"checkpoint.head": storage}), ids=ids)
+    outcome = quantize_weights(before, storages)
+    assert (outcome.matches, outcome.misses) == (2, ())
+    counts = {"com.microsoft::GatherBlockQuantized": 1, "com.microsoft::MatMulNBits": 1, "Neg": 1}
+    assert operators(outcome.graph) == counts
+    bindings = outcome.graph.bindings
+    assert bindings["table.levels"].view == (24, 32)
+    assert bindings["table.levels"].content == bindings["head.levels"].content
+    for got, wanted in zip(run(filled(outcome.graph, weights), ids=ids), want, strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "misses"),
+    [
+        pytest.param("y = Add(x, w)", 1, id="no product"),
+        pytest.param("y = MatMul(w, x)", 1, id="on the left"),
+        pytest.param("y = MatMul(x, w)", 1, id="rows of the checkpoint as columns"),
+        pytest.param("y = Gemm(x, w)", 1, id="a Gemm that does not turn"),
+        pytest.param("y = Gemm <transB = 1, alpha = 2.0> (x, w)", 1, id="a Gemm that scales"),
+        pytest.param("i = Constant <value = int64 {0}> () r = Gather(x, i) y = Mul(r, w)", 1, id="a factor"),
+        pytest.param("t = Transpose <perm = [1, 0]> (w) y = MatMul(x, t)", 1, id="turned by a node"),
+        pytest.param("y = Neg(x)", 0, id="not read"),
+    ],
+)
+def test_another_way_of_reading_is_a_miss_and_left(nodes: str, misses: int) -> None:
+    text = f"other (float[64, 64] x) => (float[64, 64] y) {{ {nodes} }}"
+    graph = bound_graph(text, {"w": drawn(64, 64)})
+    there = operators(graph)
+    outcome = quantize_weights(graph, {"checkpoint.w": INT4})
+    assert outcome.matches == 0
+    assert len(outcome.misses) == misses
+    assert all("reads w in a way" in said for said in outcome.misses)
+    assert operators(outcome.graph) == there
+    assert ("w" in outcome.graph.bindings) is bool(misses)
+
+
+def test_a_matrix_that_is_read_both_ways_stays_for_the_other() -> None:
+    text = "both (float[64, 64] x) => (float[64, 64] y, float[64, 64] z) { y = MatMul(x, w) z = Add(x, w) }"
+    weights = {"w": drawn(64, 64)}
+    outcome = quantize_weights(turned(text, weights, "w"), {"checkpoint.w": INT4})
+    assert (outcome.matches, len(outcome.misses)) == (1, 1)
+    assert outcome.graph.bindings.keys() == {"w", "w.levels", "w.scales"}
+
+
+def test_two_products_with_one_matrix_share_its_parts() -> None:
+    text = """twice (float[s, 64] x) => (float[s, 64] y, float[s, 64] z) {
+        y = MatMul(x, w) n = Neg(x) z = MatMul(n, w)
+    }"""
+    weights = {"w": drawn(64, 64)}
+    before, storages = turned(text, weights, "w"), {"checkpoint.w": INT4}
+    outcome = quantize_weights(turned(text, weights, "w"), storages)
+    assert outcome.matches == 2
+    assert operators(outcome.graph) == {"com.microsoft::MatMulNBits": 2, "Neg": 1}
+    assert outcome.graph.bindings.keys() == {"w.levels", "w.scales"}
+    assert_equal_rows(outcome.graph, before, weights, storages)
+
+
+def assert_equal_rows(graph: BoundGraph, before: BoundGraph, weights: Weights, storages: Mapping[str, Storage]) -> None:
+    x = drawn(5, 64, seed=8)
+    want = run(before, rounded(weights, storages), x=x)
+    for got, wanted in zip(run(filled(graph, weights), weights, x=x), want, strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_the_comparison_notices_members_in_another_order() -> None:
+    """A control: k's rows before q's."""
+    weights = matrices()
+    storages = everything(INT4, weights)
+    graph = quantize_weights(attention(weights), storages).graph
+    first = next(iter(graph.bindings.values())).tensors
+    mixed = (first[1], first[0], *first[2:])
+    bindings = {name: replace(one, tensor=mixed[0], below=mixed[1:]) for name, one in graph.bindings.items()}
+    with pytest.raises(AssertionError):
+        assert_equal(BoundGraph(graph.model, bindings), attention(weights), weights, storages)
+
+
+def test_ports_keep_their_names_shapes_and_types_and_the_pair_survives_the_disk(tmp_path: Path) -> None:
+    weights = matrices()
+    before = [(port.name, port.shape, port.type) for port in attention(weights).model.graph.outputs]
+    graph = quantize_weights(attention(weights), everything(ZERO, weights)).graph
+    assert [(port.name, port.shape, port.type) for port in graph.model.graph.outputs] == before
+    assert quantize_weights(graph, everything(ZERO, weights)).matches == 0
+    save(graph, tmp_path / "model.onnx")
+    assert dict(load(tmp_path / "model.onnx").bindings) == dict(graph.bindings)

@@ -1,0 +1,120 @@
+"""What a group costs that is rounded alone, against the whole model in memory with these weights in it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from builder.checkpoint.load import open_checkpoint
+from builder.checkpoint.tensors import EMBEDDINGS
+from builder.cli.app import app
+from builder.quantization import sensitivity
+from builder.quantization.blockwise import dequantize, quantize
+from builder.quantization.calibrate import calibration_prompts
+from builder.quantization.rules import Rule, resolve
+from builder.quantization.sensitivity import measured
+from builder.reference.model import Reference
+from builder.targets.recipe_file import Recipe, load_recipe
+from builder.util.errors import RecipeError
+from builder.verify.quality import log_softmax
+from tests.helpers.checkpoints import MINIATURE
+from tests.helpers.random_models import Array
+
+pytestmark = pytest.mark.torch
+
+LAYER, BLOCK = "model.language_model.layers.1.mlp.", "model.visual.blocks.2."
+RULES = (
+    Rule((f"{LAYER}gate_proj.weight", f"{LAYER}up_proj.weight"), "int4"),
+    Rule((EMBEDDINGS,), "int4"),
+    Rule((f"{BLOCK}*",), "int4", 16, zero_points=True),
+)
+
+
+@pytest.fixture(scope="module")
+def recipe() -> Recipe:
+    return replace(load_recipe("int4"), rules=RULES)
+
+
+def prompts(reference: Reference) -> list[tuple[Any, Any]]:
+    """The two shortest with a picture, and the shortest without."""
+    found = sorted(calibration_prompts(reference, reference.checkpoint), key=lambda one: one[0].input_ids.size)
+    pictured = [one for one in found if one[0].pixel_values is not None]
+    return [*pictured[:2], next(one for one in found if one[0].pixel_values is None)]
+
+
+def by_hand(rules: tuple[Rule, ...]) -> dict[str, float]:
+    """Group → mean KL, the whole model in memory, one copy of its weights after the other exchanged."""
+    checkpoint = open_checkpoint(MINIATURE)
+    reference = Reference(checkpoint)
+    torch, storages = reference.torch, resolve(rules, checkpoint.tensors)
+    asked = prompts(reference)
+    exact = [answers(reference, *one) for one in asked]
+    parameters = dict(reference.model.named_parameters())
+    found = {}
+    for group in sensitivity.groups(checkpoint, storages):
+        kept = {name: parameters[name].detach().clone() for name in group.tensors}
+        with torch.no_grad():
+            for name, rows in kept.items():
+                blocks = replace(storages[name].blocks, search="mse")
+                parameters[name].copy_(torch.from_numpy(dequantize(quantize(rows.numpy(), blocks))))
+            got = [answers(reference, *one) for one in asked]
+            for name, rows in kept.items():
+                parameters[name].copy_(rows)
+        kl = [(np.exp(p) * (p - q)).sum(1) for p, q in zip(exact, got, strict=True)]
+        found[group.name] = float(np.concatenate(kl).mean())
+    return found
+
+
+def answers(reference: Reference, prompt: Any, answer: Any) -> Array:
+    """Log-probabilities of every position behind the last picture."""
+    ids = np.concatenate([prompt.input_ids[0], answer])
+    pictures = np.flatnonzero(ids == reference.image_token_id)
+    begin = pictures[-1] + 1 if len(pictures) else 0
+    return log_softmax(reference.logits(prompt, answer)[int(begin) :])
+
+
+def test_each_group_costs_what_the_whole_model_says(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sensitivity, "calibration_prompts", lambda reference, _: iter(prompts(reference)))
+    done: list[int] = []
+    found = measured(open_checkpoint(MINIATURE), recipe, 10**6, lambda: done.append(1))
+    want = by_hand(RULES)
+    assert len(done) == len(found) == len(want) == 3
+    assert [one.kl for one in found] == sorted((one.kl for one in found), reverse=True)
+    for one in found:
+        assert one.kl == pytest.approx(want[one.group.name], rel=1e-3), one.group.name
+        assert one.kl > 1e-6, one.group.name
+
+
+def test_a_recipe_without_4_bits_is_refused(recipe: Recipe) -> None:
+    with pytest.raises(RecipeError) as caught:
+        measured(open_checkpoint(MINIATURE), load_recipe("int8"), 10)
+    assert "stores nothing in 4 bits" in caught.value.what
+    assert "matrices in 8 bits" in str(caught.value.found)
+
+
+def test_the_command_writes_a_recipe_and_says_what_was_measured(tmp_path: Path) -> None:
+    base, path = tmp_path / "base.toml", tmp_path / "mine.toml"
+    rules = "".join(
+        f'[[rules]]\nweights = ["{LAYER}{name}.weight"]\nstore = "int4"\n' for name in ("gate_proj", "down_proj")
+    )
+    base.write_text('like = "int4"\n' + rules, encoding="utf-8")
+    asked = ["sensitivity", str(MINIATURE), "--recipe", str(base), "--positions", "1", "--budget", "45"]
+    result = CliRunner().invoke(app, [*asked, "--write", str(path), "--json"])
+    assert result.exit_code == 0, result.output
+    facts = json.loads(result.stdout)
+    assert {one["group"]: one["8 bits"] for one in facts["groups"]} == {
+        f"{LAYER}gate_proj": facts["groups"][0]["group"].endswith("gate_proj"),
+        f"{LAYER}down_proj": facts["groups"][0]["group"].endswith("down_proj"),
+    }
+    assert path.read_text(encoding="utf-8") == facts["recipe"]
+    assert [rule.store for rule in load_recipe(path).rules] == ["int8", "int4"]
+
+    again = CliRunner().invoke(app, [*asked, "--write", str(path)])
+    assert again.exit_code != 0
+    assert "a file that is there" in again.output

@@ -1,0 +1,209 @@
+"""Cases as data: what files may say, what they may not, and that what they say is what is compared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from builder.checkpoint.load import open_checkpoint
+from builder.cli.app import app
+from builder.reference.case_file import CHECKS, read_file
+from builder.reference.cases import PICTURES, SUITE, Case, Suite, placed, read_cases, shipped_cases, whole_suite
+from builder.reference.synthetic_images import Limits
+from builder.targets.clients.pipeline import ImageSettings, target_size
+from builder.util.errors import CasesError
+from builder.verify import whole
+from builder.verify.report.gates import FP32
+from tests.helpers.checkpoints import MINIATURE
+
+if TYPE_CHECKING:
+    from builder.reference.model import Reference
+
+MINI = Limits(16, 2, 4096, 131072)
+REAL = Limits(16, 2, 65536, 16777216)
+ODD = Limits(14, 3, 4096, 131072)
+ONE = '[[case]]\nname = "mine"\nprompt = "What?"\n'
+
+
+def written(folder: Path, text: str, name: str = "mine.toml") -> Path:
+    (folder / "in").mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (40, 30), (200, 10, 10)).save(folder / "in" / "red.png")
+    Image.new("RGB", (40, 30)).save(folder / "outside.png")
+    path = folder / "in" / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_the_shipped_cases_cover_what_goes_wrong() -> None:
+    cases = {case.name: case for case in read_cases((SUITE,))}
+    formats = {path.suffix for case in cases.values() for path in case.images if isinstance(path, Path)}
+    assert formats == {".png", ".jpg"}
+    assert {len(case.images) for case in cases.values()} >= {0, 1, 2, 3}
+    assert {"text", "unusual unicode", "long prompt", "JPEG 4:2:0", "greyscale", "RGBA", "EXIF-rotated"} <= set(cases)
+    used = {path for case in cases.values() for path in case.images if isinstance(path, Path)}
+    assert used == {path.resolve() for path in PICTURES.iterdir() if path.suffix != ".md"}
+
+
+@pytest.mark.parametrize("limits", [MINI, REAL, ODD], ids=["miniature", "real", "patch14merge3"])
+def test_drawn_pictures_fit_every_checkpoint(limits: Limits, tmp_path: Path) -> None:
+    cases = {case.name: case for case in placed(read_cases((SUITE,)), limits, tmp_path)}
+
+    def resized(case: str, number: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        with Image.open(cases[case].images[number]) as image:
+            settings = ImageSettings(limits.least, limits.most, limits.patch, 2, limits.merge, 255.0, (0.5,), (0.5,))
+            height, width = target_size(image.height, image.width, settings)
+            return image.size, (width, height)
+
+    for case, number in (("own size", 0), ("extreme aspect ratios", 0)):
+        size, target = resized(case, number)
+        assert size == target
+    assert resized("extreme aspect ratios", 0)[0][0] >= 40 * limits.patch * limits.merge
+    assert resized("one pixel", 0)[0] == (1, 1)
+    with Image.open(cases["more than 10,000 patches"].images[0]) as image:
+        assert image.width * image.height > 10_000 * limits.patch**2
+        assert image.width % (limits.patch * limits.merge) == image.height % (limits.patch * limits.merge) == 0
+
+
+def test_pictures_are_drawn_alike_twice(tmp_path: Path) -> None:
+    pixels = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (case,) = [one for one in placed(read_cases((SUITE,)), MINI, tmp_path / name) if one.name == "own size"]
+        pixels.append(np.asarray(Image.open(case.images[0])))
+        assert case.drawn == (True,)
+    np.testing.assert_array_equal(pixels[0], pixels[1])
+    assert pixels[0].std() > 50
+
+
+def test_a_file_of_ones_own_is_read(tmp_path: Path) -> None:
+    text = (
+        ONE
+        + 'images = ["red.png", "small"]\nchecks = ["features", "inputs"]\nmax_new_tokens = 5\n'
+        + '[picture.small]\ndraw = "noise"\npatches = 40\nseed = 7\n'
+    )
+    (case,) = placed(read_file(written(tmp_path, text)), MINI, tmp_path)
+    assert (case.name, case.prompt, case.checks, case.tokens) == ("mine", "What?", ("inputs", "features"), 5)
+    assert case.drawn == (False, True)
+    assert case.unchecked == ("embeddings", "decoder", "tokens", "runtime")
+    assert Image.open(case.images[1]).size == (4 * 32, 3 * 32)
+    checkpoint = open_checkpoint(MINIATURE)
+    suite = whole_suite(checkpoint, tmp_path, [tmp_path / "in"])
+    assert suite.cases[-1] == case
+    assert len(suite.cases) == len(read_cases((SUITE,))) + 1
+
+
+def test_a_text_leaves_nothing_unchecked() -> None:
+    assert Case("text", "What?").unchecked == ()
+    assert Case("text", "What?", checks=("inputs",)).unchecked == ("embeddings", "decoder", "tokens")
+
+
+REFUSED = {
+    "an unknown key": (ONE + "image = []\n", "unknown key `case.0.image`", "`images`"),
+    "an unknown key of a picture": (
+        ONE + 'images = ["x"]\n[picture.x]\ndraw = "noise"\npatch = 4\n',
+        "unknown key `picture.x.patch`",
+        "`patches`",
+    ),
+    "an unknown table": ("[other]\nx = 1\n" + ONE, "unknown key `other`", ""),
+    "no prompt": ('[[case]]\nname = "mine"\n', "`case.0.prompt` is missing", ""),
+    "no case": ("", "`case` is missing", ""),
+    "a wrong type": (ONE + 'max_new_tokens = "5"\n', "`case.0.max_new_tokens` is not right", ""),
+    "an unknown check": (ONE + 'checks = ["logits"]\n', "`case.0.checks.0` is not right", ""),
+    "an unknown tolerance": (ONE + 'tolerance = "loose"\n', "`case.0.tolerance` is not right", ""),
+    "a picture above": (ONE + 'images = ["../outside.png"]\n', "leaves the folder", "copy"),
+    "a picture by its whole path": (ONE + 'images = ["/etc/hostname"]\n', "leaves the folder", "copy"),
+    "a picture by a link": (ONE + 'images = ["link.png"]\n', "leaves the folder", "copy"),
+    "no picture": (ONE + 'images = ["blue.png"]\n', "there is no picture 'blue.png'", ""),
+    "a folder": (ONE + 'images = ["."]\n', "there is no picture '.'", ""),
+    "a picture that nobody uses": (ONE + '[picture.x]\ndraw = "noise"\npatches = 4\n', "no case uses", "remove"),
+    "a picture of no size": (ONE + 'images = ["x"]\n[picture.x]\ndraw = "noise"\n', "either `patches` or `pixels`", ""),
+    "a picture of two sizes": (
+        ONE + 'images = ["x"]\n[picture.x]\ndraw = "noise"\npatches = 4\npixels = [4, 4]\n',
+        "either `patches` or `pixels`",
+        "",
+    ),
+    "a picture too large to draw": (
+        ONE + 'images = ["x"]\n[picture.x]\ndraw = "noise"\npixels = [1, 1000000000]\n',
+        "is not right",
+        "",
+    ),
+    "tokens without logits": (ONE + 'checks = ["tokens"]\n', "compares tokens", ""),
+    "lifted limits with tokens": (ONE + 'limits = "lifted"\n', "lifts the checkpoint's limits", ""),
+    "no TOML": ("[[case]\n", "cannot be read as cases", ""),
+    "too large": ("#" * 2**20 + "\n" + ONE, "is too large", ""),
+}
+
+
+@pytest.mark.parametrize(("text", "what", "next_step"), REFUSED.values(), ids=REFUSED.keys())
+def test_what_a_file_may_not_say(tmp_path: Path, text: str, what: str, next_step: str) -> None:
+    path = written(tmp_path, text)
+    (path.parent / "link.png").symlink_to(tmp_path / "outside.png")
+    with pytest.raises(CasesError) as caught:
+        read_cases((path,))
+    assert what in caught.value.what
+    assert str(path) in caught.value.what
+    assert next_step in str(caught.value.next)
+
+
+@pytest.mark.parametrize(
+    ("size", "what"), [("patches = 600", "larger than the checkpoint takes"), ("pixels = [1, 201]", "more than 200")]
+)
+def test_what_a_checkpoint_cannot_take(tmp_path: Path, size: str, what: str) -> None:
+    path = written(tmp_path, ONE + f'images = ["x"]\n[picture.x]\ndraw = "noise"\n{size}\n')
+    with pytest.raises(CasesError, match=what):
+        placed(read_file(path), MINI, tmp_path)
+
+
+def test_names_are_used_once_and_folders_hold_cases(tmp_path: Path) -> None:
+    path = written(tmp_path, ONE.replace("mine", "text"))
+    with pytest.raises(CasesError, match="two cases are called 'text'"):
+        read_cases((SUITE, path))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CasesError, match="holds no cases"):
+        read_cases((tmp_path / "empty",))
+    with pytest.raises(CasesError, match="cannot be read"):
+        read_cases((tmp_path / "absent.toml",))
+
+
+@pytest.mark.torch  # to build the bundle
+def test_the_command_refuses_a_broken_file(bundle: Callable[[str], Path], tmp_path: Path) -> None:
+    path = written(tmp_path, ONE + "image = []\n")
+    arguments = ["verify", str(bundle("genai")), "--reference", str(MINIATURE), "--cases", str(path)]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 25
+    assert "unknown key `case.0.image`" in done.stderr
+
+
+@pytest.mark.torch
+def test_what_a_case_asks_for_is_what_is_compared(miniature_built: Path, reference: Reference) -> None:
+    (picture,) = [case.images for case in shipped_cases() if case.name == "one picture"]
+    cases = (
+        Case("some", "What?", picture, checks=("inputs", "features")),
+        Case("few", "What?", checks=CHECKS, tokens=3, tolerance="tight"),
+    )
+    report = whole.verify(miniature_built / "genai", "genai", reference, Suite(cases))
+    assert report.ok, report.table()
+    places = {gate.place for gate in report.gates if gate.case.startswith("some") and "layer" not in gate.place}
+    assert places == {"token ids", "pixel values", "position ids", "image features", "deepstack features"}
+    assert [gate.case for gate in report.gates if gate.place == "tokens"] == ["few, 3 tokens", "near ties"]
+    limits = {(gate.case.split(",")[0], gate.limit) for gate in report.gates if gate.limit and "grid" not in gate.case}
+    assert limits == {("some", FP32), ("few", FP32 / 5), ("batch of two", FP32), ("near ties", 1.0)}
+    assert report.facts["not checked"] == {"some": ["embeddings", "decoder", "tokens", "runtime"]}
+    assert "case some: not compared, by its own choice: embeddings, decoder, tokens, runtime" in report.table()
+
+
+@pytest.mark.torch
+def test_lifted_limits_reach_pytorch(reference: Reference, tmp_path: Path) -> None:
+    path = tmp_path / "wide.png"
+    Image.new("RGB", (640, 320)).save(path)
+    kept, lifted = (reference.prepare("What?", [path], lifted=lifted).image_grid_thw for lifted in (False, True))
+    assert kept is not None
+    assert lifted is not None
+    assert lifted.tolist() == [[1, 20, 40]]
+    assert kept.prod() <= 512

@@ -1,0 +1,222 @@
+"""Any picture, any order of text and pictures: sizes, pixel values, token ids and positions, against plain formulas.
+
+The plain ones are written as one would explain them, a token and a pixel at a time; those marked torch are upstream's.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, assume, example, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from builder.checkpoint.load import open_checkpoint
+from builder.targets.clients import pipeline
+from builder.targets.clients.pipeline import ImageSettings, PictureError, Settings
+from builder.targets.config_files import pipeline_settings, vision_processor
+from tests.helpers.checkpoints import MINIATURE
+
+COMMON = settings(derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+MANY, SOME = settings(COMMON, max_examples=300), settings(COMMON, max_examples=40)
+IMAGE, TEXT = 9, 1
+VISION = st.builds(
+    lambda patch, merge, frames, low, more: ImageSettings(
+        low, low + more, patch, frames, merge, 255.0, (0.5, 0.4, 0.3), (0.5, 0.2, 0.3)
+    ),
+    st.sampled_from((4, 8, 14, 16)),
+    st.integers(1, 3),
+    st.integers(1, 2),
+    st.integers(1, 70_000),
+    st.integers(0, 300_000),
+)
+SIDE = st.integers(1, 5000)
+
+
+def nearest_multiple(side: int, unit: int) -> int:
+    """Halves go to the even multiple."""
+    count, rest = divmod(side, unit)
+    up = 2 * rest > unit or (2 * rest == unit and count % 2 == 1)
+    return (count + up) * unit
+
+
+@MANY
+@given(SIDE, SIDE, VISION)
+def test_sizes_by_whole_numbers(height: int, width: int, vision: ImageSettings) -> None:
+    """In integers, where a bound is met: floor(side · √(bound / area) / unit) is the root of a quotient."""
+    unit = vision.patch_size * vision.merge_size
+    assume(max(height, width) <= 200 * min(height, width))
+    got = pipeline.target_size(height, width, vision)
+    rounded = tuple(nearest_multiple(side, unit) for side in (height, width))
+    area = math.prod(rounded)
+    if vision.min_pixels <= area <= vision.max_pixels:
+        assert got == rounded
+        return
+    bound = vision.max_pixels if area > vision.max_pixels else vision.min_pixels
+    for side, found in zip((height, width), got, strict=True):
+        over, under = side**2 * bound, height * width * unit**2
+        root = math.isqrt(over // under)
+        exact = root**2 * under == over  # then a float may lie on either side of it
+        if bound == vision.max_pixels:
+            assert found in ({max(1, root) * unit} | ({max(1, root - 1) * unit} if exact else set()))
+        else:
+            assert found in ({root * unit, (root + 1) * unit} if exact else {(root + 1) * unit})
+
+
+@MANY
+@given(st.integers(1, 30), st.integers(6001, 100_000), VISION)
+def test_what_is_too_long_is_refused(short: int, long: int, vision: ImageSettings) -> None:
+    for sides in ((short, long), (long, short)):
+        with pytest.raises(PictureError, match="200 times"):
+            pipeline.target_size(*sides, vision)
+
+
+def placed(ids: list[int], grids: list[tuple[int, int, int]], merge: int) -> list[tuple[int, int, int]]:
+    """Positions a token at a time."""
+    left, at, found = list(grids), 0, []
+    index = 0
+    while index < len(ids):
+        if ids[index] != IMAGE:
+            found.append((at, at, at))
+            at, index = at + 1, index + 1
+            continue
+        frames, height, width = left.pop(0)
+        height, width = height // merge, width // merge
+        for t in range(frames):
+            for y in range(height):
+                for x in range(width):
+                    found.append((at + t, at + y, at + x))
+                    index += 1
+        at += max(height, width)
+    return found
+
+
+GRIDS = st.lists(st.tuples(st.just(1), st.integers(1, 6), st.integers(1, 6)), max_size=4)
+
+
+@MANY
+@given(GRIDS, st.integers(1, 3), st.data())
+def test_positions_a_token_at_a_time(grids: list[tuple[int, int, int]], merge: int, data: Any) -> None:
+    whole = [(t, h * merge, w * merge) for t, h, w in grids]
+    ids = [TEXT] * data.draw(st.integers(1, 4))
+    for t, h, w in grids:
+        ids += [IMAGE] * (t * h * w) + [TEXT] * data.draw(st.integers(0, 3))
+    sizes = Settings("", "", "", "", IMAGE, "", merge, (), 0, 0, 0)
+    got, delta = pipeline.position_ids(np.array([ids]), np.array(whole, np.int64).reshape(-1, 3), sizes)
+    want = placed(ids, whole, merge)
+    assert got[:, 0].T.tolist() == [list(one) for one in want]
+    # What is generated goes on one by one behind the largest of them.
+    assert len(ids) + delta == max(max(one) for one in want) + 1
+
+
+@SOME
+@given(st.integers(1, 90), st.integers(1, 90), VISION, st.integers(0, 2**32 - 1))
+def test_pixel_values_a_pixel_at_a_time(height: int, width: int, vision: ImageSettings, seed: int) -> None:
+    assume(vision.min_pixels < 3000)
+    picture = Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8))
+    rows, grids = pipeline.preprocess([picture], vision)
+    size = pipeline.target_size(height, width, vision)
+    pixels = np.asarray(picture.resize(size[::-1], Image.Resampling.BICUBIC))
+    patch, merge, frames = vision.patch_size, vision.merge_size, vision.temporal_patch_size
+    assert grids.tolist() == [[1, size[0] // patch, size[1] // patch]]
+    assert rows.shape == (grids.prod(), 3 * frames * patch**2)
+    rng = np.random.default_rng(seed)
+    for _ in range(50):
+        y, x, channel, frame = rng.integers(0, (size[0], size[1], 3, frames))
+        block = (y // (patch * merge)) * (size[1] // (patch * merge)) + x // (patch * merge)
+        row = block * merge**2 + (y // patch % merge) * merge + x // patch % merge
+        column = ((channel * frames + frame) * patch + y % patch) * patch + x % patch
+        value = (pixels[y, x, channel] / 255 - vision.mean[channel]) / vision.std[channel]
+        assert rows[row, column] == pytest.approx(value, abs=1e-6)
+
+
+@cache
+def bundle() -> tuple[Settings, ImageSettings, Any]:
+    """What a bundle of the miniature says."""
+    from tempfile import TemporaryDirectory
+
+    checkpoint = open_checkpoint(MINIATURE)
+    with TemporaryDirectory() as folder:
+        texts = {"p.json": pipeline_settings(checkpoint, 4096), "v.json": vision_processor(checkpoint)}
+        for name, text in texts.items():
+            (Path(folder) / name).write_text(text, encoding="utf-8")
+        read = pipeline.read_settings(Path(folder) / "p.json"), pipeline.read_image_settings(Path(folder) / "v.json")
+    return (*read, pipeline.load_tokenizer(MINIATURE / "tokenizer.json"))
+
+
+TEXTS = st.text(st.characters(codec="utf-8"), max_size=60)
+
+
+@SOME
+@given(GRIDS, TEXTS)
+@example([], "\u202e\x00 \r\n\t ½ \U0001f468\u200d\U0001f469\u200d\U0001f467 é e\u0301 \ufeff")
+def test_a_picture_has_its_number_of_tokens(grids: list[tuple[int, int, int]], text: str) -> None:
+    sizes, _, tokenizer = bundle()
+    merge = sizes.spatial_merge_size
+    assume(sizes.image_token not in text and sizes.video_token not in text)
+    whole = np.array([(t, h * merge, w * merge) for t, h, w in grids], np.int64).reshape(-1, 3)
+    ids = pipeline.encode(text, whole, tokenizer, sizes)
+    assert (ids == sizes.image_token_id).sum() == sum(t * h * w for t, h, w in grids)
+    positions, _ = pipeline.position_ids(ids, whole, sizes)
+    assert positions.shape == (3, 1, ids.shape[1])
+
+
+@pytest.mark.torch
+@settings(MANY, max_examples=1000)
+@given(SIDE, SIDE, VISION)
+def test_sizes_are_upstreams(height: int, width: int, vision: ImageSettings) -> None:
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+    unit = vision.patch_size * vision.merge_size
+    try:
+        want = smart_resize(height, width, unit, vision.min_pixels, vision.max_pixels)
+    except ValueError:
+        with pytest.raises(PictureError):
+            pipeline.target_size(height, width, vision)
+        return
+    assert pipeline.target_size(height, width, vision) == want
+
+
+MODES = ("RGB", "RGBA", "L", "LA", "P", "1", "CMYK", "I;16")
+FORMATS = {"PNG": ("RGB", "RGBA", "L", "LA", "P", "1", "I;16"), "JPEG": ("RGB", "L", "CMYK"), "WEBP": ("RGB", "RGBA")}
+
+
+@cache
+def upstream() -> Any:
+    from builder.reference.model import Reference
+
+    return Reference(open_checkpoint(MINIATURE))
+
+
+@pytest.mark.torch
+@SOME
+@given(st.data(), TEXTS)
+def test_prompts_and_pictures_are_upstreams(tmp_path_factory: pytest.TempPathFactory, data: Any, text: str) -> None:
+    """From files of any format, mode, size and orientation, to token ids, pixel values and positions, bit for bit."""
+    sizes, vision, tokenizer = bundle()
+    assume(sizes.image_token not in text and sizes.video_token not in text)
+    folder, files = tmp_path_factory.mktemp("pictures"), []
+    for number in range(data.draw(st.integers(0, 3))):
+        kind = data.draw(st.sampled_from(sorted(FORMATS)))
+        mode = data.draw(st.sampled_from(FORMATS[kind]))
+        width, height = data.draw(st.integers(1, 200)), data.draw(st.integers(1, 200))
+        seed = data.draw(st.integers(0, 99))
+        noise = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+        picture = Image.fromarray(noise).convert("I" if mode == "I;16" else mode)
+        exif = Image.Exif()
+        exif[0x0112] = data.draw(st.integers(1, 8))
+        files.append(folder / f"{number}.{kind.lower()}")
+        (picture.convert("I;16") if mode == "I;16" else picture).save(files[-1], kind, exif=exif)
+    want = upstream().prepare(text, files)
+    got = pipeline.prepare(text, files, tokenizer, sizes, vision)
+    np.testing.assert_array_equal(got.input_ids, want.input_ids)
+    np.testing.assert_array_equal(got.position_ids, want.position_ids)
+    if files:
+        assert got.pixel_values is not None
+        np.testing.assert_array_equal(got.pixel_values, want.pixel_values)
+        np.testing.assert_array_equal(got.image_grid_thw, want.image_grid_thw)

@@ -1,0 +1,145 @@
+"""Bundles for OpenVINO, in OpenVINO: tokens are PyTorch's, and what breaks a graph is noticed."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from builder.bundle.generate import answer, open_bundle
+from builder.checkpoint.load import open_checkpoint
+from builder.checkpoint.source import parse_source
+from builder.reference.cases import Suite, held_out, shipped_cases
+from builder.stages.configure import lay_out
+from builder.stages.engine.build import Build
+from builder.stages.engine.execute import execute
+from builder.targets.recipe_file import Recipe, Target, load_recipe
+from builder.targets.registry import TARGETS
+from builder.targets.runners.protocol import open_player
+from builder.util.errors import MissingPackageError, RecipeError
+from builder.util.files import link
+from builder.util.json_files import read_json
+from builder.verify import whole
+from builder.verify.image_preprocessor import PLACE
+from builder.verify.self_test.mutations import deepstack_zeroed, preprocessor_brighter
+from tests.conftest import Built
+from tests.helpers.checkpoints import MINIATURE
+from tests.helpers.runtimes import require_openvino
+
+if TYPE_CHECKING:
+    from builder.reference.model import Reference
+    from builder.verify.report.gates import Report
+
+NAME = "openvino"
+FEW = tuple(case for case in shipped_cases() if case.name in ("text", "one picture"))
+RECIPE = Recipe("fp32-openvino", "fp32", (Target(NAME, "eager"),), 4096)
+
+
+@pytest.fixture
+def folder(built: Built, tmp_path: Path) -> Path:
+    """The miniature's, which a test may change file by file (they are links)."""
+    copy = tmp_path / NAME
+    for file in sorted((built(MINIATURE, RECIPE) / NAME).iterdir()):
+        link(file, copy / file.name)
+    return copy
+
+
+def failing(report: Report) -> set[str]:
+    return {gate.place for gate in report.gates if not gate.ok}
+
+
+@pytest.mark.torch
+def test_tokens_and_held_out_answers_are_pytorchs(folder: Path, reference: Reference) -> None:
+    require_openvino()
+    tasks = held_out(reference.checkpoint)
+    report = whole.verify(folder, NAME, reference, Suite(FEW, tasks, tokens=32))
+    assert report.verdict == "passed", report.table()
+    assert {"openvino", "onnxruntime"} <= set(report.facts["versions"])
+    assert report.facts["tokens"] == {"cases": 2, "compared": 64, "equal": 64}
+    assert report.facts["task"]["ONNX"] == report.facts["task"]["PyTorch"] == f"36/{len(tasks)}"
+    assert all(gate.measured < 1.001 for gate in report.gates if gate.place == PLACE)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize(
+    ("change", "places"),
+    [
+        (deepstack_zeroed, {"deepstack features", "tokens"}),
+        (preprocessor_brighter, {PLACE}),
+    ],
+    ids=["DeepStack zeroed", "the preprocessor, 1 % brighter"],
+)
+def test_what_is_broken_is_noticed(
+    change: Callable[[Path, str], None], places: set[str], folder: Path, reference: Reference
+) -> None:
+    require_openvino()
+    change(folder, NAME)
+    report = whole.verify(folder, NAME, reference, Suite(FEW, tokens=32))
+    assert failing(report) == places, report.table()
+
+
+@pytest.mark.torch
+def test_a_bundle_answers_by_itself_and_through_the_command(folder: Path, reference: Reference) -> None:
+    require_openvino()
+    case = held_out(reference.checkpoint)[0]
+    asked = ("--prompt", case.prompt, "--image", str(case.images[0]))
+    command = [sys.executable, str(folder / "openvino_pipeline.py"), *asked]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
+    assert (done.returncode, done.stdout) == (0, f"{case.answer}\n"), done.stderr
+    said: list[str] = []
+    answer(folder, case.prompt, case.images, max_new_tokens=16, on_text=said.append)
+    assert "".join(said) == case.answer
+
+
+@pytest.mark.torch
+def test_without_openvino_it_is_compared_as_far_as_it_can_be(
+    folder: Path, reference: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    why = 'openvino is not installed: pip install "qwen3vl-onnx[openvino]"'
+    monkeypatch.setitem(TARGETS, NAME, replace(TARGETS[NAME], needs=lambda: why))
+    report = whole.verify(folder, NAME, reference, Suite(FEW[:1], tokens=4))
+    assert (report.verdict, report.not_run) == ("sliced", {"tokens": why})
+    assert {gate.measured for gate in report.gates if gate.place == PLACE} == {0.0}  # in ONNX Runtime
+    assert open_player(folder, NAME).not_run == why
+    with pytest.raises(MissingPackageError) as caught:
+        open_bundle(folder)
+    assert caught.value.found == why
+
+
+@pytest.mark.slow
+@pytest.mark.torch
+def test_four_bits_are_what_the_recipe_promises(tmp_path: Path) -> None:
+    require_openvino()
+    build = Build(parse_source(str(MINIATURE)), load_recipe("int4-openvino"), tmp_path / "int4")
+    execute(build)
+    found: Mapping[str, Any] = read_json(build.folder("bundle") / NAME / "evidence" / "parity.json")
+    assert found["verdict"] == "passed"
+    assert found["facts"]["tokens"]["equal"] == found["facts"]["tokens"]["compared"]  # of its fp32 twin
+    assert math.isfinite(found["facts"]["quality"]["largest lead"])
+
+
+@pytest.mark.parametrize(
+    ("precision", "told"),
+    [("bf16", "the provider cpu does not compute in bf16"), ("fp16", f"the target `{NAME}` is built in fp32")],
+)
+def test_it_is_built_in_fp32(precision: str, told: str, tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text(f'like = "{precision}"\nprovider = "cpu"\ntargets = ["{NAME}"]\n')
+    with pytest.raises(RecipeError, match=told):
+        load_recipe(file)
+
+
+def test_both_programs_and_the_preprocessor_lie_in_it(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(MINIATURE)
+    (tmp_path / "filled").mkdir()
+    roles = lay_out(tmp_path / "filled", checkpoint, RECIPE, RECIPE.targets[0], tmp_path / "out")
+    assert roles["image_preprocessor.onnx"] == "image_preprocessor"
+    assert (tmp_path / "out" / "image_preprocessor.onnx").is_file()
+    configs = TARGETS[NAME].configs(checkpoint, RECIPE, RECIPE.targets[0])
+    assert {"pipeline.py", "openvino_pipeline.py"} <= set(configs)

@@ -1,0 +1,35 @@
+"""docs/adding-a-runtime.md quotes what is tested, word for word, and leaves no field of a runtime out."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import fields
+
+import pytest
+
+from builder.targets.spec import Runtime
+from tests.helpers.processes import ROOT
+
+PAGE = (ROOT / "docs" / "adding-a-runtime.md").read_text(encoding="utf-8")
+QUOTED = (ROOT / "tests" / "third_target.py").read_text(encoding="utf-8")
+CODE = re.findall(r"^```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+
+
+def test_the_page_quotes_code() -> None:
+    assert len(CODE) >= 4
+
+
+@pytest.mark.parametrize("code", CODE, ids=lambda code: code.splitlines()[0].strip(" (:"))
+def test_what_it_quotes_is_what_the_tests_run(code: str) -> None:
+    assert code in QUOTED
+
+
+def test_it_names_every_field() -> None:
+    words = set(re.findall(r"\w+", PAGE))
+    assert {one.name for one in fields(Runtime)} <= words
+
+
+def test_the_files_that_it_names_are_there() -> None:
+    named = set(re.findall(r"(?:builder|tests)/[\w/]+\.(?:py|toml)", PAGE.replace("\\_", "_")))
+    assert len(named) >= 8
+    assert [name for name in named if not (ROOT / name).is_file()] == []

@@ -1,0 +1,207 @@
+"""That a runtime is one value: one that this release does not have goes through all that builds and checks bundles."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tarfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import onnx
+import pytest
+
+from builder.bundle.check import check
+from builder.bundle.diff.diff import diff
+from builder.bundle.generate import answer
+from builder.bundle.layout import data_files, graph_files
+from builder.bundle.model_card import notes
+from builder.bundle.pack import pack
+from builder.checkpoint.load import open_checkpoint
+from builder.graph.ports import DECODER, EMBEDDINGS, VISION, components
+from builder.reference.cases import SUITE
+from builder.targets.recipe_file import load_recipe
+from builder.targets.registry import TARGETS
+from builder.targets.runners.protocol import open_player
+from builder.util.errors import BuildError, BundleError, MissingPackageError, RecipeError, UnsafeError
+from builder.verify.graphs.fp32_copy import write_twins
+from builder.verify.graphs.sessions import Graphs
+from builder.verify.whole import unplayed
+from tests.helpers import third_target
+from tests.helpers.bundles import edit_manifest, relisted
+from tests.helpers.checkpoints import MINIATURE
+from tests.helpers.third_target import EXTRA, NAME, RUNTIME, prepare
+from tests.helpers.toy_graphs import Toy, toy
+
+PICTURES = SUITE / "pictures"
+DECODER_FILE, DATA = "onnx/decoder_model_merged.onnx", "onnx/decoder_model_merged.onnx_data"
+
+
+@pytest.fixture(scope="module")
+def model() -> Toy:
+    made = toy(open_checkpoint(MINIATURE), levels=3, seed=3)
+    made.weights["embed"][:, made.checkpoint.text.hidden :] = 0  # which is how such a lookup fills them
+    return made
+
+
+@pytest.fixture(autouse=True)
+def third(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(TARGETS, NAME, RUNTIME)
+
+
+@pytest.fixture(scope="module")
+def made(model: Toy, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(TARGETS, NAME, RUNTIME)
+        return third_target.built(model, tmp_path_factory.mktemp("third"))
+
+
+@pytest.fixture
+def bundle(made: Path, tmp_path: Path) -> Path:
+    """One that a test may change."""
+    return Path(shutil.copytree(made, tmp_path / NAME))
+
+
+def test_graphs_and_data_lie_where_the_runtime_looks_and_are_linked(made: Path) -> None:
+    assert {path.name for path in (made / "onnx").iterdir()} == {
+        "vision_encoder.onnx",
+        "vision_encoder.onnx_data",
+        "embed_tokens.onnx",
+        "decoder_model_merged.onnx",
+        "decoder_model_merged.onnx_data",
+        "image_preprocessor.onnx",
+    }
+    filled = made.parents[1] / "quantize" / NAME
+    assert (made / DATA).samefile(filled / "model.onnx.data")
+    assert not list(made.glob("*.onnx"))
+    assert data_files(made) == {(made / DATA).resolve(), (made / "onnx/vision_encoder.onnx_data").resolve()}
+
+
+def test_the_manifest_says_which_graph_is_which(made: Path) -> None:
+    manifest = json.loads((made / "manifest.json").read_text())
+    assert {name: facts["role"] for name, facts in manifest["graphs"].items()} == {
+        "onnx/vision_encoder.onnx": VISION,
+        "onnx/embed_tokens.onnx": EMBEDDINGS,
+        DECODER_FILE: DECODER,
+        "onnx/image_preprocessor.onnx": EXTRA,
+    }
+    extra = manifest["graphs"]["onnx/image_preprocessor.onnx"]
+    assert (extra["opset"], extra["operators"], extra["inputs"][0]["dtype"]) == (17, ["Identity"], "uint8")
+    assert [port["name"] for port in manifest["graphs"]["onnx/embed_tokens.onnx"]["inputs"]] == ["input_ids"]
+    assert DATA in manifest["files"]
+    assert graph_files(made)[DECODER] == made / DECODER_FILE
+
+
+def test_it_is_checked_packed_and_equal_to_itself(made: Path, tmp_path: Path) -> None:
+    assert check(made).target == NAME
+    packed, _ = pack(made, tmp_path / "one.tar")
+    with tarfile.open(packed.path) as archive:
+        assert any(name.endswith(f"/{DATA}") for name in archive.getnames())
+        archive.extractall(tmp_path / "out", filter="data")
+    (taken,) = (tmp_path / "out").iterdir()
+    assert check(taken).target == NAME
+    assert diff(made, taken).equal
+    assert "third ask ." in (made / "README.md").read_text()
+    assert notes(NAME) == RUNTIME.notes
+
+
+@pytest.mark.parametrize("images", [[], ["sixteen.png"], ["wide.png", "tall.png"]], ids=str)
+def test_it_answers_as_the_graphs_do(images: list[str], made: Path, model: Toy) -> None:
+    paths = [PICTURES / name for name in images]
+    result = answer(made, "What is it?", paths, max_new_tokens=8, on_text=lambda text: None)
+    assert list(result.token_ids) == model.tokens(prepare(made, "What is it?", paths), 8)
+
+
+def test_its_twin_is_laid_out_as_it_is(made: Path, tmp_path: Path) -> None:
+    write_twins(made, tmp_path / "twin")
+    assert (tmp_path / "twin" / DATA).samefile(made / DATA)
+    assert Graphs.load(tmp_path / "twin", True, 16).merges is False
+
+
+def flipped(folder: Path) -> None:
+    content = bytearray((folder / DATA).read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / DATA).write_bytes(content)
+
+
+def moved_to(location: str) -> Callable[[Path], None]:
+    """The decoder's data are said to lie elsewhere, where there is a file."""
+
+    def change(folder: Path) -> None:
+        graph = onnx.load(folder / DECODER_FILE, load_external_data=False)
+        for tensor in graph.graph.initializer:
+            for entry in tensor.external_data:
+                entry.value = location if entry.key == "location" else entry.value
+        onnx.save(graph, folder / DECODER_FILE)
+        shutil.copyfile(folder / DATA, folder / "onnx" / location)
+        relisted(folder, graphs=False)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "name"),
+    [
+        (flipped, BundleError, DATA),
+        (lambda folder: (folder / DATA).unlink(), BundleError, DATA),
+        (lambda folder: (folder / DECODER_FILE).unlink(), BundleError, DECODER_FILE),
+        (moved_to("../../x"), UnsafeError, DECODER_FILE),
+        (moved_to("../shared.data"), UnsafeError, DECODER_FILE),
+    ],
+    ids=["tampered", "no data", "no graph", "outside", "another folder"],
+)
+def test_what_someone_changed_in_the_subfolder_is_refused(
+    change: Callable[[Path], None], error: type[BuildError], name: str, bundle: Path
+) -> None:
+    change(bundle)
+    with pytest.raises(error) as caught:
+        check(bundle)
+    assert name in f"{caught.value.what} {caught.value.found}"
+    if error is UnsafeError:
+        with pytest.raises(UnsafeError):
+            answer(bundle, "What is it?", [], max_new_tokens=1, on_text=lambda text: None)
+
+
+def test_two_graphs_of_one_role_are_refused(bundle: Path) -> None:
+    edit_manifest(bundle, lambda content: content["graphs"]["onnx/embed_tokens.onnx"].update(role=DECODER))
+    with pytest.raises(BundleError, match="which graph is which"):
+        check(bundle)
+
+
+def test_a_runtime_that_is_not_here_is_not_run_and_says_why(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    why = "Node.js is not installed"
+    monkeypatch.setitem(TARGETS, NAME, replace(RUNTIME, needs=lambda: why))
+    assert unplayed(NAME, tasks=True) == {"tokens": why, "task": why}
+    player = open_player(made, NAME)
+    assert player.not_run == why
+    assert player.prepare("What is it?", []).input_ids.size
+    with pytest.raises(MissingPackageError) as caught:
+        answer(made, "What is it?", [], max_new_tokens=1, on_text=lambda text: None)
+    assert caught.value.found == why
+
+
+def test_a_recipe_may_name_it_within_what_it_takes(tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text('like = "fp32"\ntargets = ["third"]\n')
+    (target,) = load_recipe(file).targets
+    assert (target.runtime, target.attention) == (NAME, "eager")
+    for line in ('attention = { third = "fused" }', 'attention = "fused"'):
+        file.write_text(f'like = "fp32"\ntargets = ["third"]\n{line}\n')
+        with pytest.raises(RecipeError, match="no choice for the target `third`"):
+            load_recipe(file)
+    file.write_text('like = "int4"\ntargets = ["third"]\n')
+    with pytest.raises(RecipeError, match="for the target `third`"):
+        load_recipe(file)
+    monkey = 'like = "bf16"\ntargets = ["third"]\nprovider = "cuda"\n'
+    file.write_text(monkey)
+    with pytest.raises(RecipeError, match="the target `third` is built in fp32 or fp16"):
+        load_recipe(file)
+
+
+@pytest.mark.parametrize("name", [*TARGETS, NAME])
+def test_a_target_says_of_its_ports_what_they_are(name: str) -> None:
+    vision, embeddings, _ = components(open_checkpoint(MINIATURE), name)
+    runtime = TARGETS[name]
+    assert vision.outputs[0].name == runtime.features
+    assert runtime.merges == any(port.name == runtime.features for port in embeddings.inputs)

@@ -1,0 +1,249 @@
+"""The self-test: every mutant is caught and placed, and a self-test that finds less than it must says so."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from typer.testing import CliRunner
+
+from builder.cli.app import app
+from builder.graph.ports import DECODER
+from builder.targets.registry import TARGETS
+from builder.util.files import sha256
+from builder.verify.report.gates import PLACES, Gate
+from builder.verify.self_test import mutations, run
+from builder.verify.self_test.edits import edit_json
+from builder.verify.self_test.mutants import MUTANTS, Mutant
+from builder.verify.self_test.thresholds import DECADES, Survivor, edge
+from tests.helpers.checkpoints import MINIATURE
+
+pytestmark = pytest.mark.torch
+
+INAPPLICABLE = {"genai": {"causal mask", "preprocessor"}, "onnxruntime": {"image token"}}
+QUANTIZATION = {"scales shifted", "zero points", "nibbles swapped"}  # no exact bundle has any
+WHOLE = {"whole numbers"}  # int4-fast has them
+TOLERANT = {"vision layers", "image features", "deepstack features", "embeddings", "decoder layers", "decoder prefill"}
+
+
+@pytest.fixture
+def _no_survivors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only mutants are asked."""
+    monkeypatch.setattr(run, "sites", lambda *_: ())
+
+
+def digests(folder: Path) -> Mapping[str, str]:
+    return {path.name: sha256(path) for path in sorted(folder.iterdir()) if path.is_file()}
+
+
+def nothing(bundle: Path, target: str) -> None:
+    """Changes no number."""
+
+
+def only(called: str, /, **changes: Any) -> Mutant:
+    (found,) = [mutant for mutant in MUTANTS if mutant.name == called]
+    return Mutant(**{**vars(found), **changes})
+
+
+@pytest.mark.parametrize("target", ["genai", "onnxruntime"])
+def test_every_mutant_is_caught_where_it_is(bundle: Callable[[str], Path], target: str) -> None:
+    folder = bundle(target)
+    before = digests(folder)
+    done = run.self_test(folder, MINIATURE)
+    assert done.ok, done.table()
+    none = INAPPLICABLE[target] | QUANTIZATION | WHOLE
+    assert {one.mutant.name for one in done.catches if one.status == "does not apply"} == none
+    assert [one.mutant for one in done.catches] == list(MUTANTS)
+    assert {one.place for one in done.survivors} == TOLERANT
+    assert sum(one.place == "deepstack features" for one in done.survivors) == 3
+    for one in done.survivors:
+        assert one.fails is not None, done.table()
+        assert 1e-6 < one.passes < one.fails < 1e-2, done.table()
+
+    assert digests(folder) == before
+    assert {path.name for path in (folder / "evidence").iterdir()} == {"run.json", "run.txt"}
+    assert json.loads((folder / "evidence" / "run.json").read_text()) == done.as_dict()
+    said = (folder / "evidence" / "run.txt").read_text()
+    assert all(re.search(rf"│ {re.escape(mutant.name)} +│", said) for mutant in MUTANTS)
+    assert done.markdown().count("| caught |") == len(MUTANTS) - len(none)
+
+
+# Of each kind one: of settings, of the vision encoder, of the decoder, of stored weights, of quantized ones.
+FEW = QUANTIZATION | {"newline lost", "DeepStack swapped", "MLP scaled", "layers swapped"}
+STORED = QUANTIZATION | {"layers swapped", "weight transposed"}
+
+
+@pytest.mark.usefixtures("_no_survivors")
+def test_mutants_of_a_quantized_bundle_are_caught_through_its_twin(lossy: Callable[[str], Path]) -> None:
+    check_lossy(lossy("int4"), tuple(mutant for mutant in MUTANTS if mutant.name in FEW))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("recipe", "lacks"), [("int4", WHOLE), ("int4-fast", set()), ("fp16", QUANTIZATION | WHOLE)])
+def test_every_mutant_of_a_lossy_bundle_is_caught_where_it_is(
+    lossy: Callable[[str], Path], recipe: str, lacks: set[str]
+) -> None:
+    done = check_lossy(lossy(recipe), MUTANTS)
+    none = {one.mutant.name for one in done.catches if one.status == "does not apply"}
+    assert none == INAPPLICABLE["genai"] | lacks
+    assert {one.place for one in done.survivors} == TOLERANT
+
+
+def check_lossy(folder: Path, mutants: tuple[Mutant, ...]) -> run.SelfTest:
+    """What is wrong with a stored weight is seen at the weights where they are quantized, all else where it is."""
+    before = digests(folder)
+    done = run.self_test(folder, MINIATURE, mutants=mutants)
+    assert done.ok, done.table()
+    for one in done.catches:
+        if one.mutant.name in QUANTIZATION and one.status == "caught":
+            assert one.first is not None
+            assert one.first.place == "weights", done.table()
+        elif one.mutant.name not in STORED and one.status == "caught":
+            assert one.first is not None
+            assert one.first.place in one.mutant.places["genai"], done.table()
+    assert digests(folder) == before
+    return done
+
+
+def test_the_table_names_each_mutant_once_and_only_places() -> None:
+    assert len({mutant.name for mutant in MUTANTS}) == len(MUTANTS)
+    for mutant in MUTANTS:
+        assert set(mutant.places) == set(TARGETS)
+        assert all(places and places <= set(PLACES) for places in mutant.places.values())
+
+
+@pytest.mark.usefixtures("_no_survivors")
+def test_what_is_not_caught_or_not_placed_ends_in_20(
+    bundle: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong = (
+        only("norm epsilon", name="nothing", change=nothing),
+        only("newline lost", name="elsewhere", places={"genai": frozenset({"pixel values"})}),
+        only("MLP scaled", name="another layer", at="layer 1"),
+        only("newline lost"),
+    )
+    monkeypatch.setattr(run, "MUTANTS", wrong)
+    folder = bundle("genai")
+    command = ["verify", str(folder), "--reference", str(MINIATURE), "--self-test"]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 20, done.output
+    assert "nothing (not caught); elsewhere (wrong place); another layer (wrong place)" in done.stderr
+    assert "newline lost (" not in done.stderr
+    said = CliRunner().invoke(app, [*command, "--json"])
+    assert said.exit_code == 20
+    found = json.loads(said.stdout)
+    assert (found["ok"], found["verdict"]) == (False, "failed")
+    assert [one["status"] for one in found["mutants"]] == ["not caught", "wrong place", "wrong place", "caught"]
+    assert "NOT CAUGHT" in done.stdout
+
+
+@pytest.mark.usefixtures("_no_survivors")
+def test_a_bundle_that_fails_itself_proves_nothing(bundle: Callable[[str], Path]) -> None:
+    folder = bundle("onnxruntime")
+    mutations.newline_lost(folder, "onnxruntime")
+    done = run.self_test(folder, MINIATURE)
+    assert not done.ok
+    assert done.catches == ()
+    assert "the bundle itself fails: token ids, one picture" in str(run.failed(done, folder))
+
+
+@pytest.mark.usefixtures("_no_survivors")
+def test_a_mutant_that_does_not_load_proves_nothing(bundle: Callable[[str], Path]) -> None:
+    def spoil(folder: Path, target: str) -> None:
+        edit_json(folder / "pipeline.json", lambda settings: settings.pop("image_token"))
+
+    done = run.self_test(bundle("genai"), MINIATURE, mutants=(only("newline lost", change=spoil),))
+    assert [one.status for one in done.catches] == ["refused"]
+    assert "image_token" in done.catches[0].refused
+    assert not done.ok
+
+
+def test_no_mutant_at_all_is_no_proof(bundle: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "sites", lambda *_: ())
+    done = run.self_test(bundle("genai"), MINIATURE, mutants=(only("causal mask"),))
+    assert [one.status for one in done.catches] == ["does not apply"]
+    assert not done.ok
+    assert "no mutant applies" in str(run.failed(done, Path("evidence")))
+
+
+@pytest.mark.slow
+def test_the_sliced_comparison_is_tested_in_the_same_way(bundle: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = bundle("genai")
+    few = (only("newline lost"), only("MLP scaled"))
+    done = run.self_test(folder, MINIATURE, limit=10**6, store=tmp_path / "store", mutants=few)
+    assert [one.status for one in done.catches] == ["caught", "caught"], done.table()
+    assert {one.place for one in done.survivors} == TOLERANT
+    assert list((tmp_path / "store").iterdir())
+
+
+def test_a_self_test_needs_the_checkpoint(bundle: Callable[[str], Path]) -> None:
+    done = CliRunner().invoke(app, ["verify", str(bundle("genai")), "--self-test"])
+    assert done.exit_code == 2
+    assert "--reference" in done.stderr
+
+
+def test_an_edit_that_changes_nothing_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('{"a": 1}')
+    with pytest.raises(ValueError, match="is what it was"):
+        edit_json(tmp_path / "a.json", lambda document: document.update(a=1))
+
+
+def test_a_transposed_weight_holds_the_same_numbers(bundle: Callable[[str], Path]) -> None:
+    folder = bundle("onnxruntime")
+    before = matrix(folder)
+    mutations.weight_transposed(folder, "onnxruntime")
+    after = matrix(folder)
+    np.testing.assert_array_equal(after.ravel(), before.T.ravel())
+    assert not np.array_equal(after, before)
+
+
+def matrix(folder: Path) -> np.ndarray:
+    model = onnx.load(folder / f"{DECODER}.onnx", load_external_data=False)
+    (found,) = [one for one in model.graph.initializer if one.name.endswith("layers.1.self_attn.o_proj.weight")]
+    if not found.external_data:
+        return onnx.numpy_helper.to_array(found)
+    at = {entry.key: entry.value for entry in found.external_data}
+    flat = np.fromfile(folder / at["location"], np.float32, int(np.prod(found.dims)), offset=int(at["offset"]))
+    return flat.reshape(found.dims)
+
+
+@pytest.mark.parametrize("limit", [3e-5, 1e-7, 0.2, 9.9e-4])
+def test_the_edge_is_found_to_a_tenth_of_a_decade(limit: float) -> None:
+    def holds(errors: Sequence[float]) -> list[bool]:
+        return [error <= limit for error in errors]
+
+    passes, fails = edge(holds)
+    assert fails is not None
+    assert passes <= limit < fails <= passes * 10**0.1 * 1.001
+
+
+def test_a_gate_that_never_fails_and_one_that_always_does_are_shown() -> None:
+    assert edge(lambda errors: [True] * len(errors)) == (1.0, None)
+    assert edge(lambda errors: [False] * len(errors)) == (0.0, DECADES[0])
+
+
+@pytest.mark.usefixtures("_no_survivors")
+def test_a_gate_that_lets_a_doubled_value_live_fails_the_self_test(
+    bundle: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "sites", lambda *_: ("any",))
+    monkeypatch.setattr(run, "survivor", lambda *_: Survivor("embeddings", "inputs_embeds", 1.0, None))
+    done = run.self_test(bundle("genai"), MINIATURE, mutants=(only("newline lost"),))
+    assert not done.ok
+    assert "embeddings lets inputs_embeds be doubled" in str(run.failed(done, Path("evidence")))
+    assert "NONE UP TO 1" in done.table()
+
+
+def test_a_mutant_is_explained_by_its_place_and_its_layer() -> None:
+    mutant = only("MLP scaled")
+    right = Gate("decoder layers", "one picture, tokens 0–77, layer 3", 1.0, 1e-4)
+    assert mutant.explains("genai", right)
+    assert not mutant.explains("genai", Gate("decoder layers", "one picture, tokens 0–77, layer 2", 1.0, 1e-4))
+    assert not mutant.explains("genai", Gate("decoder prefill", "one picture, layer 3", 1.0, 1e-4))
+    assert not mutant.explains("genai", None)

@@ -1,0 +1,158 @@
+"""A bundle that is not exact: its graphs are proved, its losses measured, by the terms in its manifest."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from builder.bundle.dequantize import WeightError
+from builder.bundle.layout import MANIFEST
+from builder.reference.cases import Suite, shipped_cases
+from builder.reference.model import Reference
+from builder.targets.recipe_file import Limits, load_recipe
+from builder.util.errors import BundleError
+from builder.util.json_files import read_json
+from builder.verify import whole
+from builder.verify.quantized import CASES, Terms, weight_gates
+from builder.verify.report.gates import PLACES, Report
+from builder.verify.self_test.mutations import deepstack_levels_swapped
+from builder.verify.self_test.quantized_mutations import nibbles_swapped, scales_shifted, zero_points_shifted
+from tests.conftest import Built
+from tests.helpers.checkpoints import MINIATURE
+
+pytestmark = pytest.mark.torch
+
+LIMITS: dict[str, Any] = vars(load_recipe("int4").limits)
+SUITE = Suite(tuple(case for case in shipped_cases() if case.name == "one picture"), tokens=4)
+
+
+@pytest.fixture
+def _few(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(whole, "whole_suite", lambda checkpoint, folder, more=(): SUITE)
+
+
+def edit_recipe(bundle: Path, **changes: Any) -> None:
+    """What the manifest says that was built."""
+    path = bundle / MANIFEST
+    manifest = dict(read_json(path))
+    manifest["recipe"] = {**manifest["recipe"], **changes}
+    path.write_text(json.dumps(manifest))
+
+
+def failing(report: Report) -> set[str]:
+    return {gate.place for gate in report.gates if not gate.ok}
+
+
+def test_the_miniature_passes_in_every_place(finished: Callable[[str], Path]) -> None:
+    found = read_json(finished("int4") / "evidence" / "parity.json")
+    assert (found["verdict"], found["first difference"]) == ("passed", None)
+    places = {gate["place"] for gate in found["gates"]}
+    assert set(PLACES) - places == {"decoded picture", "image preprocessor"}
+    proved = [gate["case"] for gate in found["gates"] if gate["place"] == "decoder prefill"]
+    assert all(any(case.startswith(name) for case in proved) for name in CASES)
+    assert found["facts"]["quality"]["positions"]["positions"] > 1000
+    assert len(found["facts"]["weights"]) == len({one["tensor"] for one in found["facts"]["weights"]}) > 40
+
+
+@pytest.mark.usefixtures("_few")
+def test_the_terms_of_a_bundle_are_those_of_its_manifest(lossy: Callable[[str], Path]) -> None:
+    folder = lossy("int4")
+    loose = {**LIMITS, "kl_mean": 0.5, "kl_p99": 2.0, "same_top": 0.8}  # thirty positions are not the suite's
+    edit_recipe(folder, limits=loose)
+    report = whole.verify_bundle(folder, MINIATURE)
+    assert report.verdict == "passed", report.table()
+    assert {"weights", "KL divergence", "generated tokens"} <= {gate.place for gate in report.gates}
+
+    edit_recipe(folder, limits={**loose, "kl_mean": 1e-9, "weight": 0.1})
+    report = whole.verify_bundle(folder, MINIATURE)
+    assert failing(report) == {"weights", "KL divergence"}
+    assert report.first_failure is not None
+    assert report.first_failure.place == "weights"
+
+
+@pytest.mark.usefixtures("_few")
+def test_without_terms_a_bundle_has_to_be_exact(lossy: Callable[[str], Path]) -> None:
+    folder = lossy("int4")
+    edit_recipe(folder, limits=None)
+    report = whole.verify_bundle(folder, MINIATURE)
+    assert report.first_failure is not None
+    assert report.first_failure.place == "vision layers"
+    assert "KL divergence" not in {gate.place for gate in report.gates}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({"limits": {"weight": 0.1}}, id="limits that are missing"),
+        pytest.param({"limits": {**LIMITS, "speed": 1}}, id="a limit of nothing"),
+        pytest.param({"limits": [1, 2]}, id="no table"),
+    ],
+)
+def test_limits_that_cannot_be_read_are_refused(lossy: Callable[[str], Path], changes: dict[str, Any]) -> None:
+    folder = lossy("int4")
+    edit_recipe(folder, **changes)
+    with pytest.raises(BundleError, match="recipe cannot be read"):
+        whole.verify_bundle(folder, MINIATURE)
+
+
+@pytest.mark.usefixtures("_few")
+@pytest.mark.parametrize(
+    ("change", "places"),
+    [
+        pytest.param(scales_shifted, {"weights", "KL divergence"}, id="scales"),
+        pytest.param(zero_points_shifted, {"weights"}, id="zero points"),
+        pytest.param(nibbles_swapped, {"weights", "KL divergence"}, id="nibbles"),
+        pytest.param(deepstack_levels_swapped, {"deepstack features"}, id="DeepStack"),
+    ],
+)
+def test_what_is_broken_is_named_first(
+    lossy: Callable[[str], Path], change: Callable[[Path, str], None], places: set[str]
+) -> None:
+    """Weights are proved apart from graphs: the twin of wrong weights equals PyTorch on the same wrong weights."""
+    folder = lossy("int4")
+    change(folder, "genai")
+    report = whole.verify_bundle(folder, MINIATURE)
+    assert report.first_failure is not None
+    assert report.first_failure.place == next(place for place in PLACES if place in places)
+    assert places <= failing(report), report.table()
+    if "weights" in places:
+        assert failing(report) <= {"weights", *PLACES[PLACES.index("KL divergence") :]}, report.table()
+
+
+def test_what_this_machine_cannot_compute_is_said(built: Built, reference: Reference, tmp_path: Path) -> None:
+    """bf16 for CUDA: no product of that type on the CPU, and no such provider."""
+    recipe = load_recipe("bf16")
+    folder = built(MINIATURE, recipe) / "genai"
+    assert recipe.limits is not None
+    terms = Terms(recipe.precision, recipe.provider, recipe.limits)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(whole, "whole_suite", lambda checkpoint, folder, more=(): SUITE)
+        report = whole.comparison(reference.checkpoint, None, tmp_path / "store", terms=terms)(folder, "genai")
+    assert {"KL divergence", "generated tokens", "the provider cuda"} <= set(report.not_run)
+    assert report.verdict == "sliced", report.table()
+    assert "decoder prefill" in {gate.place for gate in report.gates}
+    assert {"KL divergence", "perplexity"}.isdisjoint({gate.place for gate in report.gates})
+    assert "the provider cuda" in report.table(width=200)
+
+
+def test_the_worst_matrix_of_each_width_has_a_gate() -> None:
+    errors = [
+        WeightError("a", 4.5, 0.1, 0.3),
+        WeightError("b", 4.5, 0.2, 0.2),
+        WeightError("c", 8.5, 0.01, 0.02),
+    ]
+    limits = Limits(**LIMITS)
+    gates = list(weight_gates(errors, replace(limits, weight=0.15)))
+    assert [(gate.case.rpartition(": ")[2], gate.measured, gate.limit) for gate in gates] == [
+        ("b", 0.2, 0.15),
+        ("a", 0.3, 0.3),
+        ("c", 0.01, 0.15),
+        ("c", 0.02, 0.3),
+    ]
+    assert [gate.ok for gate in gates] == [False, True, True, True]
+    assert list(weight_gates([], limits)) == []
