@@ -12,13 +12,16 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from builder.checkpoint.load import open_checkpoint
+from builder.checkpoint.parts import DECODER
 from builder.graph import binding
-from builder.graph.ports import DECODER, components
+from builder.graph.data_files import fill
 from builder.graph.unroll import shortened
 from builder.quantization.rules import resolve
-from builder.stages.export import empty_model, export
+from builder.reference.meta_model import empty_model
+from builder.stages.export import export
 from builder.stages.optimize import optimize
-from builder.stages.quantize import calibrated_rows, fill, stored
+from builder.stages.quantize import calibrated_rows, stored
+from builder.targets.graphs import components
 from builder.targets.recipe_file import load_recipe
 from patches import patches_for
 from patches.registry import applied

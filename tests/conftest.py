@@ -14,7 +14,8 @@ import pytest
 from builder.checkpoint.source import parse_source
 from builder.stages.engine.build import Build
 from builder.stages.engine.execute import execute
-from builder.targets.recipe_file import Recipe, load_recipe
+from builder.targets.recipe import Recipe
+from builder.targets.recipe_file import load_recipe
 from builder.util.files import link
 from tests.helpers.checkpoints import MINIATURE, write_shape
 from tests.helpers.processes import python

@@ -20,12 +20,12 @@ from rich.table import Table
 from builder.bundle.inventory import SIGNATURE, Content, open_content
 from builder.bundle.layout import GENAI, MANIFEST, OTHERWISE
 from builder.checkpoint.files import MAY_NAME_CODE, PICKLES, refuse_remote_code
-from builder.cli.estimate_table import size
-from builder.targets.registry import TARGETS
+from builder.targets.registry import PACKAGING
 from builder.util.errors import BundleError, CheckpointError, UnsafeError
 from builder.util.files import sha256
 from builder.util.json_files import read_json
 from builder.util.progress import progress
+from builder.util.units import size
 
 BLOCK = 8 * 2**20
 PROGRAMS = (".py", ".js", ".mjs", ".html")
@@ -194,7 +194,7 @@ def _graph_rows(content: Content) -> list[Row]:
 
 def _code_rows(content: Content) -> list[Row]:
     """Programs that lie in the bundle, which only a person can judge."""
-    written = [program for runtime in TARGETS.values() for program in runtime.programs().items()]
+    written = [program for runtime in PACKAGING.values() for program in runtime.programs().items()]
     own = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in written}
     programs = [name for name in content.files if name.endswith(PROGRAMS)]
     known = {name: content.files[name].sha256 == own.get(name) for name in programs}

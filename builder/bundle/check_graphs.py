@@ -22,7 +22,7 @@ from builder.bundle.layout import GRAPH, MANIFEST, OTHERWISE, graph_files, load_
 from builder.checkpoint.safetensors import leaves_folder
 from builder.graph.introspection import ONNX, operators, opsets, ports, readable, tensors
 from builder.graph.ports import CONTRIB
-from builder.targets.registry import TARGETS
+from builder.targets.graphs import GRAPHS
 from builder.util.errors import BundleError, UnsafeError
 
 
@@ -33,11 +33,11 @@ def check_graphs(content: Content) -> dict[str, int]:
         BundleError: a graph that is not what the manifest says.
         UnsafeError: an operator from elsewhere, or external data outside the bundle.
     """
-    runtime = TARGETS.get(content.target)
+    runtime = GRAPHS.get(content.target)
     if runtime is None:
         raise BundleError(
             f"{content.folder} is for a runtime that this release does not know",
-            expected=", ".join(TARGETS),
+            expected=", ".join(GRAPHS),
             found=content.target,
             next="check it with the release that built it: its manifest's `versions`",
         )

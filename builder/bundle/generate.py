@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from builder.bundle.layout import check_bundle
-from builder.targets.clients.pipeline import Inputs
-from builder.targets.registry import TARGETS
-from builder.targets.runners.protocol import Player
+from builder.targets.clients.pipeline import Inputs, PictureError, TextError
+from builder.targets.runners.protocol import Runner
+from builder.targets.runners.registry import RUNTIMES
 from builder.util.errors import BuildError, BundleError, ImageError, MissingPackageError, PromptError
 
 
@@ -53,7 +53,7 @@ def answer(
     _check_length(inputs.input_ids.shape[1], max_new_tokens, opened.most_tokens)
     tokens: list[int] = []
     pieces: list[str] = []
-    stream = opened.module.stream(opened.tokenizer, _noted(opened.tokens(inputs, max_new_tokens), tokens))
+    stream = opened.stream(_noted(opened.tokens(inputs, max_new_tokens), tokens))
     while True:
         with _in_use(bundle, "fails while it answers"):
             piece = next(stream, None)
@@ -64,7 +64,7 @@ def answer(
     return Answer("".join(pieces), tuple(tokens), inputs.input_ids.shape[1])
 
 
-def open_bundle(folder: Path) -> Player:
+def open_bundle(folder: Path) -> Runner:
     """A bundle in the runtime that its manifest names.
 
     Raises:
@@ -72,14 +72,14 @@ def open_bundle(folder: Path) -> Player:
         MissingPackageError: the runtime is not installed.
     """
     target = check_bundle(folder)
-    if target not in TARGETS:
+    if target not in RUNTIMES:
         raise BundleError(
-            f"{folder} is for a runtime that cannot be run here", expected=" or ".join(TARGETS), found=target
+            f"{folder} is for a runtime that cannot be run here", expected=" or ".join(RUNTIMES), found=target
         )
-    if why := TARGETS[target].needs():
+    if why := RUNTIMES[target].missing():
         raise MissingPackageError(f"{folder} cannot be run here", found=why, next="install what is missing")
     with _in_use(folder, "cannot be opened"):
-        return TARGETS[target].play(folder, True)
+        return RUNTIMES[target].open(folder, True)
 
 
 @contextmanager
@@ -103,12 +103,12 @@ def _in_use(folder: Path, what: str) -> Iterator[None]:
         ) from error
 
 
-def _prepare(opened: Player, prompt: str, images: Sequence[Path]) -> Inputs:
+def _prepare(opened: Runner, prompt: str, images: Sequence[Path]) -> Inputs:
     try:
         inputs = opened.prepare(prompt, images)
-    except opened.module.PictureError as error:
+    except PictureError as error:
         raise ImageError(str(error), next="give another file: PNG, JPEG, WebP …") from error
-    except opened.module.TextError as error:
+    except TextError as error:
         raise PromptError(str(error), next="take it out of the prompt") from error
     if opened.padding is not None and opened.padding in inputs.input_ids:
         token = opened.tokenizer.id_to_token(opened.padding)

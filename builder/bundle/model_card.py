@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from builder.checkpoint.license import Licence
-from builder.targets.registry import TARGETS
+from builder.targets.registry import PACKAGING
 from builder.targets.spec import Notes
-from builder.verify.report.summary import clean, cut
+from builder.util.text import clean, cut
 
 CARD = "README.md"
 TOOL = "qwen3vl-onnx"
@@ -30,7 +30,7 @@ OTHERS = Notes("onnx", ("onnxruntime",), (), ())
 
 def notes(target: str) -> Notes:
     """Of a runtime; what holds for every runtime where nobody has written any."""
-    return TARGETS[target].notes if target in TARGETS else OTHERS
+    return PACKAGING[target].notes if target in PACKAGING else OTHERS
 
 
 def limits(manifest: Mapping[str, Any]) -> tuple[str, ...]:

@@ -21,9 +21,9 @@ from rich.table import Table
 
 from builder.bundle.inventory import OF_THE_HUB, Content
 from builder.checkpoint.hub import Remote
-from builder.cli.estimate_table import size
 from builder.util.errors import BuildError, UploadError
 from builder.util.files import sha256
+from builder.util.units import size
 
 MAIN = "main"
 

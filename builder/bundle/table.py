@@ -17,11 +17,12 @@ from rich.console import Console
 from rich.table import Table
 
 from builder.bundle.layout import EVIDENCE, MANIFEST, check_bundle
-from builder.cli.estimate_table import size
-from builder.targets.registry import TARGETS
+from builder.targets.registry import PACKAGING
+from builder.targets.runners.registry import RUNTIMES
 from builder.util.errors import BundleError
 from builder.util.files import write_text
 from builder.util.json_files import read_json
+from builder.util.units import size
 
 PARITY, WRITTEN = "parity.json", "bundles"
 COLUMNS = ("bundle", "runtime", "verdict", "cases", "tokens equal", "task", "size", "")
@@ -134,11 +135,11 @@ def _row(bundle: Path) -> Row:
 
 def _runtime(target: str, versions: Mapping[str, str]) -> str:
     """The package that plays it; of a runtime that is none of Python's, what its target says of itself."""
-    known = TARGETS.get(target)
+    known = PACKAGING.get(target)
     first = known.notes.packages[0] if known and known.notes.packages else target
     if first in versions:
         return f"{first} {versions[first]}"
-    own = known.versions() if known else {}
+    own = RUNTIMES[target].versions() if target in RUNTIMES else {}
     return ", ".join(f"{name} {versions.get(name, own[name])}" for name in own) or first
 
 

@@ -7,26 +7,15 @@ process; a user's error never shows a traceback; nothing heavy is imported befor
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Mapping
-from dataclasses import asdict, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
-from builder.cli.arguments import Bundle, Checkpoint, DryRun, Force, Json, Memory, Output, RecipeOption, Rehash, Until
-from builder.cli.bundle import check, diff, pack, publish, sign
-from builder.cli.exit_codes import emit, reported
+from builder.cli.build import build, explain
+from builder.cli.bundle import check, diff, pack, publish, run, sign
+from builder.cli.patches import patches
 from builder.cli.recipe import sensitivity
 from builder.cli.verify import golden, report, table, verify
-from builder.targets.recipe_file import DEFAULT
-
-if TYPE_CHECKING:
-    from builder.bundle.table import Row
-    from builder.stages.engine.build import Build
-    from builder.stages.engine.execute import Step
-    from builder.stages.engine.output_folder import Record
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -37,9 +26,9 @@ app = typer.Typer(
 
 def _version(asked: bool) -> None:
     if asked:
-        from builder.stages.engine import cache_key
+        from builder.util import versions
 
-        print("qwen3vl-onnx", cache_key.version("qwen3vl-onnx"))
+        print("qwen3vl-onnx", versions.version("qwen3vl-onnx"))
         raise typer.Exit
 
 
@@ -52,205 +41,15 @@ def options(
     """From a Qwen3-VL checkpoint to ONNX bundles that provably equal the model."""
 
 
-@app.command()
-def build(
-    checkpoint: Checkpoint = None,
-    recipe: RecipeOption = DEFAULT,
-    output: Output = None,
-    until: Until = None,
-    force: Force = None,
-    rehash: Rehash = False,
-    memory: Memory = None,
-    dry_run: DryRun = False,
-    as_json: Json = False,
-) -> None:
-    """Build, verify and bundle a checkpoint; the last line printed is the first target's bundle."""
-    with reported(as_json):
-        from builder.bundle import table as bundle_table
-        from builder.cli.progress_bars import watching
-        from builder.stages.engine.execute import execute
-
-        plan = replace(_prepared(checkpoint, recipe, output, until, force or [], rehash), memory=memory)
-        _refuse_what_cannot_fit(plan, until, force or [], shown=dry_run, as_json=as_json)
-        if dry_run:
-            return
-        with watching(plan) as on_event:
-            done = execute(plan, until, force or [], on_event)
-        if all(step.state == "cached" for step, _ in done):
-            print("nothing to run: nothing has changed", file=sys.stderr)
-        last = plan.folder(done[-1][0].stage.name)
-        whole = done[-1][0].stage == plan.stages[-1]
-        bundles = {one.runtime: str(last / one.runtime) for one in plan.recipe.targets} if whole else {}
-        table = _table(plan, bundles)
-        if as_json:
-            told = {"bundles": bundles, "table": bundle_table.as_dicts(table)}
-            emit({**_head(plan), **told, "stages": [_stage_facts(plan, *one) for one in done]})
-            return
-        for _, record in done:
-            if report := record.facts.get("report"):
-                print(report)
-        if len(table) > 1:
-            print(f"\n{bundle_table.text(table)}")
-        print(next(iter(bundles.values()), last))
-
-
-@app.command()
-def explain(
-    checkpoint: Checkpoint = None,
-    recipe: RecipeOption = DEFAULT,
-    output: Output = None,
-    until: Until = None,
-    force: Force = None,
-    rehash: Rehash = False,
-    as_json: Json = False,
-) -> None:
-    """Say which stages `build` would run with the same arguments, and why; build nothing."""
-    with reported(as_json):
-        from builder.cli.progress_bars import line
-        from builder.stages.engine.execute import plan
-
-        asked = _prepared(checkpoint, recipe, output, until, force or [], rehash)
-        steps = plan(asked, until, force or [])
-        if as_json:
-            stages = [{"stage": one.stage.name, "state": one.state, "why": one.why} for one in steps]
-            emit({**_head(asked), "stages": stages})
-            return
-        for step in steps:
-            print(line(asked, step))
-
-
-@app.command()
-def run(
-    bundle: Bundle,
-    prompt: Annotated[str, typer.Option(help="What to ask.")],
-    image: Annotated[list[Path] | None, typer.Option(help="A picture to ask about; repeabundle_table.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Where the answer is cut.")] = 256,
-    as_json: Json = False,
-) -> None:
-    """Ask a bundle, greedily; the answer streams to stdout."""
-    with reported(as_json):
-        from builder.bundle.generate import answer
-
-        said: list[str] = []
-
-        def on_text(text: str) -> None:
-            said.append(text)
-            if not as_json:
-                print(text, end="", flush=True)
-
-        answer(bundle, prompt, image or [], max_new_tokens=max_new_tokens, on_text=on_text)
-        if as_json:
-            emit({"ok": True, "bundle": str(bundle), "prompt": prompt, "text": "".join(said)})
-        else:
-            print()
-
-
-@app.command()
-def patches(
-    diff: Annotated[bool, typer.Option("--diff", help="Print what each patch changes in upstream.")] = False,
-    record: Annotated[
-        bool, typer.Option("--record", help="Re-verify every patch and record the installed release.")
-    ] = False,
-    as_json: Json = False,
-) -> None:
-    """List the patches of upstream, and their state against the installed transformers."""
-    with reported(as_json):
-        from builder.stages import patch
-
-        recorded = [asdict(one) for one in patch.record()] if record else []
-        rows = [asdict(one) for one in patch.status()]
-        if diff:
-            rows = [{**row, "diff": patch.diff_text(row["name"])} for row in rows]
-        if as_json:
-            emit({"ok": True, "patches": rows, "recorded": recorded})
-            return
-        for one in recorded:
-            print(f"{one['name']}: checked on {one['release']}, {'recorded' if one['new'] else 'known before'}")
-        for row in rows:
-            print(row["diff"] if diff else _patch_text(row))
-
-
-for command in (verify, golden, report, table, sensitivity, check, sign, pack, publish, diff):
+# In the order of `--help`.
+COMMANDS = (
+    *(build, explain, run, patches, verify, golden, report, table),
+    *(sensitivity, check, sign, pack, publish, diff),
+)
+for command in COMMANDS:
     app.command()(command)
 
 
 def main() -> None:
     """The console script."""
     app()
-
-
-def _prepared(
-    checkpoint: str | None,
-    recipe: str,
-    output: Path | None,
-    until: str | None,
-    force: list[str],
-    rehash: bool,
-) -> Build:
-    from builder.stages.engine.build import STAGES
-    from builder.stages.engine.prepare import prepared
-
-    names = [stage.name for stage in STAGES]
-    late = [one for one in force if until is not None and names.index(one) > names.index(until)]
-    if late:
-        raise typer.BadParameter(f"{late[0]} comes after --until {until}", param_hint="--force")
-    return prepared(checkpoint, recipe, output, rehash=rehash, settle_again="fetch" in force)
-
-
-def _refuse_what_cannot_fit(build: Build, until: str | None, force: list[str], *, shown: bool, as_json: bool) -> None:
-    """The figures of `--dry-run` are `shown` on stdout; a build that fits is silent."""
-    from builder.stages.engine.execute import plan
-
-    steps = plan(build, until, force)
-    if not shown and all(step.state == "cached" for step in steps):
-        return
-    from builder.cli.estimate_table import tables
-    from builder.stages.engine.dry_run import estimated
-
-    estimate = estimated(build, steps)
-    if shown and not as_json:
-        print(tables(estimate))
-    estimate.refuse()
-    if shown and as_json:
-        emit({**_head(build), "estimate": estimate.as_dict()})
-
-
-def _head(build: Build) -> dict[str, Any]:
-    return {"ok": True, "checkpoint": str(build.source), "output": str(build.output)}
-
-
-def _table(build: Build, bundles: Mapping[str, str]) -> list[Row]:
-    """What their verifications found, also written into the output folder's `evidence/`."""
-    from builder.bundle import table as bundle_table
-
-    found = bundle_table.rows([Path(folder) for folder in bundles.values()])
-    if found:
-        bundle_table.write(found, build.output)
-    return found
-
-
-def _stage_facts(build: Build, step: Step, record: Record) -> dict[str, Any]:
-    return {
-        "stage": step.stage.name,
-        "state": step.state,
-        "why": step.why,
-        "folder": str(build.folder(step.stage.name)),
-        "key": record.key,
-        **asdict(record.cost),
-    }
-
-
-def _patch_text(row: Mapping[str, Any]) -> str:
-    return "\n".join(
-        [
-            f"{row['name']}: {row['state']} ({row['release']}, source {row['digest'] or 'not found'})",
-            f"  target       {row['target']}",
-            f"  why          {row['why']}",
-            f"  remove when  {row['remove_when']}",
-            f"  verified on  {', '.join(row['verified']) or 'none'}",
-        ]
-    )
-
-
-if __name__ == "__main__":
-    main()

@@ -15,7 +15,7 @@ import typer
 
 def _stage(name: str | None) -> str | None:
     from builder.stages.engine.build import STAGES
-    from builder.targets.recipe_file import nearest
+    from builder.util.spelling import nearest
 
     names = [stage.name for stage in STAGES]
     if name is None or name in names:

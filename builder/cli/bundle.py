@@ -137,3 +137,28 @@ def _shown(as_json: bool) -> Iterator[None]:
 
         with bars():
             yield
+
+
+def run(
+    bundle: Bundle,
+    prompt: Annotated[str, typer.Option(help="What to ask.")],
+    image: Annotated[list[Path] | None, typer.Option(help="A picture to ask about; repeabundle_table.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Where the answer is cut.")] = 256,
+    as_json: Json = False,
+) -> None:
+    """Ask a bundle, greedily; the answer streams to stdout."""
+    with reported(as_json):
+        from builder.bundle.generate import answer
+
+        said: list[str] = []
+
+        def on_text(text: str) -> None:
+            said.append(text)
+            if not as_json:
+                print(text, end="", flush=True)
+
+        answer(bundle, prompt, image or [], max_new_tokens=max_new_tokens, on_text=on_text)
+        if as_json:
+            emit({"ok": True, "bundle": str(bundle), "prompt": prompt, "text": "".join(said)})
+        else:
+            print()

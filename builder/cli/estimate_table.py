@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
+from builder.util.units import duration, size
+
 if TYPE_CHECKING:
     from builder.stages.engine.dry_run import Estimate
     from builder.stages.engine.estimate import GraphBytes
@@ -74,17 +76,3 @@ def _stage_table(estimate: Estimate) -> Table:
     table.add_section()
     table.add_row("all", "", size(written), size(estimate.largest[1].memory), duration(estimate.seconds))
     return table
-
-
-def duration(seconds: float) -> str:
-    """An order of magnitude: `45 s`, `12 min`, `3.5 h`."""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
-def size(count: float) -> str:
-    """Bytes in words: `8.5 GB`, `650 MB`, `12 kB`."""
-    if count >= 1e9:
-        return f"{count / 1e9:,.1f} GB"
-    return f"{count / 1e6:,.0f} MB" if count >= 1e6 else f"{count / 1e3:,.0f} kB"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -38,7 +39,7 @@ def sensitivity(
         from builder.quantization.rules import resolve
         from builder.quantization.sensitivity import groups, measured
         from builder.stages.engine.prepare import reference_checkpoint
-        from builder.targets.recipe_file import load_recipe
+        from builder.targets.recipe_file import as_toml, load_recipe
         from builder.util.errors import RecipeError
         from builder.util.progress import progress
 
@@ -52,11 +53,11 @@ def sensitivity(
         opened, base = reference_checkpoint(checkpoint), load_recipe(recipe)
         count = len(groups(opened, resolve(base.rules, opened.tensors)))
         with bars(), progress("sensitivity, groups", count) as advance:
-            found = measured(opened, base, positions, advance)
-        whole = mixed_precision.stored_bytes(opened, base)
+            found = measured(opened, base.rules, positions, advance)
+        whole = mixed_precision.stored_bytes(opened, base.rules)
         taken = mixed_precision.chosen(found, round(whole * budget / 100))
-        text = mixed_precision.as_toml(
-            mixed_precision.with_more_bits(opened, base, taken),
+        text = as_toml(
+            replace(base, rules=mixed_precision.with_more_bits(opened, base.rules, taken)),
             f"{base.name}, with 8 bits where {opened.name} is most sensitive: {budget:g} % of bytes more at most.",
         )
         if write is not None:

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from builder.checkpoint.load import Checkpoint
+from builder.checkpoint.parts import DECODER, EMBEDDINGS, VISION
 
 Dim = int | str
-VISION, EMBEDDINGS, DECODER = "vision_encoder", "embeddings", "model"
 ROLES = (VISION, EMBEDDINGS, DECODER)  # which every target has; it may have further ones
 PACKED_FEATURES, PLAIN_FEATURES = "image_features", "pooled_embeds"
 CONTRIB, STANDARD = "com.microsoft", ""
@@ -49,13 +49,6 @@ class Component:
             key: [{"name": p.name, "dtype": p.dtype, "shape": list(p.shape)} for p in value]
             for key, value in ports.items()
         }
-
-
-def components(checkpoint: Checkpoint, runtime: str) -> tuple[Component, ...]:
-    """The vision encoder, the embeddings and the text decoder of a target, by its name."""
-    from builder.targets.registry import TARGETS  # its modules make their ports of what is here
-
-    return TARGETS[runtime].ports(checkpoint)
 
 
 def packed_components(

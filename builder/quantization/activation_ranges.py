@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from builder.graph.ports import DECODER, VISION
+from builder.checkpoint.parts import DECODER, VISION
 from builder.reference.cases import suite_cases
 from builder.reference.model import Reference
 

@@ -24,9 +24,8 @@ from builder.checkpoint.tensors import EMBEDDINGS, LM_HEAD
 from builder.quantization.blockwise import Blocks, Quantized, dequantize
 from builder.quantization.gptq import Compensation, compensation, quantize_compensated
 from builder.quantization.rules import Storage
-from builder.reference.cases import Case, read_calibration, suite_cases
+from builder.reference.cases import LARGEST, Case, read_calibration, suite_cases
 from builder.reference.model import Prompt, Reference
-from builder.verify.quality import LARGEST
 
 LAYERS = "model.language_model.layers"
 HEAD_ROWS = 8192  # of the head at a time

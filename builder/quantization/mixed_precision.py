@@ -6,15 +6,13 @@ front, and its text. Guaranteed: what is written is what `load_recipe` reads; no
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import replace
 
 from builder.checkpoint.load import Checkpoint
 from builder.quantization.rules import Rule, matrices, resolve
 from builder.quantization.sensitivity import Group, Sensitivity
-from builder.targets.recipe_file import Recipe
 
 
 def chosen(sensitivities: Sequence[Sensitivity], budget: int) -> list[Group]:
@@ -27,37 +25,22 @@ def chosen(sensitivities: Sequence[Sensitivity], budget: int) -> list[Group]:
     return taken
 
 
-def stored_bytes(checkpoint: Checkpoint, recipe: Recipe) -> int:
-    """Of all matrices that the recipe quantizes, with their scales."""
-    storages = resolve(recipe.rules, checkpoint.tensors)
+def stored_bytes(checkpoint: Checkpoint, rules: Sequence[Rule]) -> int:
+    """Of all matrices that the rules quantize, with their scales."""
+    storages = resolve(rules, checkpoint.tensors)
     bits = sum(math.prod(checkpoint.tensors[name].shape) * one.blocks.bits_per_weight for name, one in storages.items())
     return round(bits / 8)
 
 
-def with_more_bits(checkpoint: Checkpoint, recipe: Recipe, more: Sequence[Group]) -> Recipe:
-    """The recipe, its first rules storing these groups in 8 bits; all else of them as it was."""
+def with_more_bits(checkpoint: Checkpoint, rules: Sequence[Rule], more: Sequence[Group]) -> tuple[Rule, ...]:
+    """The rules, the first of them storing these groups in 8 bits; all else of them as it was."""
     first = []
     for group in more:
-        rule = next(rule for rule in recipe.rules if rule.matches(group.tensors[0]))
+        rule = next(rule for rule in rules if rule.matches(group.tensors[0]))
         first.append(replace(rule, weights=group.tensors, store="int8"))
-    rules = (*first, *recipe.rules)
-    used = {next(n for n, rule in enumerate(rules) if rule.matches(name)) for name in _decided(checkpoint, rules)}
-    return replace(recipe, rules=tuple(rule for number, rule in enumerate(rules) if number in used))
-
-
-def as_toml(recipe: Recipe, remark: str) -> str:
-    """The recipe as a file that `load_recipe` reads; `remark` is its first comment."""
-    targets = [target.runtime for target in recipe.targets]
-    lines = [f"# {line}" for line in remark.splitlines()]
-    lines += [f"{key} = {json.dumps(getattr(recipe, key))}" for key in ("precision", "provider", "max_length")]
-    lines.append(f"targets = {json.dumps(targets)}")
-    defaults = {one.name: one.default for one in fields(Rule)}
-    for rule in recipe.rules:
-        set_here = {key: value for key, value in asdict(rule).items() if value != defaults[key]}
-        lines += ["", "[[rules]]", *(f"{key} = {json.dumps(value)}" for key, value in set_here.items())]
-    if recipe.limits is not None:
-        lines += ["", "[limits]", *(f"{key} = {json.dumps(value)}" for key, value in asdict(recipe.limits).items())]
-    return "\n".join(lines) + "\n"
+    every = (*first, *rules)
+    used = {next(n for n, rule in enumerate(every) if rule.matches(name)) for name in _decided(checkpoint, every)}
+    return tuple(rule for number, rule in enumerate(every) if number in used)
 
 
 def _decided(checkpoint: Checkpoint, rules: Sequence[Rule]) -> Iterator[str]:

@@ -22,11 +22,10 @@ from builder.checkpoint.load import Checkpoint
 from builder.checkpoint.tensors import EMBEDDINGS, LM_HEAD
 from builder.quantization.blockwise import Blocks, dequantize, quantize
 from builder.quantization.calibrate import Stream, begin, calibration_prompts, loaded_layer, through
-from builder.quantization.rules import Storage, resolve, shares_the_head
+from builder.quantization.rules import Rule, Storage, resolve, shares_the_head
 from builder.reference.model import Prompt, Reference
-from builder.targets.recipe_file import Recipe
 from builder.util.errors import RecipeError
-from builder.verify.quality import log_softmax
+from builder.util.statistics import kl_divergence, log_softmax
 
 Array = npt.NDArray[Any]
 TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -82,7 +81,7 @@ def groups(checkpoint: Checkpoint, storages: Mapping[str, Storage]) -> list[Grou
 
 
 def measured(
-    checkpoint: Checkpoint, recipe: Recipe, positions: int, advance: Callable[[], None] = lambda: None
+    checkpoint: Checkpoint, rules: Sequence[Rule], positions: int, advance: Callable[[], None] = lambda: None
 ) -> list[Sensitivity]:
     """The sensitivity of every group, the largest KL divergence first.
 
@@ -91,13 +90,13 @@ def measured(
         advance: called after each group.
 
     Raises:
-        RecipeError: the recipe stores nothing in 4 bits.
+        RecipeError: the rules store nothing in 4 bits.
     """
-    storages = resolve(recipe.rules, checkpoint.tensors)
+    storages = resolve(rules, checkpoint.tensors)
     wanted = groups(checkpoint, storages)
     if not wanted:
         raise RecipeError(
-            f"the recipe {recipe.name} stores nothing in 4 bits",
+            "the recipe stores nothing in 4 bits",
             expected='rules with store = "int4"',
             found=f"{len(storages)} matrices in 8 bits" if storages else "no rules",
             next="--recipe int4",
@@ -184,10 +183,8 @@ class _Measuring:
         else:
             self.reach(layer)
             got = self.distributions(self.behind(layer, self.streams, group.tensors))
-        kl = [
-            (np.exp(p, dtype=np.float64) * (p.astype(np.float64) - q)).sum(1) for p, q in zip(exact, got, strict=True)
-        ]
-        return max(float(np.concatenate(kl).mean()), 0.0)
+        kl = [kl_divergence(p, q) for p, q in zip(exact, got, strict=True)]
+        return float(np.concatenate(kl).mean())
 
     def reach(self, layer: int) -> None:
         """Takes the exact streams to the entry of a layer."""

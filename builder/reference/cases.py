@@ -18,6 +18,8 @@ from builder.reference.case_file import CHECKS, TOKENS, TOLERANCES, Tolerance, W
 from builder.reference.synthetic_images import Limits, draw
 from builder.util.errors import CasesError
 
+LARGEST = 2500  # patches: a case of ten thousand costs minutes and adds the few positions of its question
+
 SUITE = Path(__file__).parents[1] / "suite"
 PICTURES = SUITE / "pictures"
 __all__ = ["CHECKS", "PICTURES", "SUITE", "TOKENS", "Case", "Suite", "held_out", "read_cases", "shipped_cases"]

@@ -18,8 +18,8 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from builder.checkpoint.fingerprint import mark
 from builder.reference.model import Prompt, Reference, Trace
-from builder.stages.fetch import mark
 
 COMPUTED_WITH = ("torch", "transformers", "numpy")
 

@@ -19,14 +19,14 @@ import onnx_ir as ir
 from builder.bundle.bom import BOM, bom
 from builder.bundle.layout import EVIDENCE, MANIFEST, load_graph, own_files
 from builder.bundle.model_card import CARD, model_card
+from builder.checkpoint.fingerprint import FETCHED, NOTICES
 from builder.checkpoint.license import read_licence
 from builder.graph import introspection
 from builder.graph.external_data import DIGESTS
-from builder.graph.ports import components
+from builder.graph.naming import operator
 from builder.stages.engine.cache_key import plain
-from builder.stages.fetch import FETCHED, NOTICES
-from builder.stages.optimize import operator
-from builder.targets.registry import TARGETS
+from builder.targets.graphs import GRAPHS, components
+from builder.targets.registry import PACKAGING
 from builder.targets.spec import by_name
 from builder.util.files import link, sha256
 from builder.util.json_files import read_json
@@ -35,7 +35,7 @@ from patches import SETS
 
 if TYPE_CHECKING:
     from builder.stages.engine.build import Build
-    from builder.targets.recipe_file import Target
+    from builder.targets.recipe import Target
 
 SIDES = "inputs", "outputs"
 TYPES = {ir.DataType.FLOAT: "float32"}
@@ -91,12 +91,12 @@ def _write(path: Path, text: str) -> None:
 
 def manifest(build: Build, target: Target, folder: Path) -> dict[str, Any]:
     """What is in the bundle and what it was made from; no time, no path, no measurement."""
-    checkpoint, runtime = build.checkpoint, TARGETS[target.runtime]
+    checkpoint, layout = build.checkpoint, PACKAGING[target.runtime].layout
     patches = json.loads((build.folder("patch") / "patches.json").read_text(encoding="utf-8"))["patches"]
     fetched = json.loads((build.folder("fetch") / FETCHED).read_text(encoding="utf-8"))["files"]
     digests = json.loads((build.folder("quantize") / DIGESTS).read_text(encoding="utf-8"))
     names = [component.name for component in components(checkpoint, target.runtime)]
-    filled = {runtime.layout(name, build.recipe).data: by_name(name, build.recipe).data for name in names}
+    filled = {layout(name, build.recipe).data: by_name(name, build.recipe).data for name in names}
     written = {name: digests["data"].get(f"{target.runtime}/{own}", {}).get("sha256") for name, own in filled.items()}
     files = [name for name in own_files(folder) if name != MANIFEST]
     return {
@@ -122,7 +122,7 @@ def manifest(build: Build, target: Target, folder: Path) -> dict[str, Any]:
             },
         },
         "graphs": _graphs(build, target, folder),
-        "opset": runtime.opset,
+        "opset": GRAPHS[target.runtime].opset,
         "patches": {name: patches[name] for name in sorted(SETS[target.attention])},
         "versions": {"qwen3vl-onnx": version("qwen3vl-onnx"), **{name: version(name) for name in BUILT_WITH}},
         "files": {
@@ -142,7 +142,7 @@ def _graphs(build: Build, target: Target, folder: Path) -> dict[str, Any]:
         ports = known.get(facts["role"]) or {side: introspection.ports(model.graph, side) for side in SIDES}
         found[name] = {**facts, **_graph(folder / name, ports)}
         opset = introspection.opsets(model).get("")
-        found[name] |= {"opset": opset} if opset != TARGETS[target.runtime].opset else {}
+        found[name] |= {"opset": opset} if opset != GRAPHS[target.runtime].opset else {}
     return found
 
 

@@ -15,8 +15,8 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from builder.bundle.layout import GRAPH, MANIFEST
-from builder.graph.ports import components
-from builder.targets.registry import TARGETS
+from builder.targets.graphs import components
+from builder.targets.registry import PACKAGING
 from builder.targets.spec import by_name
 from builder.util.files import link, write_text
 from builder.util.json_files import read_json
@@ -24,7 +24,7 @@ from builder.util.json_files import read_json
 if TYPE_CHECKING:
     from builder.checkpoint.load import Checkpoint
     from builder.stages.engine.build import Build
-    from builder.targets.recipe_file import Recipe, Target
+    from builder.targets.recipe import Recipe, Target
 
 COPIED = ("tokenizer.json", "generation_config.json", "config.json", "preprocessor_config.json")
 TEMPLATE, TOKENIZER_CONFIG = "chat_template.jinja", "tokenizer_config.json"
@@ -48,11 +48,11 @@ def lay_out(filled: Path, checkpoint: Checkpoint, recipe: Recipe, target: Target
     Args:
         filled: the graphs as `quantize` wrote them.
     """
-    runtime = TARGETS[target.runtime]
+    packaging = PACKAGING[target.runtime]
     names = [one.name for one in components(checkpoint, target.runtime)]
     moved: dict[str, str] = {}
     for name in names:
-        place, own = runtime.layout(name, recipe), by_name(name, recipe)
+        place, own = packaging.layout(name, recipe), by_name(name, recipe)
         moved |= {own.graph: place.graph, own.data: place.data}
     for file in sorted(filled.iterdir()):
         destination = folder / moved[file.name]
@@ -60,9 +60,9 @@ def lay_out(filled: Path, checkpoint: Checkpoint, recipe: Recipe, target: Target
             _write_referring(file, destination, moved)
         else:
             link(file, destination)
-    roles = {runtime.layout(name, recipe).graph: name for name in names}
-    for role, model in runtime.further(checkpoint, recipe).items():
-        name = runtime.layout(role, recipe).graph
+    roles = {packaging.layout(name, recipe).graph: name for name in names}
+    for role, model in packaging.further(checkpoint, recipe).items():
+        name = packaging.layout(role, recipe).graph
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(model.SerializeToString(deterministic=True))
         roles[name] = role
@@ -89,7 +89,7 @@ def _write_referring(source: Path, destination: Path, moved: Mapping[str, str]) 
 def configure(build: Build, target: Target, folder: Path) -> list[str]:
     """Writes the configuration of one target into `folder`."""
     checkpoint = build.checkpoint
-    files = dict(TARGETS[target.runtime].configs(checkpoint, build.recipe, target))
+    files = dict(PACKAGING[target.runtime].configs(checkpoint, build.recipe, target))
     files[TEMPLATE] = checkpoint.chat_template
     files[TOKENIZER_CONFIG] = _tokenizer_config(checkpoint)
     for name, text in files.items():

@@ -12,24 +12,25 @@ import inspect
 import logging
 import warnings
 from collections.abc import Mapping
-from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
 from builder.checkpoint.load import Checkpoint
+from builder.checkpoint.parts import DECODER, VISION
 from builder.graph.binding import Binding, BoundGraph, bind, save
-from builder.graph.ports import DECODER, VISION, Component, Port, components
+from builder.graph.ports import Component, Port
 from builder.graph.unroll import decoder_kinds, shortened, unroll, vision_kinds
-from builder.reference.meta_model import recompute_frequencies
-from builder.targets.registry import TARGETS
-from builder.util.errors import CheckpointError, WeightError
+from builder.reference.meta_model import empty_model
+from builder.targets.graphs import GRAPHS, components
+from builder.targets.graphs import module as module_of
+from builder.util.errors import WeightError
 from builder.util.progress import progress
 
 if TYPE_CHECKING:
     from builder.stages.engine.build import Build
-    from builder.targets.recipe_file import Target
+    from builder.targets.recipe import Target
 
 RECOMPUTED = ("rotary_emb.inv_freq", "rotary_pos_emb.inv_freq")  # non-persistent: no checkpoint has them
 TRACED_CONSTANT = "lifted_tensor"  # the exporter's name for a tensor that the traced code wrote out
@@ -60,36 +61,6 @@ def run(build: Build, out: Path) -> Mapping[str, object]:
     return facts
 
 
-def empty_model(checkpoint: Checkpoint) -> Any:
-    """Upstream's model in fp32: parameters are allocated, their pages never touched; rotary frequencies are real.
-
-    Raises:
-        CheckpointError: upstream does not take the config.
-    """
-    import torch
-    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
-
-    try:
-        config = Qwen3VLConfig.from_dict(deepcopy(dict(checkpoint.config)))
-        config._attn_implementation = "eager"
-        with torch.device("meta"):
-            kind: Any = Qwen3VLForConditionalGeneration
-            model = kind._from_config(config, dtype=torch.float32)
-    except (
-        Exception
-    ) as error:  # what builder/checkpoint/config.py does not read, upstream does: an activation's name, say
-        raise CheckpointError(
-            f"transformers does not take the config.json of {checkpoint.folder}",
-            expected="a config that it makes a model of",
-            found=f"{type(error).__name__}: {error}",
-        ) from error
-    model = model.to_empty(device="cpu").eval()
-    if checkpoint.text.tied:
-        model.lm_head.weight = model.model.language_model.embed_tokens.weight
-    recompute_frequencies(model)
-    return model
-
-
 def export(checkpoint: Checkpoint, model: Any, target: Target, component: Component) -> BoundGraph:
     """One graph of one target, bound. Call under `patches.registry.applied`.
 
@@ -117,7 +88,7 @@ def trace(checkpoint: Checkpoint, model: Any, target: Target, component: Compone
 
     # The exporter warns on every graph that torchvision's operators are not there; nothing here uses them.
     logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
-    module = TARGETS[target.runtime].module(checkpoint, model, component.name, target.attention == "fused")
+    module = module_of(checkpoint, model, component.name, target)
     inputs = _example_inputs(checkpoint, component)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
@@ -127,7 +98,7 @@ def trace(checkpoint: Checkpoint, model: Any, target: Target, component: Compone
             dynamo=True,
             optimize=False,
             verbose=False,
-            opset_version=TARGETS[target.runtime].opset,
+            opset_version=GRAPHS[target.runtime].opset,
             input_names=[port.name for port in component.inputs],
             output_names=[port.name for port in component.outputs],
             dynamic_shapes=_dynamic_shapes(module, component),

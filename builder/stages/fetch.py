@@ -14,58 +14,17 @@ import json
 import shlex
 import shutil
 from collections.abc import Iterable, Mapping
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from builder.checkpoint.files import notice_files
-from builder.checkpoint.hub import MEGABYTE, Remote, download, settle
-from builder.checkpoint.load import Checkpoint, open_checkpoint
-from builder.checkpoint.source import Source, parse_source
+from builder.checkpoint.fingerprint import FETCHED, NOTICES, WEIGHTS, _notices, _sha256
+from builder.checkpoint.hub import Remote, download
+from builder.checkpoint.load import open_checkpoint
 from builder.util.errors import CheckpointError, DownloadError
-from builder.util.json_files import MAX_TEXT, read_json
-from builder.util.progress import progress
+from builder.util.json_files import read_json
 
 if TYPE_CHECKING:
     from builder.stages.engine.build import Build
-
-__all__ = ["Source", "check_unchanged", "fetched", "identity", "parse_source", "resolve", "run"]
-
-FETCHED, NOTICES = "checkpoint.json", "notices"
-WEIGHTS = ".safetensors"
-BLOCK = 8 * MEGABYTE
-
-
-def resolve(source: Source) -> Source:
-    """The source with a hub revision settled as a commit, after the checks that need no weights.
-
-    Raises:
-        DownloadError: the hub cannot be reached, or does not have it.
-        BuildError: a config, or file names, that `builder.checkpoint.load` refuses.
-    """
-    return source if source.repo is None else settle(source)
-
-
-def identity(source: Source, *, rehash: bool = False) -> dict[str, str]:
-    """What a stage key is made of: equal for equal checkpoints, as far as file names and headers tell.
-
-    Args:
-        source: resolved.
-        rehash: tell weight files apart by all their bytes, rather than by size, time and header.
-
-    Returns:
-        of the hub, its id and commit; of a folder, its name and each file that a build needs → what tells it from
-        another.
-
-    Raises:
-        BuildError: the folder is no checkpoint, see `builder.checkpoint.load`.
-    """
-    if source.folder is None:
-        return {"repository": str(source.repo), "revision": str(source.revision)}
-    folder = source.folder
-    told = (*open_checkpoint(folder).files, *_notices(folder))
-    marks = {file: mark(folder / file, rehash) for file in told}
-    return {"checkpoint name": source.name, **marks}
 
 
 def run(build: Build, out: Path) -> dict[str, Any]:
@@ -109,27 +68,6 @@ def run(build: Build, out: Path) -> dict[str, Any]:
     return {**facts, "files": len(files), "bytes": sum(stat.st_size for stat in stats.values()), **report}
 
 
-def fetched(out: Path, moved: Path | None = None) -> Checkpoint:
-    """The checkpoint that an earlier `run` fetched, opened again.
-
-    Args:
-        moved: the folder where the same files lie by now; None for where they were.
-
-    Raises:
-        CheckpointError: `run` did not end, or its folder is gone.
-    """
-    record = read_json(out / FETCHED)
-    folder = moved or Path(record["folder"])
-    if not folder.is_dir():
-        raise CheckpointError(
-            f"the checkpoint that was fetched is gone from {folder}",
-            expected=f"the folder that {out / FETCHED} names",
-            found="no such folder",
-            next=f"{record['command']} --force fetch",
-        )
-    return open_checkpoint(folder, name=record["name"], revision=record["revision"])
-
-
 def check_unchanged(build: Build, shards: Mapping[str, str]) -> None:
     """That the weights are those that `run` saw.
 
@@ -154,51 +92,9 @@ def check_unchanged(build: Build, shards: Mapping[str, str]) -> None:
             )
 
 
-def _notices(folder: Path) -> tuple[str, ...]:
-    """Names of licences, notices and the card in `folder`; none that is larger than a text."""
-    names = (path.name for path in folder.iterdir() if path.is_file() and path.stat().st_size <= MAX_TEXT)
-    return notice_files(names)
-
-
-def mark(path: Path, rehash: bool = False) -> str:
-    """What tells a checkpoint's file from another: SHA-256; of weights, unless `rehash`, size, time and header."""
-    if rehash or path.suffix != WEIGHTS:
-        return f"sha256 {_sha256(path)}"
-    stat = path.stat()
-    with path.open("rb") as file:
-        header = file.read(8)
-        header += file.read(int.from_bytes(header, "little"))
-    return f"{stat.st_size} bytes, time {stat.st_mtime_ns}, header {hashlib.sha256(header).hexdigest()}"
-
-
-def beside(source: Source, name: str) -> str:
-    """What tells the cases in the folder `name` beside a local checkpoint's from others: a digest of all its files."""
-    folder = None if source.folder is None else source.folder.resolve().parent / name
-    if folder is None or not (folder / "cases.jsonl").is_file():
-        return "none"
-    told = [f"{file.name} {mark(file)}" for file in sorted(folder.iterdir()) if file.is_file()]
-    return hashlib.sha256("\n".join(told).encode()).hexdigest()
-
-
 def _digests(folder: Path, files: Iterable[str]) -> dict[str, tuple[int, str]]:
     """File → size in bytes and SHA-256 (hex)."""
     return {file: ((folder / file).stat().st_size, _sha256(folder / file)) for file in files}
-
-
-def _sha256(path: Path) -> str:
-    stat = path.stat()
-    return _sha256_of(path, stat.st_size, stat.st_mtime_ns)
-
-
-@lru_cache(maxsize=4096)
-def _sha256_of(path: Path, size: int, _time: int) -> str:
-    """Once a process for each state of a file: `--rehash` asks before the stage does."""
-    digest = hashlib.sha256()
-    with progress(f"sha256 of {path.name}, MB", total=size // MEGABYTE) as advance, path.open("rb") as file:
-        while block := file.read(BLOCK):
-            digest.update(block)
-            advance(len(block) // MEGABYTE)
-    return digest.hexdigest()
 
 
 def _check_bytes(folder: Path, remotes: Mapping[str, Remote], digests: Mapping[str, tuple[int, str]]) -> None:

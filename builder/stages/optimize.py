@@ -9,20 +9,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from builder.graph.binding import BoundGraph, load, save
+from builder.graph.naming import operator, rename
 from builder.graph.passes.registry import PASSES
-from builder.graph.ports import RESIDUAL, components
-from builder.targets.registry import TARGETS
+from builder.targets.graphs import GRAPHS, components, passes
 from builder.util.errors import PassError
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from builder.stages.engine.build import Build
-    from builder.targets.recipe_file import Target
+    from builder.targets.recipe import Target
 
 
 def run(build: Build, out: Path) -> Mapping[str, object]:
@@ -44,9 +43,9 @@ def optimize(traced: BoundGraph, target: Target, name: str) -> tuple[BoundGraph,
     Raises:
         PassError: a pass matched nowhere, or an operator is left that the target may not contain.
     """
-    runtime = TARGETS[target.runtime]
+    allowed = GRAPHS[target.runtime].domains
     matches: dict[str, int] = {}
-    for step in runtime.passes(name, target.attention == "fused"):
+    for step in passes(name, target):
         outcome = PASSES[step](traced)
         if not outcome.matches:
             raise PassError(
@@ -57,11 +56,11 @@ def optimize(traced: BoundGraph, target: Target, name: str) -> tuple[BoundGraph,
             )
         traced, matches[step] = outcome.graph, outcome.matches
     RemoveUnusedNodesPass()(traced.model)
-    foreign = sorted({operator(node) for node in traced.model.graph.all_nodes() if node.domain not in runtime.domains})
+    foreign = sorted({operator(node) for node in traced.model.graph.all_nodes() if node.domain not in allowed})
     if foreign:
         raise PassError(
             f"{target.runtime}/{name}.onnx contains operators that the target may not",
-            expected=f"domains {sorted(runtime.domains)}",
+            expected=f"domains {sorted(allowed)}",
             found=", ".join(foreign),
         )
     used = {node.domain for node in traced.model.graph.all_nodes()} | {""}
@@ -69,29 +68,3 @@ def optimize(traced: BoundGraph, target: Target, name: str) -> tuple[BoundGraph,
         del traced.model.graph.opset_imports[domain]
     rename(traced)
     return traced, matches
-
-
-def rename(bound: BoundGraph) -> None:
-    """Numbers what has no name that anyone reads, and forgets axes that are expressions: the traced sizes made both."""
-    graph = bound.model.graph
-    ports = {value.name for value in (*graph.inputs, *graph.outputs)}
-    read = (value for node in graph.all_nodes() for value in node.inputs if value is not None)
-    constants = {
-        id(v): v for v in read if v.is_initializer() and v.name not in bound.bindings and "." not in str(v.name)
-    }
-    for number, value in enumerate(constants.values()):
-        value.name = f"constant_{number}"
-    for number, node in enumerate(graph.all_nodes()):
-        node.name = f"{node.op_type}_{number}"
-        for index, value in enumerate(node.outputs):
-            if value.name not in ports and not str(value.name).startswith(f"{RESIDUAL}."):
-                value.name = f"{node.name}.{index}" if index else node.name
-            if value.shape is not None:
-                value.shape = ir.Shape(
-                    [dim if str(dim).isidentifier() or isinstance(dim, int) else None for dim in value.shape]
-                )
-
-
-def operator(node: ir.Node) -> str:
-    """`domain::Type`, or the type alone for standard operators."""
-    return f"{node.domain}::{node.op_type}" if node.domain else node.op_type

@@ -8,40 +8,21 @@ The runtime allocates `image_features` and `inputs_embeds` with `model.decoder.h
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from builder.checkpoint.load import Checkpoint
+from builder.checkpoint.parts import DECODER, EMBEDDINGS, VISION
 from builder.checkpoint.tensors import EMBEDDINGS as EMBEDDING_MATRIX
-from builder.graph.ports import CONTRIB, DECODER, EMBEDDINGS, VISION, packed_components, packed_width
+from builder.graph.ports import packed_components, packed_width
 from builder.quantization.rules import resolve
 from builder.targets.config_files import as_json, eos_token_ids, pipeline_settings, text_config, vision_processor
 from builder.targets.providers import session_options
-from builder.targets.spec import Notes, Runtime
+from builder.targets.spec import Notes, Packaging
 
 if TYPE_CHECKING:
-    from builder.targets.recipe_file import Recipe, Target
-    from builder.targets.runners.genai import GenaiBundle
+    from builder.targets.recipe import Recipe, Target
 
 SAMPLING = ("temperature", "top_k", "top_p", "repetition_penalty")
-
-
-def _passes(graph: str, fused: bool) -> tuple[str, ...]:
-    if graph == VISION:
-        return ("simplify", f"lower_segment_attention_{'fused' if fused else 'eager'}")
-    if graph == EMBEDDINGS:
-        return ("simplify",)
-    return ("simplify", "gemm_head", "fold_weight_transposes", "fuse_rms_norm", "fuse_skip_rms_norm")
-
-
-def _module(checkpoint: Checkpoint, model: Any, graph: str, fused: bool) -> Any:
-    from builder.graph import modules
-
-    if graph == VISION:
-        return modules.VisionEncoder(model, packed=True)
-    if graph == EMBEDDINGS:
-        return modules.PackedEmbeddings(model, checkpoint.image_token_id)
-    return modules.TextDecoder(model, len(checkpoint.vision.deepstack), packed=True, fused=fused)
 
 
 def _configs(checkpoint: Checkpoint, recipe: Recipe, target: Target) -> Mapping[str, str]:
@@ -136,15 +117,6 @@ def _search(checkpoint: Checkpoint, max_length: int, fused: bool) -> dict[str, A
     }
 
 
-def _play(folder: Path, asked: bool) -> GenaiBundle:
-    from builder.targets.runners.genai import GenaiBundle
-
-    bundle = GenaiBundle(folder)
-    if asked:
-        _ = bundle.model  # now, so that a broken bundle is told from a broken question
-    return bundle
-
-
 NOTES = Notes(
     "onnxruntime-genai",
     ("onnxruntime-genai",),
@@ -182,20 +154,4 @@ while not generator.is_done():
 """,
 )
 
-RUNTIME = Runtime(
-    name="genai",
-    opset=18,
-    domains=frozenset({"", CONTRIB}),
-    packed=True,
-    merges=True,
-    attentions=("fused", "eager"),
-    ports=packed_components,
-    module=_module,
-    passes=_passes,
-    configs=_configs,
-    play=_play,
-    notes=NOTES,
-    precisions=("fp32", "fp16", "bf16"),
-    quantized=True,
-    provider=True,
-)
+PACKAGING = Packaging(configs=_configs, notes=NOTES, provider=True)

@@ -6,40 +6,19 @@ other languages.
 
 from __future__ import annotations
 
-import sys
-import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from builder.checkpoint.load import Checkpoint
-from builder.graph.ports import DECODER, EMBEDDINGS, VISION, plain_components
 from builder.targets.config_files import pipeline_settings, vision_processor
 from builder.targets.image_preprocessor import image_preprocessor_graph
-from builder.targets.spec import Notes, Runtime
+from builder.targets.spec import Notes, Packaging
 
 if TYPE_CHECKING:
-    from builder.targets.clients.pipeline import Inputs
-    from builder.targets.recipe_file import Recipe, Target
+    from builder.targets.recipe import Recipe, Target
 
 PIPELINE = "pipeline.py"
-PASSES = {
-    VISION: ("simplify", "lower_segment_attention_eager"),
-    EMBEDDINGS: (),
-    DECODER: ("simplify", "gemm_head", "fold_weight_transposes"),
-}
-
-
-def plain_module(checkpoint: Checkpoint, model: Any, graph: str, fused: bool) -> Any:
-    """The module of one graph with `plain_components`."""
-    from builder.graph import modules
-
-    levels = len(checkpoint.vision.deepstack)
-    if graph == VISION:
-        return modules.VisionEncoder(model, packed=False)
-    if graph == EMBEDDINGS:
-        return modules.Embeddings(model)
-    return modules.TextDecoder(model, levels, packed=False, fused=fused)
 
 
 def _configs(checkpoint: Checkpoint, recipe: Recipe, target: Target) -> Mapping[str, str]:
@@ -52,54 +31,6 @@ def _configs(checkpoint: Checkpoint, recipe: Recipe, target: Target) -> Mapping[
 
 def _programs() -> Mapping[str, str]:
     return {PIPELINE: (Path(__file__).parent / "clients" / PIPELINE).read_text(encoding="utf-8")}
-
-
-class PipelinePlayer:
-    """A bundle through its pipeline: ours, or the copy that lies in it.
-
-    Args:
-        module: builder.targets.clients.pipeline, or that copy.
-        opened: a `Pipeline` of it.
-    """
-
-    padding = own = not_run = None
-
-    def __init__(self, module: Any, opened: Any) -> None:
-        self.module, self.pipeline = module, opened
-        self.settings, self.vision = self.pipeline.settings, self.pipeline.vision
-        self.tokenizer = self.pipeline.tokenizer
-
-    @property
-    def most_tokens(self) -> int:
-        return int(self.settings.max_length)
-
-    def prepare(self, prompt: str, images: Sequence[Path]) -> Inputs:
-        inputs: Inputs = self.pipeline.prepare(prompt, images)
-        return inputs
-
-    def tokens(self, inputs: Inputs, max_new_tokens: int, min_new_tokens: int = 0) -> Iterator[int]:
-        tokens: Iterator[int] = self.pipeline.generate(inputs, max_new_tokens, min_new_tokens)
-        return tokens
-
-    def text(self, tokens: Sequence[int]) -> str:
-        return str(self.pipeline.text(tokens))
-
-
-def _play(folder: Path, asked: bool) -> PipelinePlayer:
-    from builder.targets.clients import pipeline
-
-    module = _load_module(folder / PIPELINE) if asked else pipeline
-    return PipelinePlayer(module, module.Pipeline.load(folder))
-
-
-def _load_module(path: Path) -> Any:
-    """The module in `path`, without the compiled copy that an import would leave in the bundle."""
-    source = path.read_text(encoding="utf-8")
-    module = types.ModuleType("bundled_pipeline")
-    module.__file__ = str(path)
-    sys.modules[module.__name__] = module  # where its dataclasses look for their module
-    exec(compile(source, str(path), "exec"), module.__dict__)
-    return module
 
 
 NOTES = Notes(
@@ -115,19 +46,4 @@ NOTES = Notes(
     ),
 )
 
-RUNTIME = Runtime(
-    name="onnxruntime",
-    opset=18,
-    domains=frozenset({""}),
-    packed=False,
-    merges=False,
-    attentions=("eager",),
-    ports=plain_components,
-    module=plain_module,
-    passes=lambda graph, fused: PASSES[graph],
-    configs=_configs,
-    play=_play,
-    programs=_programs,
-    notes=NOTES,
-    further=image_preprocessor_graph,
-)
+PACKAGING = Packaging(configs=_configs, notes=NOTES, programs=_programs, further=image_preprocessor_graph)

@@ -10,20 +10,16 @@ builder/targets/clients/pipeline.py.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from builder.checkpoint.load import Checkpoint
-from builder.graph.ports import CONTRIB, plain_components
 from builder.targets.config_files import pipeline_settings, vision_processor
-from builder.targets.image_preprocessor import Array, Preprocess, image_preprocessor_graph
-from builder.targets.onnxruntime import PASSES, PipelinePlayer, plain_module
-from builder.targets.spec import Notes, Runtime
+from builder.targets.image_preprocessor import image_preprocessor_graph
+from builder.targets.spec import Notes, Packaging
 
 if TYPE_CHECKING:
-    from builder.targets.recipe_file import Recipe, Target
+    from builder.targets.recipe import Recipe, Target
 
 PROGRAMS = ("pipeline.py", "openvino_pipeline.py")
 
@@ -39,30 +35,6 @@ def _configs(checkpoint: Checkpoint, recipe: Recipe, target: Target) -> Mapping[
 def _programs() -> Mapping[str, str]:
     ours = Path(__file__).parent / "clients"
     return {name: (ours / name).read_text(encoding="utf-8") for name in PROGRAMS}
-
-
-def _play(folder: Path, asked: bool) -> PipelinePlayer:
-    from builder.targets.clients import openvino_pipeline, pipeline
-
-    return PipelinePlayer(pipeline, openvino_pipeline.load(folder))
-
-
-def _preprocessor(path: Path) -> Preprocess:
-    from builder.targets.clients.openvino_pipeline import Session
-
-    session = Session(path)
-
-    def run(picture: Array) -> tuple[Array, Array]:
-        pixels, grid = session.run(["pixel_values", "image_grid_thw"], {"image": picture})
-        return pixels, grid
-
-    return run
-
-
-def _needs() -> str | None:
-    if find_spec("openvino") is None:
-        return 'openvino is not installed: pip install "qwen3vl-onnx[openvino]"'
-    return None
 
 
 NOTES = Notes(
@@ -82,24 +54,4 @@ NOTES = Notes(
     ),
 )
 
-RUNTIME = Runtime(
-    name="openvino",
-    opset=18,
-    domains=frozenset({"", CONTRIB}),
-    packed=False,
-    merges=False,
-    attentions=("eager",),
-    ports=plain_components,
-    module=plain_module,
-    passes=lambda graph, fused: PASSES[graph],
-    configs=_configs,
-    play=_play,
-    programs=_programs,
-    notes=NOTES,
-    quantized=True,
-    further=image_preprocessor_graph,
-    preprocessor=_preprocessor,
-    levels=1.001,  # one level, and the last bits of float32
-    needs=_needs,
-    versions=lambda: {"openvino": version("openvino")} if _needs() is None else {},
-)
+PACKAGING = Packaging(configs=_configs, notes=NOTES, programs=_programs, further=image_preprocessor_graph)

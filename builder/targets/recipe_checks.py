@@ -9,13 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from builder.targets.graphs import GRAPHS
 from builder.targets.providers import check_provider
-from builder.targets.registry import TARGETS
+from builder.targets.registry import PACKAGING
 from builder.util.errors import RecipeError
 
 if TYPE_CHECKING:
-    from builder.targets.recipe_file import Recipe
-    from builder.targets.spec import Runtime
+    from builder.targets.recipe import Recipe
 
 
 def check_runnable(path: Path, recipe: Recipe) -> None:
@@ -39,25 +39,27 @@ def check_runnable(path: Path, recipe: Recipe) -> None:
             found="limits" if recipe.exact else "none",
             next="remove `limits`" if recipe.exact else "take those of a shipped recipe, or measure and set your own",
         )
-    runtimes = [TARGETS[target.runtime] for target in recipe.targets]
-    exact = [one.name for one in runtimes if not one.quantized]
+    names = [target.runtime for target in recipe.targets]
+    exact = [name for name in names if not GRAPHS[name].quantized]
     if recipe.rules and exact:
         raise RecipeError(
             f"recipe {path}: `rules` cannot be carried out for the target `{exact[0]}`",
-            expected=f"{_able(lambda one: one.quantized)}: the operators for quantized blocks are no standard ones",
-            found=", ".join(one.name for one in runtimes),
+            expected=f"{_able(lambda name: GRAPHS[name].quantized)}: "
+            "the operators for quantized blocks are not standard ones",
+            found=", ".join(names),
             next=f'remove "{exact[0]}" from `targets`, or `rules`',
         )
-    for one in runtimes:
-        if recipe.precision not in one.precisions or (recipe.provider != "cpu" and not one.provider):
-            provider = "" if one.provider else ", and its runtime chooses the provider"
+    for name in names:
+        precisions, chooses = GRAPHS[name].precisions, PACKAGING[name].provider
+        if recipe.precision not in precisions or (recipe.provider != "cpu" and not chooses):
+            provider = "" if chooses else ", and its runtime chooses the provider"
             raise RecipeError(
-                f"recipe {path}: the target `{one.name}` is built in {' or '.join(one.precisions)}{provider}",
-                expected=f'provider = "cpu", precision = "{one.precisions[0]}"',
+                f"recipe {path}: the target `{name}` is built in {' or '.join(precisions)}{provider}",
+                expected=f'provider = "cpu", precision = "{precisions[0]}"',
                 found=f"{recipe.provider}, {recipe.precision}",
-                next=_able(lambda one: recipe.precision in one.precisions and one.provider),
+                next=_able(lambda name: recipe.precision in GRAPHS[name].precisions and PACKAGING[name].provider),
             )
-    either = [one for one in recipe.targets if len(TARGETS[one.runtime].attentions) > 1]
+    either = [target for target in recipe.targets if len(GRAPHS[target.runtime].attentions) > 1]
     if not recipe.exact and any(target.attention == "eager" for target in either):
         raise RecipeError(
             f"recipe {path}: eager attention is built in fp32 only",
@@ -67,7 +69,7 @@ def check_runnable(path: Path, recipe: Recipe) -> None:
         )
 
 
-def _able(may: Callable[[Runtime], bool]) -> str:
+def _able(may: Callable[[str], bool]) -> str:
     """The line of a recipe with every target that may."""
-    names = ", ".join(f'"{one.name}"' for one in TARGETS.values() if may(one))
+    names = ", ".join(f'"{name}"' for name in GRAPHS if may(name))
     return f"targets = [{names}]"

@@ -7,10 +7,10 @@ names the file and the key; nothing in a recipe is ignored.
 
 from __future__ import annotations
 
-import difflib
+import json
 import tomllib
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,12 +19,12 @@ from pydantic.dataclasses import dataclass as checked
 
 from builder.quantization.blockwise import LARGEST, SMALLEST, Search
 from builder.quantization.rules import Activations, Rule, Store
+from builder.targets.graphs import GRAPHS
 from builder.targets.providers import Name, Precision
+from builder.targets.recipe import Attention, Limits, Recipe, Target
 from builder.targets.recipe_checks import check_runnable
-from builder.targets.registry import TARGETS
 from builder.util.errors import RecipeError
-
-Attention = Literal["eager", "fused"]
+from builder.util.spelling import nearest
 
 SHIPPED = Path(__file__).parents[1] / "recipes"
 DEFAULT = "fp32"
@@ -32,70 +32,12 @@ DEFAULT = "fp32"
 MAX_LENGTH = 4096
 
 
-@dataclass(frozen=True)
-class Target:
-    """One consuming runtime and the attention that its graphs use."""
-
-    runtime: str
-    attention: Attention
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a build that is not exact may lose against PyTorch in fp32; a gate for each (builder/verify/quality.py).
-
-    Args:
-        weight: largest relative error of a weight matrix.
-        kl_mean, kl_p99: KL divergence of the next token's distribution, in nats, over all positions that are compared.
-        same_top: least share of positions whose likeliest token is the same.
-        perplexity: largest ratio of perplexities on the shipped text.
-        task_lost: held-out cases that fp32 gets right and this may get wrong.
-        lead: largest lead, in logits, of PyTorch's own choice over a token that is generated in its place.
-    """
-
-    weight: float
-    kl_mean: float
-    kl_p99: float
-    same_top: float
-    perplexity: float
-    task_lost: int
-    lead: float
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What to build.
-
-    Args:
-        name: the recipe file's stem; part of the default output folder's name.
-        precision: of activations, and of the weights that no rule quantizes.
-        targets: in the order they were written; the first one's bundle is what `build` prints last.
-        max_length: tokens of prompt and answer together that a bundle's generation settings allow.
-        provider: onnxruntime's execution provider that the settings in a bundle start.
-        rules: see `builder.quantization.rules`.
-        limits: None where the artifact has to equal the model.
-    """
-
-    name: str
-    precision: Precision
-    targets: tuple[Target, ...]
-    max_length: int
-    provider: Name = "cpu"
-    rules: tuple[Rule, ...] = ()
-    limits: Limits | None = None
-
-    @property
-    def exact(self) -> bool:
-        """Whether the artifact has to equal the model to the last digits of fp32."""
-        return self.precision == "fp32" and not self.rules
-
-
 _STRICT = ConfigDict(extra="forbid")
 
 
 def _known(runtime: str) -> str:
-    if runtime not in TARGETS:
-        raise ValueError(f"Input should be one of: {', '.join(TARGETS)}")
+    if runtime not in GRAPHS:
+        raise ValueError(f"Input should be one of: {', '.join(GRAPHS)}")
     return runtime
 
 
@@ -163,7 +105,7 @@ def load_recipe(name_or_path: str | Path = DEFAULT) -> Recipe:
     document = _completed(path, _parsed(path))
     attention = document.get("attention")
     if isinstance(attention, str):
-        document = {**document, "attention": dict.fromkeys(TARGETS, attention)}
+        document = {**document, "attention": dict.fromkeys(GRAPHS, attention)}
     elif isinstance(attention, dict):
         _check_runtimes(path, attention)
     try:
@@ -184,11 +126,6 @@ def load_recipe(name_or_path: str | Path = DEFAULT) -> Recipe:
     )
     check_runnable(path, recipe)
     return recipe
-
-
-def nearest(word: str, among: Iterable[str]) -> str | None:
-    """The spelling among `among` that `word` was probably meant to be, or None."""
-    return next(iter(difflib.get_close_matches(word, list(among), n=1, cutoff=0.5)), None)
 
 
 def _located(name: str) -> Path:
@@ -257,8 +194,8 @@ def _unknown(path: Path, key: str, known: Iterable[str]) -> RecipeError:
 
 def _check_runtimes(path: Path, attention: Mapping[str, Any]) -> None:
     for runtime in attention:
-        if runtime not in TARGETS:
-            raise _unknown(path, f"attention.{runtime}", TARGETS)
+        if runtime not in GRAPHS:
+            raise _unknown(path, f"attention.{runtime}", GRAPHS)
 
 
 def _targets(path: Path, document: _Document, *, one_for_all: bool) -> tuple[Target, ...]:
@@ -275,7 +212,7 @@ def _targets(path: Path, document: _Document, *, one_for_all: bool) -> tuple[Tar
             next=f'add "{unused[0]}" to `targets`, or remove `attention.{unused[0]}`',
         )
     for runtime in runtimes:
-        able = TARGETS[runtime].attentions
+        able = GRAPHS[runtime].attentions
         if asked.get(runtime, able[0]) not in able:
             raise RecipeError(
                 f"recipe {path}: {asked[runtime]} attention is no choice for the target `{runtime}`",
@@ -283,4 +220,19 @@ def _targets(path: Path, document: _Document, *, one_for_all: bool) -> tuple[Tar
                 found=asked[runtime],
                 next='write a table instead: attention = { genai = "fused" }',
             )
-    return tuple(Target(runtime, asked.get(runtime, TARGETS[runtime].attentions[0])) for runtime in runtimes)
+    return tuple(Target(runtime, asked.get(runtime, GRAPHS[runtime].attentions[0])) for runtime in runtimes)
+
+
+def as_toml(recipe: Recipe, remark: str) -> str:
+    """The recipe as a file that `load_recipe` reads; `remark` is its first comment."""
+    targets = [target.runtime for target in recipe.targets]
+    lines = [f"# {line}" for line in remark.splitlines()]
+    lines += [f"{key} = {json.dumps(getattr(recipe, key))}" for key in ("precision", "provider", "max_length")]
+    lines.append(f"targets = {json.dumps(targets)}")
+    defaults = {one.name: one.default for one in fields(Rule)}
+    for rule in recipe.rules:
+        set_here = {key: value for key, value in asdict(rule).items() if value != defaults[key]}
+        lines += ["", "[[rules]]", *(f"{key} = {json.dumps(value)}" for key, value in set_here.items())]
+    if recipe.limits is not None:
+        lines += ["", "[limits]", *(f"{key} = {json.dumps(value)}" for key, value in asdict(recipe.limits).items())]
+    return "\n".join(lines) + "\n"

@@ -1,10 +1,13 @@
-"""The runtimes that artifacts are built for: one module each, one table here."""
+"""How the bundle of each target is packaged, by the target's name."""
 
 from __future__ import annotations
 
 from builder.targets import genai, onnxruntime, openvino, transformersjs
-from builder.targets.spec import Runtime
+from builder.targets.spec import Packaging
 
-TARGETS: dict[str, Runtime] = {
-    runtime.name: runtime for runtime in (genai.RUNTIME, onnxruntime.RUNTIME, openvino.RUNTIME, transformersjs.RUNTIME)
+PACKAGING: dict[str, Packaging] = {
+    "genai": genai.PACKAGING,
+    "onnxruntime": onnxruntime.PACKAGING,
+    "openvino": openvino.PACKAGING,
+    "transformersjs": transformersjs.PACKAGING,
 }

@@ -13,17 +13,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from builder.checkpoint.load import Checkpoint
-from builder.graph.ports import CONTRIB, DECODER, EMBEDDINGS, PACKED_FEATURES, VISION, components, packed_components
+from builder.checkpoint.parts import DECODER, EMBEDDINGS, VISION
+from builder.graph.ports import ROLES
 from builder.targets.config_files import as_json, eos_token_ids, pipeline_settings, vision_processor
 from builder.targets.image_preprocessor import image_preprocessor_graph
-from builder.targets.runners.node import LIBRARY, PINNED_LIBRARY, missing, versions
-from builder.targets.spec import Notes, Place, Runtime
+from builder.targets.runners.node import LIBRARY, PINNED_LIBRARY
+from builder.targets.spec import Notes, Packaging, Place
 
 if TYPE_CHECKING:
-    from builder.targets.recipe_file import Recipe, Target
-    from builder.targets.runners.transformersjs import TransformersJs
+    from builder.targets.recipe import Recipe, Target
 
-NAME, OPSET = "transformersjs", 18
+NAME = "transformersjs"
 STEMS = {VISION: "vision_encoder", EMBEDDINGS: "embed_tokens", DECODER: "decoder_model_merged"}
 SUFFIXES = {"fp32": "", "fp16": "_fp16", "q8": "_quantized", "q4": "_q4", "q4f16": "_q4f16"}
 DEMO = Path(__file__).parent / "clients" / "demo"
@@ -43,31 +43,6 @@ def layout(graph: str, recipe: Recipe) -> Place:
     """Where the library looks."""
     path = f"onnx/{STEMS.get(graph, graph)}{SUFFIXES[dtype(recipe)] if graph in STEMS else ''}.onnx"
     return Place(path, f"{path}_data")
-
-
-def ports(checkpoint: Checkpoint) -> Any:
-    return packed_components(checkpoint, merges=False, batch="batch_size")
-
-
-def _passes(graph: str, fused: bool) -> tuple[str, ...]:
-    if graph == VISION:
-        return ("simplify", f"lower_segment_attention_{'fused' if fused else 'eager'}")
-    if graph == EMBEDDINGS:
-        return ()
-    return ("simplify", "gemm_head", "fold_weight_transposes", "fuse_rms_norm", "fuse_skip_rms_norm")
-
-
-def _module(checkpoint: Checkpoint, model: Any, graph: str, fused: bool) -> Any:
-    from builder.graph import modules
-
-    levels = len(checkpoint.vision.deepstack)
-    if graph == VISION:
-        return modules.VisionEncoder(model, packed=True)
-    if graph == EMBEDDINGS:
-        return modules.PaddedEmbeddings(model, levels)
-    # Without a picture the library (4.3.1) puts the tokens of an answer at three times the prompt's length, where they
-    # belong behind its last token.
-    return modules.TextDecoder(model, levels, packed=True, fused=fused, bounded=True)
 
 
 def _configs(checkpoint: Checkpoint, recipe: Recipe, target: Target) -> Mapping[str, str]:
@@ -102,7 +77,7 @@ def config(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, Any]:
         "num_key_value_heads": text.kv_heads,
         "head_dim": text.head_dim,
     }
-    stems = [STEMS[one.name] for one in components(checkpoint, NAME)]
+    stems = [STEMS[role] for role in ROLES]
     return {
         **given,
         "image_token_id": checkpoint.image_token_id,
@@ -134,15 +109,6 @@ def preprocessor_config(checkpoint: Checkpoint) -> dict[str, Any]:
         "processor_class": "Qwen3VLProcessor",
         "image_processor_type": "Qwen2VLImageProcessor",
     }
-
-
-def _play(folder: Path, asked: bool) -> TransformersJs:
-    from builder.targets.runners.transformersjs import TransformersJs
-
-    bundle = TransformersJs(folder)
-    if asked:
-        bundle.load()  # now, so that a broken bundle is told from a broken question
-    return bundle
 
 
 NOTES = Notes(
@@ -177,26 +143,10 @@ await model.generate({ ...inputs, max_new_tokens: 64, do_sample: false, streamer
     language="javascript",
 )
 
-RUNTIME = Runtime(
-    name=NAME,
-    opset=OPSET,
-    domains=frozenset({"", CONTRIB}),
-    packed=True,
-    merges=False,
-    attentions=("fused", "eager"),
-    ports=ports,
-    module=_module,
-    passes=_passes,
+PACKAGING = Packaging(
     configs=_configs,
-    play=_play,
     notes=NOTES,
-    precisions=("fp32", "fp16"),
-    wide_ports=frozenset({"inputs_embeds", PACKED_FEATURES}),
-    quantized=True,
-    layout=layout,
     programs=_programs,
+    layout=layout,
     further=image_preprocessor_graph,
-    apart=True,
-    needs=missing,
-    versions=versions,
 )

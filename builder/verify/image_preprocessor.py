@@ -20,7 +20,7 @@ from builder.bundle.layout import graph_files
 from builder.reference.model import Reference
 from builder.targets.clients import pipeline
 from builder.targets.image_preprocessor import NAME, Preprocess, in_onnxruntime
-from builder.targets.registry import TARGETS
+from builder.targets.runners.registry import RUNTIMES
 from builder.verify.report.gates import Gate, attempted
 
 Array = npt.NDArray[Any]
@@ -76,10 +76,10 @@ def compared(
     path: Path, target: str, expected: Preprocess, std: Sequence[float], sizes: Sequence[Size] = SIZES
 ) -> list[Gate]:
     """Where the target's runtime is not here, the graph is run in ONNX Runtime, where nothing may differ."""
-    runtime = TARGETS[target]
-    here = runtime.needs() is None
+    runtime = RUNTIMES[target]
+    here = runtime.missing() is None
     run = runtime.preprocessor(path) if here else in_onnxruntime(path)
-    limit = runtime.levels if here else 0.0
+    limit = runtime.tolerance if here else 0.0
     return [picture_gate(size, run, expected, std, limit) for size in sizes]
 
 

@@ -17,27 +17,25 @@ from pathlib import Path
 import numpy as np
 
 from builder.bundle.layout import data_files
-from builder.cli.estimate_table import size
 from builder.reference.cases import SUITE, Case, Suite, read_cases, shipped_cases
 from builder.reference.model import Reference
 from builder.reference.trace_cache import traced
-from builder.stages.engine.estimate import VERIFY_MEMORY
 from builder.targets.clients.pipeline import load_tokenizer, prepare, read_image_settings, read_settings
 from builder.targets.config_files import eos_token_ids
-from builder.targets.registry import TARGETS
-from builder.targets.runners.protocol import open_player
+from builder.targets.runners.registry import RUNTIMES, open_runner
 from builder.util import peak_memory
 from builder.util.errors import CasesError
 from builder.util.progress import progress
+from builder.util.units import size
 from builder.verify.graphs.per_layer import Asked, SlicedGraphs
 from builder.verify.image_preprocessor import preprocessor_gates
+from builder.verify.memory_budget import SLICE, VERIFY_MEMORY
 from builder.verify.report.exhibits import collecting, show_case
 from builder.verify.report.gates import Gate, Report, attempted
 from builder.verify.tokens import TIE, Ties, counted, input_gates
 
 CASES = ("text", "one picture", "wide, tall")
 TOKENS = 16
-SLICE = 10**9  # bytes of weights in one slice, if the memory allows as much
 TWICE = 2  # a slice's peak over its weights: ONNX Runtime packs some while it still holds those that it read
 RUNNING = 1.25  # a whole bundle's peak over its data files (2B: 9.9 GB over 8.5 GB)
 
@@ -90,7 +88,7 @@ def verify_sliced(
         advance()
     versions = {name: version(name) for name in ("torch", "transformers", "onnxruntime", "numpy")}
     facts: dict[str, object] = {
-        "versions": versions | dict(TARGETS[target].versions()),
+        "versions": versions | dict(RUNTIMES[target].versions()),
         "peak_rss": max(graphs.peak, peak_memory.peak_rss() or 0),
         "cases": [one.name for one in asked],
     }
@@ -144,7 +142,7 @@ def _tokens(
     limit: int,
 ) -> tuple[list[Gate], dict[str, str]]:
     """Greedy tokens of the bundle's own runtime, each of which PyTorch must give after those before it."""
-    if why := TARGETS[target].needs():
+    if why := RUNTIMES[target].missing():
         return [], {"tokens": why}
     needed = VERIFY_MEMORY + round(RUNNING * sum(file.stat().st_size for file in data_files(folder)))
     if needed > limit:
@@ -198,12 +196,12 @@ def _logit_error(gates: Sequence[Gate], one: Asked) -> float:
 
 def _played(folder: Path, target: str, cases: Sequence[Case]) -> list[tuple[int, ...] | str]:
     """Tokens of each case, or what the runtime said instead; in a process of its own."""
-    player = open_player(folder, target)
+    runner = open_runner(folder, target)
     rows: list[tuple[int, ...] | str] = []
     for case in cases:
         try:
-            inputs = player.prepare(case.prompt, case.images)
-            rows.append(tuple(player.tokens(inputs, TOKENS, TOKENS)))
+            inputs = runner.prepare(case.prompt, case.images)
+            rows.append(tuple(runner.tokens(inputs, TOKENS, TOKENS)))
         except Exception as error:  # each runtime throws errors of its own for what its graphs cannot take
             rows.append(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
     return rows

@@ -18,18 +18,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from builder.reference.cases import SUITE, Case, Suite
+from builder.reference.cases import LARGEST, SUITE, Case, Suite
 from builder.reference.model import Prompt, Reference
 from builder.targets.config_files import eos_token_ids
-from builder.targets.recipe_file import Limits
-from builder.targets.runners.protocol import Player, open_player
+from builder.targets.recipe import Limits
+from builder.targets.runners.protocol import Runner
+from builder.targets.runners.registry import open_runner
+from builder.util.statistics import kl_divergence, log_softmax
 from builder.verify.graphs.all_logits import forced, shipped_graphs
 from builder.verify.graphs.sessions import Graphs
 from builder.verify.report.gates import Gate
 
 PROSE = SUITE / "prose.txt"
 ANSWER = 16  # tokens of an answer that is made to be compared
-LARGEST = 2500  # patches: a case of ten thousand costs minutes and adds the few positions of its question
 
 Array = npt.NDArray[Any]
 
@@ -60,13 +61,13 @@ class Sides:
 
     graphs: Graphs
     outputs: Sequence[str]
-    player: Player
+    runner: Runner
     reference: Reference
 
     @classmethod
     def open(cls, folder: Path, target: str, reference: Reference) -> Sides:
         graphs, outputs = shipped_graphs(folder, target, reference.checkpoint.text.hidden)
-        return cls(graphs, outputs, open_player(folder, target), reference)
+        return cls(graphs, outputs, open_runner(folder, target), reference)
 
     def forced(self, prompt: Prompt, answer: Sequence[int]) -> tuple[Array, list[Array]]:
         """The bundle's logits [seq, vocab], and its residual streams, [seq, H] each."""
@@ -94,7 +95,7 @@ def quality_gates(
     facts["positions"], facts["drift"] = positions, [float(x) for x in np.mean([one.drift for one in compared], axis=0)]
     yield from _position_gates(positions, limits)
     worst = max((one for one in compared if one.case in suite.cases), key=lambda one: one.lead)
-    played = sides.player.not_run is None
+    played = sides.runner.not_run is None
     if played:
         facts["largest lead"] = worst.lead
         yield Gate("generated tokens", f"{worst.case.name}, PyTorch's lead", worst.lead, limits.lead, worst.detail)
@@ -115,20 +116,12 @@ def joined(compared: Sequence[Compared]) -> dict[str, float | int]:
     }
 
 
-def log_softmax(logits: Array) -> Array:
-    """Over the last axis, in fp64."""
-    wide = logits.astype(np.float64)
-    wide -= wide.max(-1, keepdims=True)
-    result: Array = wide - np.log(np.exp(wide).sum(-1, keepdims=True))
-    return result
-
-
 def _compared(case: Case, prompt: Prompt, sides: Sides) -> Compared:
     """The bundle answers in its own runtime (PyTorch, where that is not here); both sides are given that answer."""
     reference, free = sides.reference, case.answer is not None
-    if sides.player.not_run is None:
-        inputs = sides.player.prepare(case.prompt, case.images)
-        tokens = tuple(sides.player.tokens(inputs, ANSWER, 0 if free else ANSWER))
+    if sides.runner.not_run is None:
+        inputs = sides.runner.prepare(case.prompt, case.images)
+        tokens = tuple(sides.runner.tokens(inputs, ANSWER, 0 if free else ANSWER))
     else:
         tokens = reference.generate(prompt, ANSWER, 0 if free else ANSWER).tokens
     ids = prompt.input_ids[0]
@@ -147,7 +140,7 @@ def _compared(case: Case, prompt: Prompt, sides: Sides) -> Compared:
     return Compared(
         case,
         tokens,
-        kl=np.maximum((np.exp(p) * (p - q)).sum(1), 0),
+        kl=kl_divergence(p, q),
         same=q.argmax(1) == p.argmax(1),
         drift=[float(np.linalg.norm(a - b[0]) / np.linalg.norm(b[0])) for a, b in pairs],
         lead=float(leads[at]),
@@ -164,7 +157,7 @@ def _position_gates(found: dict[str, float | int], limits: Limits) -> Iterator[G
 
 def _perplexity(sides: Sides, limits: Limits, facts: dict[str, Any]) -> Gate:
     """On a text of the suite: exp of the mean negative log likelihood, the bundle's over PyTorch's."""
-    ids = np.asarray(sides.player.tokenizer.encode(PROSE.read_text(encoding="utf-8")).ids, np.int64)[None]
+    ids = np.asarray(sides.runner.tokenizer.encode(PROSE.read_text(encoding="utf-8")).ids, np.int64)[None]
     line = np.arange(ids.shape[1], dtype=np.int64)
     prompt = Prompt(ids, None, None, np.broadcast_to(line, (3, *ids.shape)).copy())
     got, _ = sides.forced(prompt, ())
@@ -180,7 +173,7 @@ def _task(compared: Sequence[Compared], sides: Sides, limits: Limits, facts: dic
     lost, score = [], {"PyTorch": 0, "ONNX": 0}
     for one in compared:
         case, reference = one.case, sides.reference
-        got = want = sides.player.text(one.tokens)
+        got = want = sides.runner.text(one.tokens)
         if one.lead > 0:  # else every token is PyTorch's own
             want = reference.text(reference.generate(reference.prepare(case.prompt, case.images), ANSWER).tokens)
         score["PyTorch"] += want == case.answer

@@ -20,8 +20,8 @@ from builder.bundle.dequantize import WeightError, write_dequantized
 from builder.checkpoint.load import Checkpoint, open_checkpoint
 from builder.reference.cases import Case, Suite
 from builder.reference.model import Reference
-from builder.targets.recipe_file import Limits
-from builder.targets.registry import TARGETS
+from builder.targets.recipe import Limits
+from builder.targets.runners.registry import RUNTIMES
 from builder.util.errors import BundleError
 from builder.verify.graphs.fp32_copy import write_for_cpu, write_twins
 from builder.verify.quality import quality_gates
@@ -35,7 +35,7 @@ NO_BF16 = "onnxruntime's CPU provider has no bf16 MatMul: this bundle was checke
 
 @dataclass(frozen=True)
 class Terms:
-    """What a bundle promises: see `builder.targets.recipe_file.Recipe`."""
+    """What a bundle promises: see `builder.targets.recipe.Recipe`."""
 
     precision: str
     provider: str
@@ -100,7 +100,7 @@ def verify_lossy(
 
 def _not_run(terms: Terms, target: str) -> dict[str, str]:
     """What this machine cannot show."""
-    why = TARGETS[target].needs()
+    why = RUNTIMES[target].missing()
     found = {} if terms.precision != "bf16" else dict.fromkeys(("KL divergence", "generated tokens"), NO_BF16)
     found = (dict.fromkeys(("generated tokens", "task"), why) if why else {}) | found
     if terms.provider != "cpu":

@@ -17,7 +17,7 @@ import numpy as np
 from builder.reference.cases import TOKENS, Case
 from builder.reference.model import Answer, Prompt, Reference
 from builder.targets.clients.pipeline import Inputs
-from builder.targets.runners.protocol import OwnProcessor, Player
+from builder.targets.runners.protocol import OwnProcessor, Runner
 from builder.util.errors import BuildError
 from builder.verify.report.exhibits import show_answers, show_pixels
 from builder.verify.report.gates import Gate, exact, uncomputed
@@ -66,7 +66,7 @@ def input_gates(name: str, inputs: Inputs, prompt: Prompt) -> list[Gate]:
 
 
 def token_gates(
-    case: Case, prompt: Prompt, player: Player, reference: Reference, logit_error: float, tokens: int = TOKENS
+    case: Case, prompt: Prompt, runner: Runner, reference: Reference, logit_error: float, tokens: int = TOKENS
 ) -> tuple[list[Gate], Ties]:
     """Greedy tokens from the picture files on, and from the runtime's own processor where it has one.
 
@@ -77,13 +77,13 @@ def token_gates(
     gates: list[Gate] = []
     ties: list[str] = []
     ways = []
-    if player.not_run is not None:
+    if runner.not_run is not None:
         return [], Ties(0, ())
     tokens = min(tokens, case.tokens)
     if "tokens" in case.checks:
-        ways.append(("tokens", partial(file_gates, case, prompt, player, reference, logit_error, tokens)))
-    if player.own is not None and case.images and "runtime" in case.checks and takes(player.own, case):
-        own = partial(runtime_gates, case, prompt, player, player.own, reference, logit_error, tokens)
+        ways.append(("tokens", partial(file_gates, case, prompt, runner, reference, logit_error, tokens)))
+    if runner.own is not None and case.images and "runtime" in case.checks and takes(runner.own, case):
+        own = partial(runtime_gates, case, prompt, runner, runner.own, reference, logit_error, tokens)
         ways.append(("tokens of the runtime's pixels", own))
     for place, way in ways:
         try:
@@ -102,16 +102,16 @@ def takes(own: OwnProcessor, case: Case) -> bool:
 
 
 def file_gates(
-    case: Case, prompt: Prompt, player: Player, reference: Reference, logit_error: float, tokens: int
+    case: Case, prompt: Prompt, runner: Runner, reference: Reference, logit_error: float, tokens: int
 ) -> tuple[list[Gate], list[str]]:
     """Our own preprocessing, as `builder run` does it."""
     want = reference.generate(prompt, tokens, tokens)
-    again = answer_from(player, player.prepare(case.prompt, case.images), want)
+    again = answer_from(runner, runner.prepare(case.prompt, case.images), want)
 
     def play(given: int) -> list[int]:
         got = again(given)
         if not given:
-            show_answers(player.text(got), reference.text(want.tokens))
+            show_answers(runner.text(got), reference.text(want.tokens))
         return got
 
     gate, ties = compare(f"{case.name}, {tokens} tokens", play, want, logit_error)
@@ -121,7 +121,7 @@ def file_gates(
 def runtime_gates(
     case: Case,
     prompt: Prompt,
-    player: Player,
+    runner: Runner,
     own: OwnProcessor,
     reference: Reference,
     logit_error: float,
@@ -148,7 +148,7 @@ def runtime_gates(
     fed = reference.with_pixels(case.prompt, len(case.images), inputs.pixel_values, inputs.image_grid_thw)
     gates.append(exact("token ids", f"{case.name}, runtime's tokenizer", inputs.input_ids, fed.input_ids))
     want = reference.generate(fed, tokens, tokens)
-    again = answer_from(player, inputs, want)
+    again = answer_from(runner, inputs, want)
 
     def play(given: int) -> list[int]:
         return again(given) if given else list(own.tokens_of(tensors, inputs.input_ids.shape[1], tokens, tokens))
@@ -157,12 +157,12 @@ def runtime_gates(
     return [*gates, replace(gate, place="tokens of the runtime's pixels")], ties
 
 
-def answer_from(player: Player, inputs: Inputs, want: Answer) -> Callable[[int], list[int]]:
+def answer_from(runner: Runner, inputs: Inputs, want: Answer) -> Callable[[int], list[int]]:
     """Plays the rest of an answer of which the first `given` tokens are the reference's."""
 
     def play(given: int) -> list[int]:
         left = len(want.tokens) - given
-        return list(player.tokens(extended(inputs, want.tokens[:given]), left, left))
+        return list(runner.tokens(extended(inputs, want.tokens[:given]), left, left))
 
     return play
 

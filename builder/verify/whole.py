@@ -7,22 +7,18 @@ failing gate says where a difference began; a gate that cannot be computed fails
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
 
 from builder.bundle.layout import MANIFEST, check_bundle, own_evidence
 from builder.checkpoint.load import Checkpoint, open_checkpoint
-from builder.graph.external_data import DIGESTS
-from builder.quantization.activation_ranges import MAGNITUDES
 from builder.reference.cases import Case, Suite, whole_suite
 from builder.reference.model import Prompt, Reference
-from builder.stages.engine.estimate import verify_mode
-from builder.targets.registry import TARGETS
-from builder.targets.runners.protocol import OwnProcessor, Player, check_target, open_player
+from builder.targets.graphs import GRAPHS
+from builder.targets.runners.protocol import OwnProcessor, Runner
+from builder.targets.runners.registry import RUNTIMES, check_target, open_runner
 from builder.util import machine
 from builder.util.errors import VerificationError
 from builder.util.json_files import read_json
@@ -31,37 +27,16 @@ from builder.verify.graphs.per_graph import batch_gates, geometry_gates, graph_g
 from builder.verify.graphs.sessions import Graphs
 from builder.verify.image_preprocessor import preprocessor_gates
 from builder.verify.layerwise import for_slices, verify_sliced
+from builder.verify.memory_budget import verify_mode
 from builder.verify.quantized import Terms, verify_lossy
-from builder.verify.report.context import of_build, of_bundle
+from builder.verify.report.context import of_bundle
 from builder.verify.report.exhibits import collecting, show_answers, show_case
 from builder.verify.report.gates import Gate, Report, attempted
 from builder.verify.report.write import write
 from builder.verify.tokens import Ties, counted, input_gates, takes, token_gates
 
-if TYPE_CHECKING:
-    from builder.stages.engine.build import Build
-
 STORE = "reference"
 RUNNING = ("torch", "transformers", "onnxruntime", "onnxruntime-genai", "tokenizers", "pillow", "numpy")
-
-
-def run(build: Build, out: Path) -> Mapping[str, object]:
-    """Verifies every target; the report of one that fails stays in the stage's `.part` folder for reading."""
-    facts: dict[str, object] = {}
-    recipe = build.recipe
-    terms = None if recipe.limits is None else Terms(recipe.precision, recipe.provider, recipe.limits)
-    compared = comparison(build.checkpoint, build.memory, build.output / STORE, terms=terms)
-    tables = []
-    for target in build.recipe.targets:
-        report = compared(build.folder("configure") / target.runtime, target.runtime)
-        if magnitudes := read_json(build.folder("quantize") / DIGESTS).get(MAGNITUDES):
-            report = replace(report, facts={**report.facts, MAGNITUDES: magnitudes})
-        write(report, out / target.runtime, of_build(build, target.runtime))
-        if not report.ok:
-            raise failed(report, out / target.runtime)
-        facts[target.runtime] = {"verdict": report.verdict, "gates": len(report.gates), **report.facts}
-        tables.append(report.table())
-    return {**facts, "report": "\n\n".join(tables)}
 
 
 def comparison(
@@ -160,7 +135,7 @@ def verify(
             whole = whole_suite(checkpoint, Path(drawn))
             return verify(folder, target, reference, whole, until_failure=until_failure)
     gates: list[Gate] = []
-    versions = {name: version(name) for name in RUNNING} | dict(TARGETS[target].versions())
+    versions = {name: version(name) for name in RUNNING} | dict(RUNTIMES[target].versions())
     facts: dict[str, object] = {"versions": versions}
     total = 2 * len(suite.cases) + len(suite.tasks) + 1
     with progress(f"verify {target}", total) as advance, collecting(checkpoint.vision) as exhibits:
@@ -180,14 +155,14 @@ def _compared(
     advance: Callable[[], None],
 ) -> Iterator[list[Gate]]:
     """The gates of each comparison: inputs of every case, layers of one, then graph by graph and case by case."""
-    player = open_player(folder, target)
-    facts |= {"not checked": unchecked(suite), "not asked": unasked(suite, player.own)}
+    runner = open_runner(folder, target)
+    facts |= {"not checked": unchecked(suite), "not asked": unasked(suite, runner.own)}
     asked: list[tuple[Case, Prompt]] = []
     for case in suite.cases:
         show_case(case.name, case.prompt, case.images)
         asked.append((case, reference.prepare(case.prompt, case.images, lifted=case.lifted)))
         if "inputs" in case.checks:
-            yield attempted("token ids", case.name, _input_gates, *asked[-1], player)
+            yield attempted("token ids", case.name, _input_gates, *asked[-1], runner)
         advance()
     yield preprocessor_gates(folder, target, reference)
     # Before the sessions of whole graphs are there, so that no more than one slice is held beside PyTorch.
@@ -196,7 +171,7 @@ def _compared(
     for case, prompt in asked:
         if case == located:
             yield from layer_gates(folder, target, reference, case.name, prompt, case.limit)
-    graphs = Graphs.load(folder, TARGETS[target].packed, reference.checkpoint.text.hidden)
+    graphs = Graphs.load(folder, GRAPHS[target].packed, reference.checkpoint.text.hidden)
     yield attempted("image features", "grids", geometry_gates, graphs, reference)
     yield attempted("decoder prefill", "batch of two", batch_gates, graphs, reference)
     advance()
@@ -207,22 +182,22 @@ def _compared(
         yield computed
         if case != located and not all(gate.ok for gate in computed):
             yield from layer_gates(folder, target, reference, case.name, prompt, case.limit)
-        played, near = token_gates(case, prompt, player, reference, logit_error, suite.tokens)
+        played, near = token_gates(case, prompt, runner, reference, logit_error, suite.tokens)
         yield played
         answered.append((played, near))
         advance()
-    if player.not_run is not None:
+    if runner.not_run is not None:
         return
     facts["tokens"] = counted(answered)
     found = tuple(one for _, near in answered for one in near.found)
     yield [Ties(sum(near.compared for _, near in answered), found).gate(allowed=not suite.tasks)]
     if suite.tasks:
-        yield attempted("task", "held-out answers", task_gates, suite.tasks, player, reference, facts, advance)
+        yield attempted("task", "held-out answers", task_gates, suite.tasks, runner, reference, facts, advance)
 
 
 def unplayed(target: str, tasks: bool) -> dict[str, str]:
     """Place → why it was not compared, where the runtime cannot be played on this machine."""
-    why = TARGETS[target].needs()
+    why = RUNTIMES[target].missing()
     return dict.fromkeys(("tokens", "task") if tasks else ("tokens",), why) if why else {}
 
 
@@ -239,19 +214,19 @@ def unasked(suite: Suite, own: OwnProcessor | None) -> dict[str, str]:
     return {case.name: why for case in suite.cases if "runtime" in case.checks and not takes(own, case)}
 
 
-def _input_gates(case: Case, prompt: Prompt, player: Player) -> list[Gate]:
-    return input_gates(case.name, player.prepare(case.prompt, case.images), prompt)
+def _input_gates(case: Case, prompt: Prompt, runner: Runner) -> list[Gate]:
+    return input_gates(case.name, runner.prepare(case.prompt, case.images), prompt)
 
 
 def task_gates(
-    cases: Sequence[Case], player: Player, reference: Reference, facts: dict[str, object], advance: Callable[[], None]
+    cases: Sequence[Case], runner: Runner, reference: Reference, facts: dict[str, object], advance: Callable[[], None]
 ) -> list[Gate]:
     """The text of every held-out answer, right or wrong, must be PyTorch's."""
     different, score = [], {"PyTorch": 0, "ONNX": 0}
     for case in cases:
         show_case(case.name, case.prompt, case.images, kind="task", expected=case.answer)
         want = reference.text(reference.generate(reference.prepare(case.prompt, case.images), 16).tokens)
-        got = player.text(tuple(player.tokens(player.prepare(case.prompt, case.images), 16)))
+        got = runner.text(tuple(runner.tokens(runner.prepare(case.prompt, case.images), 16)))
         show_answers(got, want)
         score["PyTorch"] += want == case.answer
         score["ONNX"] += got == case.answer

@@ -14,7 +14,7 @@ from cyclonedx.validation.json import JsonStrictValidator
 from builder.bundle.bom import bom
 from builder.bundle.model_card import limits
 from builder.checkpoint.license import SPDX, Licence
-from builder.targets.registry import TARGETS
+from builder.targets.registry import PACKAGING
 from tests.helpers.manifests import COMMIT, manifest
 
 APACHE = Licence("apache-2.0", files=("LICENSE",))
@@ -69,7 +69,7 @@ def test_it_is_the_same_for_the_same_manifest_and_has_no_time() -> None:
     assert uuid.UUID(one["serialNumber"].removeprefix("urn:uuid:")).version == 5
 
 
-@pytest.mark.parametrize("target", [*TARGETS, "another"])
+@pytest.mark.parametrize("target", [*PACKAGING, "another"])
 def test_each_target_and_a_local_checkpoint_keep_to_the_schema(target: str) -> None:
     found = document(Licence(), target=target, checkpoint={"repository": None, "revision": None})
     assert "licenses" not in found["metadata"]["component"]

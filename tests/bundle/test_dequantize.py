@@ -18,9 +18,9 @@ from safetensors.numpy import load_file
 
 from builder.bundle.dequantize import WeightError, write_dequantized
 from builder.checkpoint.load import Checkpoint, open_checkpoint
+from builder.checkpoint.parts import DECODER, EMBEDDINGS, VISION
 from builder.checkpoint.tensors import EMBEDDINGS as EMBEDDING_MATRIX
 from builder.checkpoint.tensors import LM_HEAD
-from builder.graph.ports import DECODER, EMBEDDINGS, VISION
 from builder.quantization.blockwise import Blocks, dequantize, quantize
 from builder.quantization.packing import packed_parts
 from builder.util.errors import BundleError

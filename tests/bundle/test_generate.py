@@ -14,7 +14,7 @@ from builder.bundle.generate import answer, open_bundle
 from builder.checkpoint.load import open_checkpoint
 from builder.reference.cases import SUITE
 from builder.targets.clients import pipeline
-from builder.targets.registry import TARGETS
+from builder.targets.graphs import GRAPHS
 from builder.util.errors import BundleError, ImageError, MissingPackageError, PromptError
 from tests.helpers.checkpoints import MINIATURE
 from tests.helpers.toy_graphs import Toy, toy
@@ -108,7 +108,7 @@ def test_a_folder_that_is_no_bundle_is_named(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text('{"target": "coreml"}')
     with pytest.raises(BundleError, match="cannot be run here") as caught:
         ask(tmp_path)
-    assert (caught.value.expected, caught.value.found) == (" or ".join(TARGETS), "coreml")
+    assert (caught.value.expected, caught.value.found) == (" or ".join(GRAPHS), "coreml")
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)

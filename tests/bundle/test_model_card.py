@@ -16,7 +16,7 @@ import yaml
 
 from builder.bundle.model_card import limits, metadata, model_card, notes
 from builder.checkpoint.license import Licence, read_licence
-from builder.targets.registry import TARGETS
+from builder.targets.registry import PACKAGING
 from tests.helpers.checkpoints import MINIATURE
 from tests.helpers.manifests import COMMIT, manifest
 
@@ -74,7 +74,7 @@ def test_a_licence_is_told_and_none_is_not_guessed() -> None:
     assert "does not say under which licence" in model_card(manifest(), Licence())
 
 
-@pytest.mark.parametrize("target", [*TARGETS, "a runtime nobody has written about"])
+@pytest.mark.parametrize("target", [*PACKAGING, "a runtime nobody has written about"])
 def test_every_target_has_a_card_with_its_limits(target: str) -> None:
     text = model_card(manifest(target=target), APACHE)
     for limit in limits(manifest(target=target)):

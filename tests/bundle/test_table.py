@@ -10,7 +10,8 @@ from typer.testing import CliRunner
 
 from builder.bundle import table
 from builder.cli.app import app
-from builder.targets.registry import TARGETS
+from builder.targets.registry import PACKAGING
+from builder.targets.runners.registry import RUNTIMES
 from builder.util.errors import BundleError
 from builder.verify.report.context import Context
 from builder.verify.report.exhibits import Exhibit
@@ -106,12 +107,12 @@ def test_tokens_are_counted_up_to_the_first_that_differs() -> None:
 @pytest.mark.slow
 @pytest.mark.torch
 def test_one_command_makes_a_bundle_for_every_runtime_each_proven_in_its_own(tmp_path: Path) -> None:
-    for runtime in TARGETS.values():
-        require(runtime.needs())
+    for runtime in RUNTIMES.values():
+        require(runtime.missing())
     done = python("-m", "builder", "build", "--recipe", "fp32-everywhere", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "outputs/miniature-fp32-everywhere/evidence/bundles.json").read_text())
-    assert [row["target"] for row in rows] == list(TARGETS)
+    assert [row["target"] for row in rows] == list(PACKAGING)
     for row in rows:
         assert row["equal"] == row["tokens"] > 500, row
         assert row["task"] == rows[0]["task"], row

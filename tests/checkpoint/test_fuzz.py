@@ -24,11 +24,12 @@ from builder.checkpoint.chat_template import split_template
 from builder.checkpoint.load import open_checkpoint
 from builder.cli.app import app
 from builder.stages.engine.dry_run import described
-from builder.stages.engine.estimate import graph_bytes, verify_memory
+from builder.stages.engine.estimate import graph_bytes
 from builder.targets.config_files import pipeline_settings, vision_processor
 from builder.targets.genai import genai_config
 from builder.targets.recipe_file import load_recipe
 from builder.util.errors import BuildError, PromptError
+from builder.verify.memory_budget import verify_memory
 from tests.helpers import hostile
 from tests.helpers.checkpoints import write_checkpoint
 from tests.helpers.edits import Change, both, remove, write

@@ -13,7 +13,8 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 
-from builder.stages.fetch import fetched, identity, parse_source, resolve
+from builder.checkpoint.fingerprint import fetched, identity, resolve
+from builder.checkpoint.source import parse_source
 from builder.util.errors import BuildError, CheckpointError, DownloadError, UnsafeError, UnsupportedError
 from tests.helpers.hub_server import HubServer, Repository
 from tests.stages.test_fetch import SHARD, fetch_into, sha256
@@ -211,7 +212,10 @@ def test_refused_before_a_weight_is_fetched(
 def test_endpoint_and_cache_are_those_of_the_environment(
     hub: HubServer, repository: Repository, tmp_path: Path
 ) -> None:
-    code = "import sys; from builder.stages.fetch import *; print(resolve(parse_source(sys.argv[1])))"
+    code = (
+        "import sys; from builder.checkpoint.fingerprint import *; from builder.checkpoint.source import *; "
+        "print(resolve(parse_source(sys.argv[1])))"
+    )
     environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_CACHE": str(tmp_path / "other")}
     command = [sys.executable, "-c", code, REPO]
     found = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout

@@ -213,9 +213,9 @@ def test_a_wrong_command_line_is_a_usage_error(arguments: list[str], said: str) 
 
 def module(monkeypatch: pytest.MonkeyPatch, name: str, **content: object) -> None:
     """A stand-in for a stage's module, so that what the command line makes of its answer shows alone."""
-    stand_in = ModuleType(f"builder.{name}")
+    stand_in = ModuleType(name)
     vars(stand_in).update(content)
-    monkeypatch.setitem(sys.modules, f"builder.{name}", stand_in)
+    monkeypatch.setitem(sys.modules, name, stand_in)
 
 
 class Report:
@@ -240,7 +240,7 @@ def test_verify_exits_by_the_gates(monkeypatch: pytest.MonkeyPatch, ok: bool, co
     def failed(report: Report, folder: Path) -> VerificationError:
         return VerificationError("first difference: image features", next=f"read {folder}")
 
-    module(monkeypatch, "verify", verify_bundle=verify_bundle, failed=failed)
+    module(monkeypatch, "builder.verify.whole", verify_bundle=verify_bundle, failed=failed)
     plain = invoke("verify", "there", "--reference", MINIATURE)
     assert plain.exit_code == code
     assert plain.stdout == "vision  1e-6 [ok]\n"
@@ -266,7 +266,7 @@ def test_run_streams_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
         for word in (prompt, str(images[-1]), str(max_new_tokens)):
             on_text(f"{word} ")
 
-    module(monkeypatch, "run", answer=answer)
+    module(monkeypatch, "builder.bundle.generate", answer=answer)
     question = ["run", "there", "--prompt", "What?", "--image", "a.png", "--image", "b.png"]
     assert invoke(*question).stdout == "What? b.png 256 \n"
     payload = json.loads(invoke(*question, "--max-new-tokens", "7", "--json").stdout)
@@ -289,7 +289,7 @@ def test_each_kind_of_failure_has_its_code(
     def answer(*given: object, **named: object) -> None:
         raise error
 
-    module(monkeypatch, "run", answer=answer)
+    module(monkeypatch, "builder.bundle.generate", answer=answer)
     result = invoke("run", "there", "--prompt", "What?")
     assert result.exit_code == code
     assert said in result.stderr

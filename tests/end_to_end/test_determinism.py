@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from builder.targets.recipe_file import Target, load_recipe
+from builder.targets.recipe import Target
+from builder.targets.recipe_file import load_recipe
 from ci.environments import environment
 from tests.conftest import Built
 from tests.helpers.processes import ROOT, artifacts, checkout, python

@@ -20,7 +20,7 @@ PICTURE = MINIATURE.parent / "heldout" / "pic002.png"
 PAGES = ("regenerate", "pipeline", "verify-in-ci", "troubleshooting", "ship")
 BLOCK = re.compile(r"^```(?P<kind>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
 NAMED = re.compile(r"(?:\S+/|--recipe |builder (?=publish))([\w-]+(?:\.sh)?)(?:$| \")", re.MULTILINE)
-RUN_ELSEWHERE = re.compile(r"`(tests/\w+\.py)`:?\s*$")
+RUN_ELSEWHERE = re.compile(r"`(tests/[\w/]+\.py)`:?\s*$")
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ import pytest
 from builder.checkpoint.load import open_checkpoint
 from builder.reference.cases import Suite, shipped_cases
 from builder.reference.model import Reference
-from builder.targets.recipe_file import Target, load_recipe
+from builder.targets.recipe import Target
+from builder.targets.recipe_file import load_recipe
 from builder.verify.report.gates import Report
 from builder.verify.whole import verify
 from tests.conftest import Built

@@ -15,7 +15,8 @@ from builder.checkpoint.load import Checkpoint, open_checkpoint
 from builder.checkpoint.source import parse_source
 from builder.stages.engine.build import Build
 from builder.stages.engine.execute import execute
-from builder.targets.recipe_file import Target, load_recipe
+from builder.targets.recipe import Target
+from builder.targets.recipe_file import load_recipe
 from builder.verify.graphs.sessions import Graphs, Past, merged
 from tests.helpers.checkpoints import write_checkpoint
 from tests.helpers.random_models import Array, Computed, architecture, compared, drawn_input, wanted
@@ -35,13 +36,12 @@ class Modules:
     """The modules that are traced, under their patches, in eager PyTorch; `Computed` of one target."""
 
     def __init__(self, reference: Reference, target: Target) -> None:
-        from builder.targets.registry import TARGETS as RUNTIMES
+        from builder.targets.graphs import module
 
         self.torch, self.checkpoint = reference.torch, reference.checkpoint
         self.packed, self.hidden = target.runtime == "genai", reference.checkpoint.text.hidden
-        make, fused = RUNTIMES[target.runtime].module, target.attention == "fused"
         names = ("vision_encoder", "embeddings", "model")
-        self.parts = [make(reference.checkpoint, reference.model, name, fused) for name in names]
+        self.parts = [module(reference.checkpoint, reference.model, name, target) for name in names]
 
     def vision(self, pixels: Array, grid: Array) -> tuple[Array, list[Array]]:
         found = self._call(0, pixels, grid)

@@ -15,7 +15,7 @@ import pytest
 from onnx import TensorProto
 
 from builder.checkpoint.load import open_checkpoint
-from builder.graph.ports import DECODER, EMBEDDINGS, VISION
+from builder.checkpoint.parts import DECODER, EMBEDDINGS, VISION
 from builder.reference.cases import whole_suite
 from builder.reference.model import Reference
 from builder.targets.recipe_file import load_recipe, shipped

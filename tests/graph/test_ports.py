@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from builder.checkpoint.load import Checkpoint, open_checkpoint
-from builder.graph.ports import Component, Port, components, packed_width, past_ports, patch_width, present_ports
+from builder.graph.ports import Component, Port, packed_width, past_ports, patch_width, present_ports
+from builder.targets.graphs import components
 
 Facts = dict[str, tuple[int | str, ...]]
 PIXELS: Facts = {"pixel_values": ("patches", 1536), "image_grid_thw": ("images", 3)}

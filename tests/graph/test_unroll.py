@@ -13,10 +13,12 @@ import pytest
 
 from builder.checkpoint.load import open_checkpoint
 from builder.graph.binding import BoundGraph, bind
-from builder.graph.ports import RESIDUAL, Component, Port, components
+from builder.graph.ports import RESIDUAL, Component, Port
 from builder.graph.unroll import LAYER, Kinds, shortened, unroll
+from builder.reference.meta_model import empty_model
 from builder.stages import export
-from builder.targets.recipe_file import Target
+from builder.targets.graphs import components
+from builder.targets.recipe import Target
 from builder.util.errors import PassError
 from patches import patches_for
 from patches.registry import applied
@@ -72,7 +74,7 @@ def computed(graph: BoundGraph) -> dict[str, str]:
 )
 def test_repeated_layers_are_traced_layers(checkpoint: Callable[[str], Path], shape: str, target: Target) -> None:
     opened = open_checkpoint(MINIATURE if shape == "miniature" else checkpoint(shape))
-    few, whole = export.empty_model(shortened(opened)), export.empty_model(opened)
+    few, whole = empty_model(shortened(opened)), empty_model(opened)
     with applied(patches_for(target.attention)):
         for component in components(opened, target.runtime):
             got = export.export(opened, few, target, component)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from builder.targets.registry import TARGETS
+from builder.targets.runners.registry import RUNTIMES
 
 ROOT = Path(__file__).parents[2]
 NODE_EXAMPLE = ROOT / "examples" / "node"
@@ -29,7 +29,7 @@ def require(missing: str | None) -> None:
 
 
 def require_openvino() -> None:
-    require(TARGETS["openvino"].needs())
+    require(RUNTIMES["openvino"].missing())
 
 
 def require_node() -> str:

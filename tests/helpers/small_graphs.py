@@ -16,7 +16,7 @@ import onnx_ir as ir
 import onnxruntime
 
 from builder.graph.binding import Binding, BoundGraph, bind
-from builder.stages.optimize import operator
+from builder.graph.naming import operator
 
 Array = npt.NDArray[Any]
 Weights = Mapping[str, Array]

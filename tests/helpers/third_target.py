@@ -13,21 +13,26 @@ from typing import Any
 
 import numpy as np
 import onnx
+import pytest
 from onnx import TensorProto, helper
 
+from builder.checkpoint.fingerprint import FETCHED, NOTICES
 from builder.checkpoint.load import Checkpoint
+from builder.checkpoint.parts import DECODER, EMBEDDINGS, VISION
 from builder.graph.external_data import DIGESTS
-from builder.graph.ports import DECODER, EMBEDDINGS, VISION, packed_components
 from builder.stages import bundle, configure
-from builder.stages.fetch import FETCHED, NOTICES
+from builder.targets import graphs, registry
 from builder.targets.clients import pipeline
 from builder.targets.clients.pipeline import Inputs
 from builder.targets.config_files import pipeline_settings, vision_processor
-from builder.targets.recipe_file import Recipe, Target
-from builder.targets.runners.protocol import Unplayed
-from builder.targets.spec import Notes, Place, Runtime
+from builder.targets.graphs import Graphs
+from builder.targets.recipe import Recipe, Target
+from builder.targets.runners import registry as runners
+from builder.targets.runners.protocol import SettingsRunner
+from builder.targets.runners.registry import Runtime
+from builder.targets.spec import Notes, Packaging, Place
 from builder.util.files import sha256
-from builder.verify.graphs.sessions import Graphs
+from builder.verify.graphs import sessions
 from builder.verify.report.context import Context
 from builder.verify.report.gates import Gate, Report
 from builder.verify.report.write import write
@@ -45,16 +50,12 @@ def layout(graph: str, recipe: Recipe) -> Place:
     return Place(path, f"{path}_data")
 
 
-def ports(checkpoint: Checkpoint) -> Any:
-    return packed_components(checkpoint, merges=False, batch="batch_size")
-
-
-class Third(Unplayed):
+class Third(SettingsRunner):
     """Greedy, in plain sessions."""
 
     def __init__(self, folder: Path) -> None:
-        super().__init__(folder, None)
-        self.graphs = Graphs.load(folder, True, self.settings.hidden)
+        super().__init__(folder)
+        self.graphs = sessions.Graphs.load(folder, True, self.settings.hidden)
 
     def tokens(self, inputs: Inputs, max_new_tokens: int, min_new_tokens: int = 0) -> Iterator[int]:
         s, graphs = self.settings, self.graphs
@@ -81,27 +82,35 @@ def further(checkpoint: Checkpoint, recipe: Recipe) -> Mapping[str, onnx.ModelPr
     return {EXTRA: helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)}
 
 
-RUNTIME = Runtime(
-    name=NAME,
-    opset=18,
+GRAPHS = Graphs(
+    attentions=("eager",),
     domains=frozenset({""}),
     packed=True,
-    merges=False,
-    attentions=("eager",),
-    ports=ports,
-    module=lambda checkpoint, model, graph, fused: None,
-    passes=lambda graph, fused: (),
+    batch="batch_size",
+    precisions=("fp32", "fp16"),
+)
+
+PACKAGING = Packaging(
     configs=lambda checkpoint, recipe, target: {
         "vision_processor.json": vision_processor(checkpoint),
         "pipeline.json": pipeline_settings(checkpoint, recipe.max_length),
     },
-    play=lambda folder, asked: Third(folder),
     notes=Notes("third.js", ("third",), ("third ask .",), ("It is not there.",)),
-    precisions=("fp32", "fp16"),
     layout=layout,
     further=further,
+)
+
+RUNTIME = Runtime(
+    open=lambda folder, trusted: Third(folder),
     versions=lambda: {"third": "3.0"},
 )
+
+
+def registered(patch: pytest.MonkeyPatch) -> None:
+    """In the three tables, as long as `patch` holds."""
+    patch.setitem(graphs.GRAPHS, NAME, GRAPHS)
+    patch.setitem(registry.PACKAGING, NAME, PACKAGING)
+    patch.setitem(runners.RUNTIMES, NAME, RUNTIME)
 
 
 def built(toy: Toy, folder: Path) -> Path:

@@ -18,10 +18,11 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from builder.checkpoint.load import Checkpoint
-from builder.graph.ports import Component, Port, components, packed_width
+from builder.graph.ports import Component, Port, packed_width
 from builder.targets import registry
 from builder.targets.clients.pipeline import Inputs
-from builder.targets.recipe_file import Recipe, Target
+from builder.targets.graphs import GRAPHS, components
+from builder.targets.recipe import Recipe, Target
 
 Array = npt.NDArray[Any]
 TYPES = {"float32": TensorProto.FLOAT, "int64": TensorProto.INT64}
@@ -89,7 +90,7 @@ class Toy:
         for name, graph in self.graphs(runtime).items():
             onnx.save(graph, folder / f"{name}.onnx")
         recipe = Recipe("toy", "fp32", (Target(runtime, "eager"),), 512)
-        configs = registry.TARGETS[runtime].configs(self.checkpoint, recipe, recipe.targets[0])
+        configs = registry.PACKAGING[runtime].configs(self.checkpoint, recipe, recipe.targets[0])
         (folder / "manifest.json").write_text(f'{{"target": "{runtime}"}}')
         for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
             (folder / file).write_bytes((self.checkpoint.folder / file).read_bytes())
@@ -99,7 +100,7 @@ class Toy:
 
     def graphs(self, runtime: str) -> dict[str, onnx.ModelProto]:
         """By role."""
-        asked = registry.TARGETS[runtime]
+        asked = GRAPHS[runtime]
         vision, embeddings, model = components(self.checkpoint, runtime)
         return {
             vision.name: self._vision(vision, asked.packed),

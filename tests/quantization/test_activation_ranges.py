@@ -14,8 +14,8 @@ import onnxruntime
 import pytest
 
 from builder.checkpoint.load import open_checkpoint
+from builder.checkpoint.parts import DECODER, VISION
 from builder.checkpoint.source import parse_source
-from builder.graph.ports import DECODER, VISION
 from builder.quantization import activation_ranges as module
 from builder.quantization.activation_ranges import LARGEST, MARGIN, Range, activation_ranges, wide_layers
 from builder.reference.cases import shipped_cases

@@ -17,6 +17,7 @@ from builder.bundle.dequantize import write_dequantized
 from builder.checkpoint.load import Checkpoint, open_checkpoint
 from builder.checkpoint.safetensors import index_tensors
 from builder.graph.binding import BoundGraph
+from builder.graph.data_files import fill
 from builder.graph.passes.quantize_weights import quantize_weights
 from builder.quantization.blockwise import Blocks, dequantize
 from builder.quantization.blockwise import quantize as quantize_rows
@@ -58,7 +59,7 @@ def storages(source: Checkpoint) -> dict[str, Storage]:
 @pytest.fixture
 def written(tmp_path: Path, source: Checkpoint) -> Path:
     path = tmp_path / "out" / "vision_encoder.onnx"
-    quantize.fill([{path: quantize.stored(path, graph(), "fp32", storages(source))}], source)
+    fill([{path: quantize.stored(path, graph(), "fp32", storages(source))}], source)
     return path
 
 

@@ -9,10 +9,10 @@ import pytest
 
 from builder.checkpoint.load import Checkpoint, open_checkpoint
 from builder.checkpoint.tensors import EMBEDDINGS
-from builder.quantization.mixed_precision import as_toml, chosen, stored_bytes, with_more_bits
+from builder.quantization.mixed_precision import chosen, stored_bytes, with_more_bits
 from builder.quantization.rules import Rule, resolve
 from builder.quantization.sensitivity import Group, Sensitivity, groups
-from builder.targets.recipe_file import load_recipe, shipped
+from builder.targets.recipe_file import as_toml, load_recipe, shipped
 from tests.helpers.checkpoints import MINIATURE
 
 LAYER = "model.language_model.layers.2."
@@ -62,7 +62,10 @@ def test_more_bits_are_rules_in_front_of_the_recipes_own(checkpoint: Checkpoint,
     base = load_recipe("int4")
     more = [Group((f"{LAYER}mlp.down_proj.weight",), 1)]
     path = tmp_path / "mine.toml"
-    path.write_text(as_toml(with_more_bits(checkpoint, base, more), "int4, and more.\nTwice."), encoding="utf-8")
+    path.write_text(
+        as_toml(replace(base, rules=with_more_bits(checkpoint, base.rules, more)), "int4, and more.\nTwice."),
+        encoding="utf-8",
+    )
     assert path.read_text(encoding="utf-8").startswith("# int4, and more.\n# Twice.\n")
     recipe = load_recipe(path)
     assert recipe.rules == (Rule((f"{LAYER}mlp.down_proj.weight",), "int8", 64, search="gptq"), *base.rules)
@@ -73,9 +76,9 @@ def test_more_bits_are_rules_in_front_of_the_recipes_own(checkpoint: Checkpoint,
 def test_a_rule_that_has_nothing_left_to_decide_is_left_out(checkpoint: Checkpoint) -> None:
     base = load_recipe("int4")
     head = Group((EMBEDDINGS,), 1)
-    recipe = with_more_bits(checkpoint, base, [head])
-    assert len(recipe.rules) == len(base.rules)
-    assert resolve(recipe.rules, checkpoint.tensors)[EMBEDDINGS].blocks.bits == 8
+    rules = with_more_bits(checkpoint, base.rules, [head])
+    assert len(rules) == len(base.rules)
+    assert resolve(rules, checkpoint.tensors)[EMBEDDINGS].blocks.bits == 8
 
 
 @pytest.mark.parametrize("name", [name for name in shipped() if name.startswith("int")])
@@ -89,5 +92,4 @@ def test_every_recipe_reads_as_it_is_written(name: str, tmp_path: Path) -> None:
 def test_the_bytes_of_a_recipe_are_those_of_its_levels_and_scales(checkpoint: Checkpoint) -> None:
     table = checkpoint.tensors[EMBEDDINGS].shape
     rules = (Rule((EMBEDDINGS,), "int4", 32),)
-    recipe = replace(load_recipe("int4"), rules=rules)
-    assert stored_bytes(checkpoint, recipe) == table[0] * table[1] * 5 // 8
+    assert stored_bytes(checkpoint, rules) == table[0] * table[1] * 5 // 8

@@ -13,13 +13,12 @@ from typer.testing import CliRunner
 
 from builder.checkpoint.load import open_checkpoint
 from builder.cli.app import app
-from builder.reference.case_file import CHECKS, read_file
+from builder.reference.case_file import CHECKS, FP32, read_file
 from builder.reference.cases import PICTURES, SUITE, Case, Suite, placed, read_cases, shipped_cases, whole_suite
 from builder.reference.synthetic_images import Limits
 from builder.targets.clients.pipeline import ImageSettings, target_size
 from builder.util.errors import CasesError
 from builder.verify import whole
-from builder.verify.report.gates import FP32
 from tests.helpers.checkpoints import MINIATURE
 
 if TYPE_CHECKING:

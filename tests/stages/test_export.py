@@ -9,10 +9,11 @@ import pytest
 
 from builder.checkpoint.load import Checkpoint, open_checkpoint
 from builder.graph.binding import BoundGraph, load, save
-from builder.graph.ports import components
+from builder.reference.meta_model import empty_model
 from builder.stages import export
 from builder.stages.optimize import optimize
-from builder.targets.recipe_file import Target
+from builder.targets.graphs import components
+from builder.targets.recipe import Target
 from builder.util.errors import WeightError
 from patches import patches_for
 from patches.registry import applied
@@ -41,7 +42,7 @@ def graphs(checkpoint: Checkpoint) -> dict[Target, dict[str, BoundGraph]]:
 
 
 def traced(checkpoint: Checkpoint, target: Target) -> dict[str, BoundGraph]:
-    model = export.empty_model(checkpoint)
+    model = empty_model(checkpoint)
     with applied(patches_for(target.attention)):
         return {
             component.name: export.export(checkpoint, model, target, component)

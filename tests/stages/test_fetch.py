@@ -15,8 +15,10 @@ from typing import Any
 
 import pytest
 
+from builder.checkpoint.fingerprint import fetched, identity, resolve
+from builder.checkpoint.source import Source, parse_source
 from builder.stages.engine.build import Build
-from builder.stages.fetch import Source, check_unchanged, fetched, identity, parse_source, resolve, run
+from builder.stages.fetch import check_unchanged, run
 from builder.targets.recipe_file import load_recipe
 from builder.util.errors import CheckpointError
 
@@ -157,7 +159,7 @@ def test_rehash_sees_bytes_rather_than_times(sharded: Path) -> None:
     assert identity(source) == quick
     # Within one process a file of the same size and time is hashed once.
     code = (
-        "import sys; from builder.stages.fetch import *; "
+        "import sys; from builder.checkpoint.fingerprint import *; from builder.checkpoint.source import *; "
         "print(identity(parse_source(sys.argv[1]), rehash=True)[sys.argv[2]])"
     )
     command = [sys.executable, "-c", code, str(sharded), SHARD]

@@ -9,8 +9,8 @@ from builder.checkpoint.tensors import LM_HEAD
 from builder.graph.binding import BoundGraph
 from builder.graph.passes.registry import PASSES
 from builder.stages.optimize import optimize
-from builder.targets.recipe_file import Target
-from builder.targets.registry import TARGETS
+from builder.targets.graphs import GRAPHS, passes
+from builder.targets.recipe import Target
 from builder.util.errors import PassError
 from tests.graph.passes.test_gemm_head import bound_to
 from tests.helpers.small_graphs import bound_graph, drawn, operators, run
@@ -51,10 +51,10 @@ def decoder(text: str = LAYER, *domains: str) -> BoundGraph:
 
 
 def test_every_target_lists_passes_that_exist() -> None:
-    for runtime in TARGETS.values():
-        for name in ("vision_encoder", "embeddings", "model"):
-            for fused in (False, True):
-                assert set(runtime.passes(name, fused)) <= set(PASSES)
+    for name, graphs in GRAPHS.items():
+        for graph in ("vision_encoder", "embeddings", "model"):
+            for attention in graphs.attentions:
+                assert set(passes(graph, Target(name, attention))) <= set(PASSES)
 
 
 def test_the_passes_of_a_decoder_in_a_row() -> None:

@@ -15,7 +15,8 @@ import pytest
 import patches as own
 from builder.stages import patch as stage
 from builder.stages.engine.build import Build
-from builder.targets.recipe_file import Attention, Target, load_recipe
+from builder.targets.recipe import Attention, Target
+from builder.targets.recipe_file import load_recipe
 from builder.util.errors import OutputError, PatchError
 from patches import verified
 from patches.registry import Patch, digest

@@ -21,14 +21,15 @@ from builder.checkpoint.safetensors import index_tensors
 from builder.checkpoint.source import parse_source
 from builder.checkpoint.tensors import EMBEDDINGS, LM_HEAD
 from builder.graph.binding import Binding, BoundGraph, bind, save
+from builder.graph.data_files import data_path, fill
 from builder.graph.external_data import DIGESTS, DataFile, padded
 from builder.graph.passes.fold_weight_transposes import fold_weight_transposes
 from builder.graph.passes.gemm_head import gemm_head
 from builder.graph.passes.result import Outcome
-from builder.graph.ports import components
 from builder.stages import fetch, quantize
 from builder.stages.engine.build import Build
-from builder.targets.recipe_file import Recipe, Target
+from builder.targets.graphs import components
+from builder.targets.recipe import Recipe, Target
 from builder.util.errors import CheckpointError, WeightError
 from builder.util.files import sha256
 from tests.checkpoint.test_shard_reader import rewritten
@@ -86,7 +87,7 @@ def read_back(path: Path) -> dict[str, Array]:
 def filled(source: Checkpoint, *targets: Mapping[Path, Sequence[Binding]]) -> Mapping[Path, DataFile]:
     """The data files of targets whose graphs hand out these bindings."""
     graphs = [{path: weights_as_outputs(bindings) for path, bindings in target.items()} for target in targets]
-    return quantize.fill(graphs, source)[0]
+    return fill(graphs, source)[0]
 
 
 def test_onnxruntime_reads_the_checkpoints_numbers(source: Checkpoint, tmp_path: Path) -> None:
@@ -104,12 +105,12 @@ def test_onnxruntime_reads_the_checkpoints_numbers(source: Checkpoint, tmp_path:
         np.testing.assert_array_equal(got[name], array.astype(np.float32))
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"model.onnx", "model.onnx.data"}
     assert {data: one.sha256 for data, one in files.items()} == {
-        quantize.data_path(path): sha256(tmp_path / "out" / "model.onnx.data")
+        data_path(path): sha256(tmp_path / "out" / "model.onnx.data")
     }
 
 
 def test_every_file_that_is_read_has_its_digest(source: Checkpoint, tmp_path: Path) -> None:
-    _, shards = quantize.fill([{tmp_path / "model.onnx": weights_as_outputs(BINDINGS[:1])}], source)
+    _, shards = fill([{tmp_path / "model.onnx": weights_as_outputs(BINDINGS[:1])}], source)
     assert shards == {"model.safetensors": sha256(source.folder / "model.safetensors")}
 
 
@@ -129,7 +130,7 @@ def test_equal_data_of_two_targets_is_one_file(source: Checkpoint, tmp_path: Pat
     renamed = [replace(binding, initializer=f"model.{name}") for name, binding in zip(names, BINDINGS, strict=True)]
     first, second = (tmp_path / runtime / "model.onnx" for runtime in ("genai", "onnxruntime"))
     files = filled(source, {first: BINDINGS}, {second: renamed})
-    one, two = map(quantize.data_path, (first, second))
+    one, two = map(data_path, (first, second))
     assert os.path.samefile(one, two)
     assert files[one] == files[two]
     before, after = read_back(first), read_back(second)
@@ -149,7 +150,7 @@ def test_other_data_of_another_target_is_a_file_of_its_own(
 ) -> None:
     one, two = tmp_path / "one" / "model.onnx", tmp_path / "two" / "model.onnx"
     filled(source, {one: BINDINGS}, {two: (changed, *BINDINGS[1:])})
-    assert not os.path.samefile(quantize.data_path(one), quantize.data_path(two))
+    assert not os.path.samefile(data_path(one), data_path(two))
     want = TENSORS[changed.tensor].astype(np.float32)
     np.testing.assert_array_equal(read_back(two)["a_out"], want.T if changed.transpose else want)
     np.testing.assert_array_equal(read_back(one)["a_out"], TENSORS["plain"].astype(np.float32))
@@ -199,7 +200,7 @@ def test_a_tied_head_lies_on_the_disk_once(
         "model.onnx": write(decoder).graph,
     }
     out = tmp_path / "out"
-    quantize.fill([{out / name: graph for name, graph in graphs.items()}], opened)
+    fill([{out / name: graph for name, graph in graphs.items()}], opened)
     assert {path.name for path in out.glob("*.data")} == files
     assert sum(path.stat().st_size for path in out.glob("*.data")) == len(files) * padded(table.nbytes)
     lookup, decode = (onnxruntime.InferenceSession(str(out / name)) for name in graphs)

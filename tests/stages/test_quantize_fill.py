@@ -16,6 +16,7 @@ from builder.checkpoint.load import Checkpoint, open_checkpoint
 from builder.checkpoint.safetensors import index_tensors
 from builder.checkpoint.tensors import EMBEDDINGS
 from builder.graph.binding import BoundGraph
+from builder.graph.data_files import fill
 from builder.graph.external_data import padded
 from builder.quantization.blockwise import dequantize
 from builder.quantization.blockwise import quantize as quantize_rows
@@ -83,7 +84,7 @@ def written(folder: Path, source: Checkpoint, storages: Mapping[str, Storage], p
     stored = {
         path: quantize.stored(path, bound, precision, storages, frozenset()) for path, bound in graphs(folder).items()
     }
-    files, _ = quantize.fill([stored], source)
+    files, _ = fill([stored], source)
     return {path.name: one for path, one in files.items()}
 
 

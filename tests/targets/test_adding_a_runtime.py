@@ -7,11 +7,13 @@ from dataclasses import fields
 
 import pytest
 
-from builder.targets.spec import Runtime
+from builder.targets.graphs import Graphs
+from builder.targets.runners.registry import Runtime
+from builder.targets.spec import Packaging
 from tests.helpers.processes import ROOT
 
 PAGE = (ROOT / "docs" / "adding-a-runtime.md").read_text(encoding="utf-8")
-QUOTED = (ROOT / "tests" / "third_target.py").read_text(encoding="utf-8")
+QUOTED = (ROOT / "tests" / "helpers" / "third_target.py").read_text(encoding="utf-8")
 CODE = re.findall(r"^```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
 
 
@@ -26,7 +28,7 @@ def test_what_it_quotes_is_what_the_tests_run(code: str) -> None:
 
 def test_it_names_every_field() -> None:
     words = set(re.findall(r"\w+", PAGE))
-    assert {one.name for one in fields(Runtime)} <= words
+    assert {one.name for value in (Graphs, Packaging, Runtime) for one in fields(value)} <= words
 
 
 def test_the_files_that_it_names_are_there() -> None:

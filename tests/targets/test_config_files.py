@@ -13,8 +13,9 @@ import pytest
 from builder.checkpoint.chat_template import token_text
 from builder.checkpoint.load import open_checkpoint
 from builder.targets.genai import genai_config
-from builder.targets.recipe_file import Recipe, Target, load_recipe
-from builder.targets.registry import TARGETS
+from builder.targets.recipe import Recipe, Target
+from builder.targets.recipe_file import load_recipe
+from builder.targets.registry import PACKAGING
 from tests.helpers.checkpoints import SHAPES, write_checkpoint, write_shape
 
 GENAI, PLAIN = Target("genai", "fused"), Target("onnxruntime", "eager")
@@ -101,7 +102,7 @@ def test_image_settings_are_the_checkpoints(target: Target, tmp_path: Path) -> N
     folder = write_checkpoint(tmp_path / "c")
     size = {"shortest_edge": 5000, "longest_edge": 70000}
     edited(folder, "preprocessor_config.json", image_mean=[0.1, 0.2, 0], image_std=[1, 0.5, 0.25], size=size)
-    text = TARGETS[target.runtime].configs(open_checkpoint(folder), RECIPE, target)["vision_processor.json"]
+    text = PACKAGING[target.runtime].configs(open_checkpoint(folder), RECIPE, target)["vision_processor.json"]
     steps = [entry["operation"] for entry in json.loads(text)["processor"]["transforms"]]
     attributes = {step["name"]: step.get("attrs", {}) for step in steps}
     assert attributes["resize"]["min_pixels"] == 5000
@@ -114,6 +115,6 @@ def test_image_settings_are_the_checkpoints(target: Target, tmp_path: Path) -> N
 
 def test_only_the_plain_target_carries_the_pipeline(miniature: Path) -> None:
     checkpoint = open_checkpoint(miniature)
-    plain = TARGETS["onnxruntime"].configs(checkpoint, RECIPE, PLAIN)
+    plain = PACKAGING["onnxruntime"].configs(checkpoint, RECIPE, PLAIN)
     assert "import onnxruntime" in plain["pipeline.py"]
-    assert "pipeline.py" not in TARGETS["genai"].configs(checkpoint, RECIPE, GENAI)
+    assert "pipeline.py" not in PACKAGING["genai"].configs(checkpoint, RECIPE, GENAI)

@@ -9,7 +9,8 @@ import pytest
 
 from builder.quantization.rules import Rule
 from builder.stages.engine.cache_key import plain
-from builder.targets.recipe_file import SHIPPED, Limits, load_recipe, shipped
+from builder.targets.recipe import Limits
+from builder.targets.recipe_file import SHIPPED, load_recipe, shipped
 from builder.util.errors import RecipeError
 
 LIMITS = "[limits]\n" + "\n".join(

@@ -19,11 +19,11 @@ from builder.bundle.layout import data_files, graph_files
 from builder.bundle.model_card import notes
 from builder.bundle.pack import pack
 from builder.checkpoint.load import open_checkpoint
-from builder.graph.ports import DECODER, EMBEDDINGS, VISION, components
+from builder.checkpoint.parts import DECODER, EMBEDDINGS, VISION
 from builder.reference.cases import SUITE
+from builder.targets.graphs import GRAPHS, components
 from builder.targets.recipe_file import load_recipe
-from builder.targets.registry import TARGETS
-from builder.targets.runners.protocol import open_player
+from builder.targets.runners.registry import RUNTIMES, open_runner
 from builder.util.errors import BuildError, BundleError, MissingPackageError, RecipeError, UnsafeError
 from builder.verify.graphs.fp32_copy import write_twins
 from builder.verify.graphs.sessions import Graphs
@@ -47,13 +47,13 @@ def model() -> Toy:
 
 @pytest.fixture(autouse=True)
 def third(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(TARGETS, NAME, RUNTIME)
+    third_target.registered(monkeypatch)
 
 
 @pytest.fixture(scope="module")
 def made(model: Toy, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(TARGETS, NAME, RUNTIME)
+        third_target.registered(patch)
         return third_target.built(model, tmp_path_factory.mktemp("third"))
 
 
@@ -103,7 +103,7 @@ def test_it_is_checked_packed_and_equal_to_itself(made: Path, tmp_path: Path) ->
     assert check(taken).target == NAME
     assert diff(made, taken).equal
     assert "third ask ." in (made / "README.md").read_text()
-    assert notes(NAME) == RUNTIME.notes
+    assert notes(NAME) == third_target.PACKAGING.notes
 
 
 @pytest.mark.parametrize("images", [[], ["sixteen.png"], ["wide.png", "tall.png"]], ids=str)
@@ -171,9 +171,9 @@ def test_two_graphs_of_one_role_are_refused(bundle: Path) -> None:
 
 def test_a_runtime_that_is_not_here_is_not_run_and_says_why(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     why = "Node.js is not installed"
-    monkeypatch.setitem(TARGETS, NAME, replace(RUNTIME, needs=lambda: why))
+    monkeypatch.setitem(RUNTIMES, NAME, replace(RUNTIME, missing=lambda: why))
     assert unplayed(NAME, tasks=True) == {"tokens": why, "task": why}
-    player = open_player(made, NAME)
+    player = open_runner(made, NAME)
     assert player.not_run == why
     assert player.prepare("What is it?", []).input_ids.size
     with pytest.raises(MissingPackageError) as caught:
@@ -199,9 +199,9 @@ def test_a_recipe_may_name_it_within_what_it_takes(tmp_path: Path) -> None:
         load_recipe(file)
 
 
-@pytest.mark.parametrize("name", [*TARGETS, NAME])
+@pytest.mark.parametrize("name", [*GRAPHS, NAME])
 def test_a_target_says_of_its_ports_what_they_are(name: str) -> None:
     vision, embeddings, _ = components(open_checkpoint(MINIATURE), name)
-    runtime = TARGETS[name]
-    assert vision.outputs[0].name == runtime.features
-    assert runtime.merges == any(port.name == runtime.features for port in embeddings.inputs)
+    graphs = GRAPHS[name]
+    assert vision.outputs[0].name == graphs.features
+    assert graphs.merges == any(port.name == graphs.features for port in embeddings.inputs)

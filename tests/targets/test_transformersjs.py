@@ -11,15 +11,17 @@ from pathlib import Path
 import pytest
 
 from builder.checkpoint.load import open_checkpoint
-from builder.graph.ports import DECODER, EMBEDDINGS, VISION, components, packed_width
+from builder.checkpoint.parts import DECODER, EMBEDDINGS, VISION
+from builder.graph.ports import packed_width
 from builder.quantization.rules import Rule
 from builder.reference.cases import SUITE
-from builder.targets.recipe_file import Recipe, load_recipe
-from builder.targets.registry import TARGETS
+from builder.targets.graphs import GRAPHS, components
+from builder.targets.recipe import Recipe
+from builder.targets.recipe_file import load_recipe
 from builder.targets.runners import node
 from builder.targets.runners.node import PROGRAMS, Program
 from builder.targets.runners.transformersjs import TransformersJs
-from builder.targets.transformersjs import NAME, RUNTIME, VERSION, config, dtype, layout, preprocessor_config
+from builder.targets.transformersjs import NAME, PACKAGING, VERSION, config, dtype, layout, preprocessor_config
 from tests.helpers.checkpoints import MINIATURE, SHAPES
 from tests.helpers.processes import ROOT
 
@@ -74,7 +76,7 @@ def test_ports_are_those_that_the_library_knows(checkpoint: Callable[[str], Path
     assert [(port.name, port.shape) for port in vision.outputs] == [("image_features", ("tokens", width))]
     cache = [port for port in decoder.inputs if port.name.startswith("past_key_values.")]
     assert {port.shape for port in cache} == {("batch_size", read.text.kv_heads, "past", read.text.head_dim)}
-    assert {"inputs_embeds", "image_features"} <= RUNTIME.wide_ports
+    assert {"inputs_embeds", "image_features"} <= GRAPHS[NAME].wide_ports
 
 
 @pytest.mark.parametrize("shape", sorted(SHAPES))
@@ -107,7 +109,7 @@ def test_the_processors_settings_are_written_out() -> None:
 
 def test_the_demo_is_of_the_pinned_library(recipe: Callable[[str], Recipe]) -> None:
     read, asked = open_checkpoint(MINIATURE), recipe("fp32")
-    files = RUNTIME.configs(read, asked, asked.targets[0])
+    files = PACKAGING.configs(read, asked, asked.targets[0])
     demo = {name: text for name, text in files.items() if name.startswith("demo/")}
     assert set(demo) == {"demo/index.html", "demo/demo.css", "demo/demo.mjs", "demo/worker.mjs"}
     assert not any(VERSION in text for text in demo.values())
@@ -212,7 +214,7 @@ def bundle(folder: Path, recipe: Recipe) -> Path:
     read = open_checkpoint(MINIATURE)
     folder.mkdir()
     (folder / "tokenizer.json").write_bytes((MINIATURE / "tokenizer.json").read_bytes())
-    for name, text in RUNTIME.configs(read, recipe, recipe.targets[0]).items():
+    for name, text in PACKAGING.configs(read, recipe, recipe.targets[0]).items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(text, encoding="utf-8")
     return folder
@@ -256,5 +258,5 @@ def test_what_is_missing_is_said_with_the_next_command(tmp_path: Path, monkeypat
 
 
 def test_each_graph_brings_its_own_data() -> None:
-    assert TARGETS[NAME].apart
+    assert GRAPHS[NAME].own_data
     assert {VISION, EMBEDDINGS, DECODER} == {one.name for one in components(open_checkpoint(MINIATURE), NAME)}

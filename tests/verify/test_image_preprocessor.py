@@ -15,7 +15,7 @@ from builder.checkpoint.load import open_checkpoint
 from builder.graph.image_preprocessor import resize
 from builder.targets.config_files import vision_processor
 from builder.targets.image_preprocessor import NAME, image_preprocessor_graph
-from builder.targets.registry import TARGETS
+from builder.targets.runners.registry import RUNTIMES
 from builder.verify.image_preprocessor import PLACE, SIZES, golden_preprocessor_gates, preprocessor_gates
 from builder.verify.self_test.mutations import preprocessor_brighter
 from tests.graph.image_preprocessor.test_build import SIZES as MANY
@@ -53,7 +53,7 @@ def test_a_level_at_most_in_openvino(folder: Path, reference: Reference) -> None
     sizes = [size for size in MANY if size not in ROOTS]
     gates = preprocessor_gates(folder, "openvino", reference, sizes)
     assert len(gates) >= 40
-    assert all(gate.ok and gate.limit == TARGETS["openvino"].levels for gate in gates)
+    assert all(gate.ok and gate.limit == RUNTIMES["openvino"].tolerance for gate in gates)
     assert 1.001 > max(gate.measured for gate in gates) > 0.9, "float64 is there by now: ask for 0"
 
 

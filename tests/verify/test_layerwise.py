@@ -16,10 +16,10 @@ from builder.cli.app import app
 from builder.reference import trace_cache
 from builder.reference.cases import shipped_cases
 from builder.reference.model import Reference, Trace
-from builder.stages.engine.estimate import verify_memory
 from builder.verify import layerwise, whole
 from builder.verify.graphs import slices
 from builder.verify.layerwise import forced
+from builder.verify.memory_budget import verify_memory
 from builder.verify.report.gates import Report
 from builder.verify.self_test import mutations
 from builder.verify.self_test.edits import edited

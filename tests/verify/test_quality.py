@@ -14,12 +14,14 @@ import torch
 
 from builder.bundle.dequantize import write_dequantized
 from builder.checkpoint.load import open_checkpoint
-from builder.graph.ports import DECODER
+from builder.checkpoint.parts import DECODER
 from builder.reference.cases import Case, Suite, held_out, shipped_cases
 from builder.reference.model import Reference
-from builder.targets.recipe_file import Limits, load_recipe
+from builder.targets.recipe import Limits
+from builder.targets.recipe_file import load_recipe
+from builder.util.statistics import log_softmax
 from builder.verify.graphs.fp32_copy import write_twins
-from builder.verify.quality import PROSE, Compared, joined, log_softmax, quality_gates
+from builder.verify.quality import PROSE, Compared, joined, quality_gates
 from builder.verify.report.gates import PLACES, Gate
 from builder.verify.self_test.edits import edited, numbers
 from tests.helpers.checkpoints import MINIATURE

@@ -14,7 +14,8 @@ from builder.bundle.dequantize import WeightError
 from builder.bundle.layout import MANIFEST
 from builder.reference.cases import Suite, shipped_cases
 from builder.reference.model import Reference
-from builder.targets.recipe_file import Limits, load_recipe
+from builder.targets.recipe import Limits
+from builder.targets.recipe_file import load_recipe
 from builder.util.errors import BundleError
 from builder.util.json_files import read_json
 from builder.verify import whole

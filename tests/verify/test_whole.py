@@ -15,13 +15,14 @@ from typer.testing import CliRunner
 
 from builder.checkpoint.load import open_checkpoint
 from builder.cli.app import app
+from builder.reference.case_file import FP32
 from builder.reference.cases import Suite, held_out, shipped_cases, whole_suite
 from builder.util.errors import BundleError
 from builder.util.files import sha256
 from builder.verify import whole
 from builder.verify.graphs.per_graph import graph_gates
 from builder.verify.graphs.sessions import Graphs
-from builder.verify.report.gates import FP32, Gate, attempted
+from builder.verify.report.gates import Gate, attempted
 from builder.verify.self_test.mutations import patch_size_changed, rotary_axes_swapped
 from tests.helpers.edits import edit_json, edit_tensors
 

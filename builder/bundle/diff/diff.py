@@ -23,15 +23,13 @@ from builder.bundle.check import check_settings
 from builder.bundle.diff.graphs import GraphChange, Pair, compare_graphs, differing, initializers
 from builder.bundle.diff.matrices import compare_matrices, matrices, shared_matrices
 from builder.bundle.diff.weights import Weight, WeightChange, compare_weights
+from builder.bundle.evidence import read_parity, worst_figures
 from builder.bundle.inventory import Content, open_content
-from builder.bundle.layout import EVIDENCE, load_graph
+from builder.bundle.layout import load_graph
 from builder.graph.introspection import readable
-from builder.util.errors import BundleError
 from builder.util.files import sha256
 from builder.util.json_files import read_json
 from builder.util.progress import progress
-from builder.verify.report.formats import read_report
-from builder.verify.report.summary import places
 
 LISTED = ("files", "graphs")  # of a manifest: compared by what they list
 GRAPHS = (".onnx", ".data", ".onnx_data")
@@ -128,16 +126,11 @@ def flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _quality(a: Content, b: Content) -> dict[str, Pair]:
-    """The verdict, and each place's worst figure, of both reports; None where there is none."""
+    """The verdict, and each place's worst figure, of both verifications; None where there is none."""
     found: list[dict[str, Any]] = []
     for content in (a, b):
-        try:
-            report = read_report(content.folder / EVIDENCE)
-        except BundleError:
-            found.append({})
-            continue
-        worst = {place.name: place.worst.measured if place.worst else "not run" for place in places(report)}
-        found.append({"verdict": report.verdict, **worst})
+        parity = read_parity(content.folder)
+        found.append({} if parity is None else {"verdict": str(parity.get("verdict")), **worst_figures(parity)})
     names = [*found[0], *(name for name in found[1] if name not in found[0])]
     return {name: (found[0].get(name), found[1].get(name)) for name in names}
 

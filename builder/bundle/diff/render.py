@@ -17,8 +17,7 @@ from rich.table import Table
 
 from builder.bundle.diff.diff import Difference
 from builder.bundle.diff.graphs import GraphChange, Pair
-from builder.verify.report.markdown import code
-from builder.verify.report.summary import clean, cut, figure
+from builder.util.text import clean, code, cut, figure
 
 ROWS = 30  # of a table
 CELL = 100  # characters

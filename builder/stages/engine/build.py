@@ -13,11 +13,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from builder.targets.recipe_file import Recipe
+from builder.targets.recipe import Recipe
 
 if TYPE_CHECKING:
     from builder.checkpoint.load import Checkpoint
-    from builder.stages.fetch import Source
+    from builder.checkpoint.source import Source
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class Build:
     @cached_property
     def checkpoint(self) -> Checkpoint:
         """The fetched checkpoint; there from the end of the stage `fetch` on."""
-        from builder.stages.fetch import fetched
+        from builder.checkpoint.fingerprint import fetched
 
         # A local folder that was moved is the same checkpoint: no path enters a key.
         return fetched(self.folder("fetch"), self.source.folder and self.source.folder.absolute())

@@ -20,7 +20,6 @@ from pathlib import Path
 
 OWN = frozenset({"builder", "patches"})
 UNKNOWN = "?"
-MISSING = "not installed"
 
 
 @dataclass(frozen=True)
@@ -68,14 +67,6 @@ def plain(value: object) -> object:
     if isinstance(value, tuple | list):
         return [plain(one) for one in value]
     return value
-
-
-def version(distribution: str) -> str:
-    """The installed version, or `MISSING`; imports nothing of it."""
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return MISSING
 
 
 def code_digests(module: str, files: Iterable[str] = ()) -> dict[str, str]:

@@ -20,21 +20,13 @@ from builder.checkpoint.files import CONFIG
 from builder.checkpoint.load import open_checkpoint
 from builder.checkpoint.safetensors import ITEM_BYTES, Tensor
 from builder.checkpoint.tensors import EXACT_IN, expected_tensors
-from builder.cli.estimate_table import size
 from builder.quantization.rules import resolve
-from builder.stages.engine.estimate import (
-    Facts,
-    GraphBytes,
-    Mode,
-    StageCost,
-    Stored,
-    graph_bytes,
-    stage_cost,
-    verify_mode,
-)
+from builder.stages.engine.estimate import Facts, GraphBytes, StageCost, Stored, graph_bytes, stage_cost
 from builder.util import machine
 from builder.util.errors import ResourceError
 from builder.util.json_files import read_json
+from builder.util.units import size
+from builder.verify.memory_budget import Mode, verify_mode
 
 if TYPE_CHECKING:
     from builder.checkpoint.load import Checkpoint

@@ -8,31 +8,26 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
+from builder.checkpoint.parts import DECODER, EMBEDDINGS, VISION
 from builder.checkpoint.safetensors import INDEX, Tensor
 from builder.checkpoint.shard_reader import BLOCK
 from builder.checkpoint.tensors import EMBEDDINGS as EMBEDDING_MATRIX
-from builder.checkpoint.tensors import LM_HEAD
 from builder.graph.external_data import QUEUED, STRIP, padded
-from builder.graph.ports import DECODER, EMBEDDINGS, VISION
 from builder.quantization.packing import part_shape, parts
 from builder.quantization.rules import Storage
-from builder.targets.registry import TARGETS
+from builder.targets.graphs import GRAPHS
+from builder.verify.memory_budget import ITEM, LAYERS, Mode, verify_memory
 
 if TYPE_CHECKING:
     from builder.checkpoint.config import Text, Vision
-    from builder.checkpoint.load import Checkpoint
 
-Mode = Literal["whole", "sliced"]
 
-ITEM = 4  # bytes of an element in PyTorch: fp32
 ITEMS = {"fp32": 4, "fp16": 2, "bf16": 2}  # and of one in a data file that no rule quantizes
 SIDE_BY_SIDE = re.compile(r"(?<=\.)(?:[qkv]_proj|gate_proj|up_proj)(?=\.)")
-LAYERS = EMBEDDING_MATRIX.removesuffix("embed_tokens.weight") + "layers."
 VISUAL = "model.visual."
 
 # Measured, unless they say otherwise, on 2 x86-64 cores with other work on them: builds of the miniature and of a
@@ -49,11 +44,6 @@ STAGE_MEMORY: Mapping[str, int] = {
     "configure": 600_000_000,
     "bundle": 600_000_000,
 }
-# The runtimes' and PyTorch's own, activations and logits: whole came to 2.68 GB where this makes it 2.70.
-VERIFY_MEMORY = 1_000_000_000
-# What the largest shipped picture adds where a comparison is whole: copies of its pixel values (0.38 GB came with it in
-# the miniature), and four tensors [patches, intermediate] of the vision encoder, which is not measured.
-LARGEST_PATCHES, LARGEST_PIXELS = 10_168, 400_000_000
 STAGE_SECONDS: Mapping[str, float] = {"fetch": 1, "patch": 5, "optimize": 1, "quantize": 1, "configure": 1, "bundle": 2}
 TRACE_SECONDS = 27  # a target, whatever its size: 50 to 59 for both at 2B, 4B and 8B (docs/bench.md)
 WRITE_RATE = 0.25e9  # bytes a second of a data file, cast, hashed and flushed, on a slow disk
@@ -139,7 +129,7 @@ def graph_bytes(facts: Facts, runtimes: Iterable[str], stored: Stored = FP32) ->
     rows = []
     counted: set[frozenset[str]] = set()
     for runtime in runtimes:
-        embeddings = [] if facts.text.tied and not TARGETS[runtime].apart else [EMBEDDING_MATRIX]
+        embeddings = [] if facts.text.tied and not GRAPHS[runtime].own_data else [EMBEDDING_MATRIX]
         for graph, names, depth in (
             (VISION, vision, facts.vision.depth),
             (EMBEDDINGS, embeddings, 1),
@@ -186,24 +176,6 @@ def stage_cost(stage: str, facts: Facts, runtimes: Sequence[str], mode: Mode, st
         memory=_memory(stage, facts, mode, stored),
         seconds=_seconds(stage, facts, runtimes, mode, stored),
     )
-
-
-def verify_memory(checkpoint: Checkpoint | Facts) -> tuple[int, int]:
-    """Peak bytes of `verify`: whole (PyTorch and two sessions in memory), and sliced (a layer at a time)."""
-    elements = {name: math.prod(tensor.shape) for name, tensor in checkpoint.tensors.items()}
-    layers: Counter[str] = Counter()
-    for name, count in elements.items():
-        if name.startswith(LAYERS):
-            layers[name.removeprefix(LAYERS).partition(".")[0]] += count
-    head = elements.get(LM_HEAD, elements[EMBEDDING_MATRIX])
-    largest = LARGEST_PIXELS + 4 * ITEM * LARGEST_PATCHES * checkpoint.vision.intermediate
-    whole = VERIFY_MEMORY + largest + 3 * ITEM * sum(elements.values())
-    return whole, VERIFY_MEMORY + 2 * ITEM * max(*layers.values(), head)
-
-
-def verify_mode(checkpoint: Checkpoint | Facts, limit: int) -> Mode:
-    """Whole where that fits in `limit` bytes of memory."""
-    return "whole" if verify_memory(checkpoint)[0] <= limit else "sliced"
 
 
 def _written(stage: str, facts: Facts, runtimes: Sequence[str], stored: Stored) -> int:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from builder.stages.engine.build import Build, Stage
-from builder.stages.engine.cache_key import MISSING, UNKNOWN, Components, code_digests, plain, reasons, version
+from builder.stages.engine.cache_key import UNKNOWN, Components, code_digests, plain, reasons
 from builder.stages.engine.output_folder import (
     Record,
     claimed,
@@ -35,6 +35,7 @@ from builder.stages.engine.output_folder import (
 )
 from builder.util.cost import Meter
 from builder.util.errors import MissingPackageError
+from builder.util.versions import MISSING, version
 
 BESIDE = ("calibration", "heldout")  # folders of cases beside a checkpoint
 _DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG})
@@ -164,11 +165,11 @@ def _components(build: Build, stage: Stage, earlier: Mapping[str, Step], archite
     inputs: dict[str, str] = {}
     for name in stage.inputs:
         if name == "source":
-            from builder.stages.fetch import identity
+            from builder.checkpoint.fingerprint import identity
 
             inputs |= identity(build.source, rehash=build.rehash)
         elif name in BESIDE:
-            from builder.stages.fetch import beside
+            from builder.checkpoint.fingerprint import beside
 
             read = name == "heldout" or any(rule.search == "gptq" for rule in build.recipe.rules)
             inputs[name] = beside(build.source, name) if read else "not read"
@@ -184,13 +185,14 @@ def _components(build: Build, stage: Stage, earlier: Mapping[str, Step], archite
 
 def _runtimes(build: Build) -> dict[str, str]:
     """Target → what plays its bundle here, where that is more than packages that every stage may name."""
-    from builder.targets.registry import TARGETS
+    from builder.targets.runners.registry import RUNTIMES
 
     found: dict[str, str] = {}
-    for runtime in (TARGETS[target.runtime] for target in build.recipe.targets):
-        versions = ", ".join(f"{name} {number}" for name, number in sorted(runtime.versions().items()))
-        here = "not here" if runtime.needs() else versions
-        found |= {f"runtime of {runtime.name}": here} if here else {}
+    for name in (target.runtime for target in build.recipe.targets):
+        runtime = RUNTIMES[name]
+        versions = ", ".join(f"{package} {number}" for package, number in sorted(runtime.versions().items()))
+        here = "not here" if runtime.missing() else versions
+        found |= {f"runtime of {name}": here} if here else {}
     return found
 
 

@@ -10,9 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from builder.checkpoint.fingerprint import resolve
+from builder.checkpoint.source import Source, parse_source
 from builder.stages.engine.build import Build
 from builder.stages.engine.output_folder import read_marker, refuse_foreign
-from builder.stages.fetch import Source, parse_source, resolve
 from builder.targets.recipe_file import load_recipe
 
 if TYPE_CHECKING:

@@ -13,37 +13,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 
-from builder.graph.ports import VISION
-from builder.targets.clients import pipeline
-from builder.targets.clients.pipeline import (
-    Inputs,
-    load_image,
-    load_tokenizer,
-    position_ids,
-    prepare,
-    read_image_settings,
-    read_settings,
-    stream,
-    target_size,
-)
+from builder.checkpoint.parts import VISION
+from builder.targets.clients.pipeline import Inputs, load_image, position_ids, target_size
+from builder.targets.runners.protocol import SettingsRunner
 from builder.util.errors import BundleError, MissingPackageError
 from builder.util.json_files import read_json
 
 
-class GenaiBundle:
+class GenaiBundle(SettingsRunner):
     """Reads the settings at once, loads the model when first asked for tokens."""
 
-    module: Any = pipeline
-    not_run: str | None = None
     most_images: int | None = None
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.settings = read_settings(folder / "pipeline.json")
-        self.vision = read_image_settings(folder / "vision_processor.json")
-        self.tokenizer = load_tokenizer(folder / "tokenizer.json")
+        super().__init__(folder)
         try:
             import onnxruntime_genai
         except ModuleNotFoundError as error:
@@ -69,6 +53,8 @@ class GenaiBundle:
     @cached_property
     def pixel_type(self) -> Any:
         """numpy's type of what the vision encoder is given; the runtime casts only what its own processor makes."""
+        import onnx
+
         graph = onnx.load(self.folder / f"{VISION}.onnx", load_external_data=False).graph
         (port,) = [port for port in graph.input if port.name == "pixel_values"]
         return onnx.helper.tensor_dtype_to_np_dtype(port.type.tensor_type.elem_type)
@@ -84,7 +70,7 @@ class GenaiBundle:
         return int(self._config["context_length"])
 
     @property
-    def padding(self) -> int | None:
+    def padding(self) -> int | None:  # type: ignore[override]
         """The runtime masks this token wherever it stands: the answer would be to another question."""
         return int(self._config["pad_token_id"])
 
@@ -92,14 +78,6 @@ class GenaiBundle:
     def _config(self) -> Mapping[str, Any]:
         config: Mapping[str, Any] = read_json(self.folder / "genai_config.json")["model"]
         return config
-
-    def prepare(self, prompt: str, images: Sequence[Path]) -> Inputs:
-        """Exact preprocessing, from files to inputs."""
-        return prepare(prompt, images, self.tokenizer, self.settings, self.vision)
-
-    def text(self, tokens: Sequence[int]) -> str:
-        """Without special tokens."""
-        return "".join(stream(self.tokenizer, tokens))
 
     def tokens(self, inputs: Inputs, max_new_tokens: int, min_new_tokens: int = 0) -> Iterator[int]:
         """Greedy tokens as they come, the stop token included; the first `min_new_tokens` are no stop tokens."""
@@ -152,3 +130,11 @@ class GenaiBundle:
         padded = pixels.reshape(len(images), -1, pixels.shape[-1])  # pictures of different sizes, zeros behind each
         rows = np.concatenate([picture[: one.prod()] for picture, one in zip(padded, grid, strict=True)])
         return tensors, Inputs(ids, rows, grid, *position_ids(ids, grid, s))
+
+
+def open_genai(folder: Path, trusted: bool) -> GenaiBundle:
+    """The bundle in `folder`; where it is `trusted`, its graphs are loaded at once."""
+    bundle = GenaiBundle(folder)
+    if trusted:
+        _ = bundle.model  # so that a broken bundle is told from a broken prompt
+    return bundle

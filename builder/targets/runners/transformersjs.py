@@ -16,18 +16,18 @@ import numpy.typing as npt
 
 from builder.targets.clients.pipeline import Inputs, load_image, position_ids, target_size
 from builder.targets.runners.node import PROGRAMS, Program, packages
-from builder.targets.runners.protocol import Unplayed
+from builder.targets.runners.protocol import SettingsRunner
 
 PIXELS = "pixels.f32"
 
 
-class TransformersJs(Unplayed):
+class TransformersJs(SettingsRunner):
     """Reads the settings at once, starts Node.js when first asked for tokens."""
 
     most_images = 1  # of the library's own processor, which takes further ones for frames of one film
 
     def __init__(self, folder: Path) -> None:
-        super().__init__(folder, None)
+        super().__init__(folder)
         self.program = Program(PROGRAMS / "runner.mjs", packages(), folder)
 
     def load(self) -> None:
@@ -87,3 +87,11 @@ class TransformersJs(Unplayed):
         ids, grid = np.array([told["ids"]], np.int64), np.array([told["grid"]], np.int64)
         inputs = Inputs(ids, pixels, grid, *position_ids(ids, grid, s))
         return inputs, inputs
+
+
+def open_transformersjs(folder: Path, trusted: bool) -> TransformersJs:
+    """The bundle in `folder`; where it is `trusted`, its graphs are loaded at once."""
+    bundle = TransformersJs(folder)
+    if trusted:
+        bundle.load()  # so that a broken bundle is told from a broken prompt
+    return bundle

@@ -17,13 +17,15 @@ import numpy as np
 import onnx
 
 from builder.bundle.layout import graph_files
-from builder.graph.ports import DECODER, RESIDUAL, ROLES, VISION
+from builder.checkpoint.parts import DECODER, VISION
+from builder.graph.ports import RESIDUAL, ROLES
+from builder.reference.case_file import FP32
 from builder.targets.clients.pipeline import Inputs
 from builder.util.errors import BundleError
 from builder.verify.golden.file import Golden, GoldenCase, Sample
 from builder.verify.golden.record import POSITIONS, floats
 from builder.verify.graphs.sessions import Array, Graphs
-from builder.verify.report.gates import FP32, Gate, attempted
+from builder.verify.report.gates import Gate, attempted
 
 
 @dataclass(frozen=True)

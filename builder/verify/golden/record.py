@@ -19,16 +19,16 @@ import numpy as np
 import numpy.typing as npt
 
 from builder.checkpoint.load import Checkpoint
-from builder.cli.estimate_table import size
 from builder.reference.cases import SUITE, Case, held_out, placed, read_cases
 from builder.reference.synthetic_images import Limits
-from builder.stages.engine.estimate import verify_memory, verify_mode
 from builder.targets.clients.pipeline import load_image
 from builder.util import machine
 from builder.util.errors import GoldenError, ResourceError
 from builder.util.files import sha256, write_text
 from builder.util.progress import progress
+from builder.util.units import size
 from builder.verify.golden.file import FORMAT, Golden, GoldenCase, Made, PictureMark, Sample, Task, text
+from builder.verify.memory_budget import verify_memory, verify_mode
 
 if TYPE_CHECKING:
     from builder.reference.model import Prompt, Reference

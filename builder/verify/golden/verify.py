@@ -22,13 +22,14 @@ from builder.checkpoint.load import Checkpoint, open_checkpoint
 from builder.reference.cases import SUITE, Case, held_out, placed, read_cases
 from builder.reference.model import ANY_SIZE, Answer
 from builder.reference.synthetic_images import Limits
-from builder.stages.engine.cache_key import version
 from builder.targets.clients.pipeline import Inputs, encode, load_image, position_ids, preprocess
-from builder.targets.registry import TARGETS
-from builder.targets.runners.protocol import OwnProcessor, Player, open_player
+from builder.targets.graphs import GRAPHS
+from builder.targets.runners.protocol import OwnProcessor, Runner
+from builder.targets.runners.registry import RUNTIMES, open_runner
 from builder.util.errors import GoldenError, VerificationError
 from builder.util.json_files import read_json
 from builder.util.progress import progress
+from builder.util.versions import version
 from builder.verify.golden.file import Golden, GoldenCase, read_golden
 from builder.verify.golden.graphs import Tapped, graph_gates
 from builder.verify.golden.record import (
@@ -71,13 +72,13 @@ def verify_golden(bundle: Path, path: Path, more: Sequence[Path] = (), reference
     golden, target = read_golden(path), check_bundle(bundle)
     checkpoint = None if reference is None else open_checkpoint(reference)
     _check_made_from(golden, path, bundle, checkpoint)
-    player = open_player(bundle, target)
+    runner = open_runner(bundle, target)
     with TemporaryDirectory() as drawn:
         cases = placed(read_cases((SUITE, *more)), Limits(*golden.limits), Path(drawn))
         _check_cases(golden, path, cases)
-        tapped = Tapped.load(bundle, TARGETS[target].packed, golden.hidden)
-        report = _report(target, golden, cases, player, tapped, checkpoint)
-    return replace(report, gates=(*report.gates, *golden_preprocessor_gates(bundle, target, player.vision)))
+        tapped = Tapped.load(bundle, GRAPHS[target].packed, golden.hidden)
+        report = _report(target, golden, cases, runner, tapped, checkpoint)
+    return replace(report, gates=(*report.gates, *golden_preprocessor_gates(bundle, target, runner.vision)))
 
 
 def verify_bundle_golden(bundle: Path, path: Path, more: Sequence[Path] = (), reference: Path | None = None) -> Report:
@@ -109,7 +110,7 @@ def _report(
     target: str,
     golden: Golden,
     cases: Sequence[Case],
-    player: Player,
+    runner: Runner,
     tapped: Tapped,
     checkpoint: Checkpoint | None,
 ) -> Report:
@@ -120,48 +121,48 @@ def _report(
     tasks = held_out(checkpoint) if checkpoint else ()
     with progress(f"verify {target} by a golden", len(cases) + len(tasks)) as advance:
         for case in cases:
-            compared, near, why = case_gates(case, wanted[case.name], golden, player, tapped)
+            compared, near, why = case_gates(case, wanted[case.name], golden, runner, tapped)
             gates += compared
             ties += near
             not_run |= {f"case {case.name}": why} if why else {}
             advance()
         found = tuple(one for near in ties for one in near.found)
-        if player.not_run is None:
+        if runner.not_run is None:
             gates.append(Ties(sum(near.compared for near in ties), found).gate(allowed=golden.task is None))
-        if golden.task is not None and tasks and player.not_run is None:
-            gates += attempted("task", "held-out answers", _task_gates, tasks, golden, player)
-    if golden.task is not None and not tasks and player.not_run is None:
+        if golden.task is not None and tasks and runner.not_run is None:
+            gates += attempted("task", "held-out answers", _task_gates, tasks, golden, runner)
+    if golden.task is not None and not tasks and runner.not_run is None:
         not_run["task"] = "the held-out set lies beside the checkpoint: give --reference CHECKPOINT"
-    if player.own is not None:
+    if runner.own is not None:
         not_run["tokens of the runtime's pixels"] = "needs PyTorch, fed with the runtime's pixels"
     facts = {
         "golden of": golden.versions,
-        "versions": {name: version(name) for name in RUNNING} | dict(TARGETS[target].versions()),
+        "versions": {name: version(name) for name in RUNNING} | dict(RUNTIMES[target].versions()),
         "not checked": {case.name: list(case.unchecked) for case in cases if case.unchecked},
     }
     return Report(target, golden.checkpoint.name, tuple(gates), facts, not_run)
 
 
 def case_gates(
-    case: Case, want: GoldenCase, golden: Golden, player: Player, tapped: Tapped
+    case: Case, want: GoldenCase, golden: Golden, runner: Runner, tapped: Tapped
 ) -> tuple[list[Gate], list[Ties], str]:
     """The gates of one case, its near ties, and why the rest of it was not run ("" where all was)."""
     gates = decoded_gates(case, want, golden)
     if not all(gate.ok for gate in gates):
         return gates, [], "its picture is decoded in another way here, so that all that follows differs"
     kept: list[Inputs] = []
-    gates += attempted("token ids", case.name, _input_gates, case, want, player, golden, kept)
+    gates += attempted("token ids", case.name, _input_gates, case, want, runner, golden, kept)
     if not kept or not all(gate.ok for gate in gates):
         return gates, [], "its inputs differ, so that all that follows does"
     computed, logit_error = graph_gates(tapped, golden, want, kept[0], case.limit)
     gates += computed
     ties = []
-    if want.tokens and player.not_run is None:
+    if want.tokens and runner.not_run is None:
         found: list[Ties] = []
-        gates += attempted("tokens", case.name, _token_gates, case, want, player, kept[0], logit_error, found)
+        gates += attempted("tokens", case.name, _token_gates, case, want, runner, kept[0], logit_error, found)
         ties = found
-    if player.own is not None and case.images and "runtime" in case.checks:
-        gates += attempted("runtime's pixel values", case.name, _runtime_gates, case, want, player.own)
+    if runner.own is not None and case.images and "runtime" in case.checks:
+        gates += attempted("runtime's pixel values", case.name, _runtime_gates, case, want, runner.own)
     return gates, ties, ""
 
 
@@ -177,8 +178,8 @@ def decoded_gates(case: Case, want: GoldenCase, golden: Golden) -> list[Gate]:
     return gates
 
 
-def _input_gates(case: Case, want: GoldenCase, player: Player, golden: Golden, kept: list[Inputs]) -> list[Gate]:
-    inputs = _lifted(case, player) if case.lifted else player.prepare(case.prompt, case.images)
+def _input_gates(case: Case, want: GoldenCase, runner: Runner, golden: Golden, kept: list[Inputs]) -> list[Gate]:
+    inputs = _lifted(case, runner) if case.lifted else runner.prepare(case.prompt, case.images)
     kept.append(inputs)
     ids = np.array([want.input_ids], np.int64)
     gates = [exact("token ids", case.name, inputs.input_ids, ids)]
@@ -208,19 +209,19 @@ def _other_versions(golden: Golden) -> str:
     return ", ".join(f"{name} {then} → {now}" for name, (then, now) in pairs.items() if then != now)
 
 
-def _lifted(case: Case, player: Player) -> Inputs:
+def _lifted(case: Case, runner: Runner) -> Inputs:
     """A case's inputs with pictures of any number of pixels, by the bundle's settings otherwise."""
-    vision = replace(player.vision, max_pixels=ANY_SIZE)
+    vision = replace(runner.vision, max_pixels=ANY_SIZE)
     pixels, grids = preprocess([load_image(path) for path in case.images], vision)
-    ids = encode(case.prompt, grids, player.tokenizer, player.settings)
-    return Inputs(ids, pixels, grids, *position_ids(ids, grids, player.settings))
+    ids = encode(case.prompt, grids, runner.tokenizer, runner.settings)
+    return Inputs(ids, pixels, grids, *position_ids(ids, grids, runner.settings))
 
 
 def _token_gates(
-    case: Case, want: GoldenCase, player: Player, inputs: Inputs, logit_error: float, found: list[Ties]
+    case: Case, want: GoldenCase, runner: Runner, inputs: Inputs, logit_error: float, found: list[Ties]
 ) -> list[Gate]:
     answer = Answer(want.tokens, tuple(floats(want.margins).tolist()))
-    play = answer_from(player, inputs, answer)
+    play = answer_from(runner, inputs, answer)
     gate, ties = compare(f"{case.name}, {len(want.tokens)} tokens", play, answer, logit_error)
     found.append(Ties(len(want.tokens), tuple(ties)))
     return [gate]
@@ -238,7 +239,7 @@ def _runtime_gates(case: Case, want: GoldenCase, own: OwnProcessor) -> list[Gate
     ]
 
 
-def _task_gates(tasks: Sequence[Case], golden: Golden, player: Player) -> list[Gate]:
+def _task_gates(tasks: Sequence[Case], golden: Golden, runner: Runner) -> list[Gate]:
     assert golden.task is not None
     if task_digest(tasks) != golden.task.digest:
         raise GoldenError(
@@ -248,7 +249,7 @@ def _task_gates(tasks: Sequence[Case], golden: Golden, player: Player) -> list[G
         )
     differ, right = [], 0
     for task, want in zip(tasks, golden.task.answers, strict=True):
-        got = player.text(tuple(player.tokens(player.prepare(task.prompt, task.images), TASK_TOKENS)))
+        got = runner.text(tuple(runner.tokens(runner.prepare(task.prompt, task.images), TASK_TOKENS)))
         right += got == task.answer
         if got != want:
             differ.append(f"{task.name} {task.prompt!r}: {got!r}, PyTorch {want!r}")

@@ -14,9 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from builder.bundle.layout import graph_files
-from builder.graph.ports import DECODER, RESIDUAL, ROLES
+from builder.checkpoint.parts import DECODER
+from builder.graph.ports import RESIDUAL, ROLES
 from builder.reference.model import Prompt
-from builder.targets.registry import TARGETS
+from builder.targets.graphs import GRAPHS
 from builder.util.errors import BundleError
 from builder.verify.graphs.fp32_copy import decoder_with_all_logits
 from builder.verify.graphs.sessions import Graphs
@@ -71,7 +72,7 @@ def shipped_graphs(folder: Path, target: str, hidden: int) -> tuple[Graphs, list
         sessions.append(FloatSession(session))
         outputs = [port.name for port in session.get_outputs()]
     vision, embeddings, decoder = sessions
-    return Graphs(vision, embeddings, decoder, TARGETS[target].packed, hidden), outputs
+    return Graphs(vision, embeddings, decoder, GRAPHS[target].packed, hidden), outputs
 
 
 def forced(

@@ -12,14 +12,15 @@ from pathlib import Path
 
 import numpy as np
 
+from builder.reference.case_file import FP32
 from builder.reference.cases import CHECKS
 from builder.reference.model import Prompt, Reference
 from builder.util.errors import BundleError
 from builder.verify.graphs.per_layer import Asked, SlicedGraphs
 from builder.verify.graphs.sessions import Graphs, merged
-from builder.verify.layerwise import SLICE
+from builder.verify.memory_budget import SLICE
 from builder.verify.report.exhibits import show_logits
-from builder.verify.report.gates import FP32, Gate, attempted, close, uncomputed
+from builder.verify.report.gates import Gate, attempted, close, uncomputed
 
 
 def layer_gates(

@@ -14,13 +14,15 @@ from pathlib import Path
 import numpy as np
 
 from builder.bundle.layout import graph_files
-from builder.graph.ports import DECODER, EMBEDDINGS, RESIDUAL, VISION
+from builder.checkpoint.parts import DECODER, EMBEDDINGS, VISION
+from builder.graph.ports import RESIDUAL
+from builder.reference.case_file import FP32
 from builder.reference.model import Prompt, Reference, Trace
-from builder.targets.registry import TARGETS
+from builder.targets.graphs import GRAPHS
 from builder.verify.graphs.sessions import merged
 from builder.verify.graphs.slices import Values, run_slices, sliced
 from builder.verify.report.exhibits import show_logits
-from builder.verify.report.gates import FP32, Gate, close, uncomputed
+from builder.verify.report.gates import Gate, close, uncomputed
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class SlicedGraphs:
 
     def __init__(self, folder: Path, target: str, reference: Reference, budget: int, apart: bool = True) -> None:
         self.folder, self.reference, self.budget, self.apart = folder, reference, budget, apart
-        self.packed, self.merges = TARGETS[target].packed, TARGETS[target].merges
+        self.packed, self.merges = GRAPHS[target].packed, GRAPHS[target].merges
         self.levels = len(reference.checkpoint.vision.deepstack)
         self.peak = 0
 

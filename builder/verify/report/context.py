@@ -10,16 +10,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from builder.cli.estimate_table import size
 from builder.util.errors import BundleError, CheckpointError
 from builder.util.files import sha256
 from builder.util.json_files import read_json
-from builder.verify.report.summary import figure
-
-if TYPE_CHECKING:
-    from builder.stages.engine.build import Build
+from builder.util.text import figure
+from builder.util.units import size
 
 MANIFEST, STAGES, SELF_TEST = "manifest.json", "stages", "self_test.json"
 _STAGES = ("fetch", "patch", "export", "optimize", "quantize", "configure", "verify")
@@ -80,27 +77,6 @@ def of_bundle(bundle: Path) -> Context:
         tables=_manifest_tables(manifest),
         stages=_costs([(name, evidence / STAGES / f"{name}.json") for name in _STAGES]),
         self_test=_self_test(_read(evidence / SELF_TEST)),
-    )
-
-
-def of_build(build: Build, target: str) -> Context:
-    """What is known while the stage verify runs."""
-    checkpoint, recipe = build.checkpoint, build.recipe
-    attention = next(one.attention for one in recipe.targets if one.runtime == target)
-    manifest = {
-        "target": target,
-        "attention": attention,
-        "recipe": {"name": recipe.name, "precision": recipe.precision, "max_length": recipe.max_length},
-        "checkpoint": {
-            "name": checkpoint.name,
-            "revision": checkpoint.revision,
-            "config_sha256": checkpoint.config_digest,
-        },
-    }
-    return Context(
-        facts=_manifest_facts(manifest),
-        tables=_manifest_tables(manifest),
-        stages=_costs([(name, build.folder(name) / "stage.json") for name in _STAGES]),
     )
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from builder.util.statistics import kl_divergence, log_softmax
 from builder.verify.report.thumbnails import difference, patches_to_picture, scaled, thumbnail
 
 if TYPE_CHECKING:
@@ -184,7 +185,7 @@ def show_logits(name: str, span: tuple[int, int], got: Array, want: Array) -> No
     ours, theirs = got.reshape(-1, got.shape[-1]), want.reshape(-1, want.shape[-1])
     pairs, found, undefined = list(before.logits), list(before.divergences), before.undefined
     for row in _spread(len(theirs), POSITIONS - len(found)):
-        divergence = kl_divergence(theirs[row], ours[row])
+        divergence = float(kl_divergence(log_softmax(theirs[row]), log_softmax(ours[row])))
         undefined += not np.isfinite(divergence)
         found += [_short(divergence)] if np.isfinite(divergence) else []
     for row in _spread(len(theirs), max(1, (POINTS - len(pairs)) // (8 * LEADING))):
@@ -195,22 +196,6 @@ def show_logits(name: str, span: tuple[int, int], got: Array, want: Array) -> No
             if np.isfinite(a) and np.isfinite(b)
         ]
     collected.change(logits=tuple(pairs[:POINTS]), divergences=tuple(found), undefined=undefined)
-
-
-def kl_divergence(want: Array, got: Array) -> float:
-    """Σ p·ln(p/q) of the softmaxes of two rows of logits, float64; nan where a logit is nan."""
-    p, q = _log_softmax(want), _log_softmax(got)
-    weight = np.exp(p)
-    with np.errstate(invalid="ignore"):
-        # A token that the reference rules out costs nothing, whatever the other side makes of it.
-        total = float(np.where(weight == 0, 0.0, weight * (p - q)).sum())
-    return max(total, 0.0)  # rounding may leave less than 0; of nan, max gives its first argument
-
-
-def _log_softmax(row: Array) -> Array:
-    with np.errstate(invalid="ignore"):
-        shifted = row.astype(np.float64) - row.max()
-    return shifted - np.log(np.exp(shifted).sum())  # type: ignore[no-any-return]
 
 
 def _spread(count: int, wanted: int) -> list[int]:

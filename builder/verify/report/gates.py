@@ -17,12 +17,12 @@ import numpy.typing as npt
 from rich.console import Console
 from rich.table import Table
 
+from builder.bundle.evidence import excess
 from builder.util.errors import BuildError
 
 if TYPE_CHECKING:
     from builder.verify.report.exhibits import Exhibit
 
-FP32 = 1e-4  # of the output's standard deviation; 2e-5 is what is seen
 FORMAT = 1  # of parity.json, see builder/verify/report/schema.json
 # The order in which a wrong value travels: what differs first is where it began.
 PLACES = (
@@ -76,6 +76,11 @@ class Gate:
     @property
     def ok(self) -> bool:
         return math.isfinite(self.measured) and self.measured <= self.limit
+
+    @property
+    def excess(self) -> float:
+        """By which gates are ranked, see `builder.bundle.evidence.excess`."""
+        return excess(self.measured, self.limit)
 
 
 @dataclass(frozen=True)
@@ -137,7 +142,7 @@ class Report:
         for place in PLACES:
             gates = [gate for gate in self.gates if gate.place == place]
             if gates:
-                worst = max(gates, key=lambda gate: (not gate.ok, gate.measured - gate.limit))
+                worst = max(gates, key=lambda gate: (not gate.ok, gate.excess))
                 good = sum(gate.ok for gate in gates)
                 verdict = "holds" if good == len(gates) else "FAILS"
                 figures = (_figure(worst.measured), _figure(worst.limit))

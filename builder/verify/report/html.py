@@ -15,25 +15,14 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
-from builder.cli.estimate_table import duration, size
+from builder.util.text import clean, cut, figure
+from builder.util.units import duration, size
 from builder.verify.report.context import Context, StageCost, Table
 from builder.verify.report.exhibits import Exhibit
 from builder.verify.report.gates import PLACES, Gate, Report
 from builder.verify.report.plots import error_plot, histogram, scatter
 from builder.verify.report.quality_tables import loss_tables
-from builder.verify.report.summary import (
-    clean,
-    cut,
-    excess,
-    failures,
-    figure,
-    headline,
-    margin,
-    measured,
-    notes,
-    places,
-    unasked,
-)
+from builder.verify.report.summary import failures, headline, margin, measured, notes, places, unasked
 
 FOLDER = Path(__file__).parent
 SHOWN = 48  # exhibits with an answer; those that differ come first
@@ -110,7 +99,7 @@ def _template() -> Template:
 
 def bar(gate: Gate) -> float:
     """How far a margin's bar reaches, in per cent: logarithmic, the limit at `LIMIT_AT`."""
-    over = excess(gate)
+    over = gate.excess
     if over == 0:
         return 0.0
     if math.isinf(over):
@@ -126,7 +115,7 @@ def _tiles(report: Report) -> list[Tile]:
     tiles = [Tile(f"{good:,} / {len(report.gates):,}", "comparisons hold")]
     close = [gate for gate in report.gates if gate.limit > 0 and gate.measured > 0 and gate.case != "near ties"]
     if close:
-        worst = max(close, key=excess)
+        worst = max(close, key=lambda gate: gate.excess)
         tiles.append(Tile(margin(worst), f"{'least margin' if worst.ok else 'farthest off'}: {worst.place}"))
     tokens = [gate for gate in report.gates if gate.place.startswith("tokens") and gate.case != "near ties"]
     if tokens:

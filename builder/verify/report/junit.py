@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from xml.etree import ElementTree
 
+from builder.util.text import clean, figure
 from builder.verify.report.context import Context
 from builder.verify.report.gates import Report
-from builder.verify.report.summary import clean, failures, figure, headline, measured
+from builder.verify.report.summary import failures, headline, measured
 
 
 def junit(report: Report, context: Context) -> str:

@@ -9,25 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from builder.cli.estimate_table import duration, size
+from builder.util.text import code, figure
+from builder.util.units import duration, size
 from builder.verify.report.context import Context, Table
 from builder.verify.report.gates import Report
 from builder.verify.report.quality_tables import loss_tables
-from builder.verify.report.summary import (
-    clean,
-    cut,
-    failures,
-    figure,
-    headline,
-    margin,
-    measured,
-    notes,
-    places,
-    unasked,
-)
+from builder.verify.report.summary import failures, headline, margin, measured, notes, places, unasked
 
 LARGEST = 65_000
-NAME = 160  # characters of a name
 _SIGNS = {"passed": "✅", "sliced": "✅", "failed": "❌"}
 
 
@@ -126,12 +115,3 @@ def _folded(title: str, rows: Sequence[str], room: int) -> str:
         kept += 1
     more = [] if kept == len(rows) else ["", f"… and {len(rows) - kept} more, in report.html."]
     return begin + "\n".join([*rows[:kept], *more]) + end if kept else ""
-
-
-def code(text: object, length: int = NAME) -> str:
-    """A name as it is: inside `<code>` nothing is a mention, and as entities no character is markup."""
-    words = " ".join(clean(cut(str(text), length)).split())
-    if not words:
-        return ""
-    shown = "".join(c if c.isalnum() or c in " " or ord(c) > 127 else f"&#{ord(c)};" for c in words)
-    return f"<code>{shown}</code>"

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 from markupsafe import Markup, escape
 
+from builder.util.text import figure
 from builder.verify.report.exhibits import Exhibit
 from builder.verify.report.gates import Gate, Report
-from builder.verify.report.summary import figure
 
 FLOOR, ROOF = 1e-9, 1e3  # of a standard deviation: what is drawn at the lower and the upper edge
 _LAYER = re.compile(r", (?:layer|level) (\d+)$")

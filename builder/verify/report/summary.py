@@ -7,14 +7,10 @@ computation, and in each the case with the least margin; text has no control or 
 from __future__ import annotations
 
 import math
-import re
-import unicodedata
 from dataclasses import dataclass
 
+from builder.util.text import figure
 from builder.verify.report.gates import PLACES, Gate, Report
-
-# Control characters, and those that turn the direction of what is written around them.
-_UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
 
 
 @dataclass(frozen=True)
@@ -46,7 +42,7 @@ def places(report: Report) -> tuple[Place, ...]:
     for name in PLACES:
         gates = [gate for gate in report.gates if gate.place == name]
         if gates:
-            worst = max(gates, key=lambda gate: (not gate.ok, excess(gate)))
+            worst = max(gates, key=lambda gate: (not gate.ok, gate.excess))
             found.append(Place(name, sum(gate.ok for gate in gates), len(gates), worst))
         if name in report.not_run:
             found.append(Place(name, 0, 0, None, report.not_run[name]))
@@ -75,15 +71,6 @@ def failures(report: Report) -> tuple[Gate, ...]:
     return tuple(sorted((gate for gate in report.gates if not gate.ok), key=lambda gate: PLACES.index(gate.place)))
 
 
-def excess(gate: Gate) -> float:
-    """measured / limit; where the limit is 0: 0 if it holds, else infinite."""
-    if not math.isfinite(gate.measured):
-        return math.inf
-    if gate.limit > 0:
-        return gate.measured / gate.limit
-    return 0.0 if gate.measured <= 0 else math.inf
-
-
 def margin(gate: Gate) -> str:
     """How far from its limit: `16× below`, `130× over`, `exact`, `3 differ`, `not computed`."""
     if not math.isfinite(gate.measured):
@@ -94,15 +81,6 @@ def margin(gate: Gate) -> str:
         return "exact"
     ratio = gate.measured / gate.limit
     return f"{_times(1 / ratio)} below" if ratio <= 1 else f"{_times(ratio)} over"
-
-
-def figure(value: float) -> str:
-    """`4.0e-06`, `0.5`, `1,204`."""
-    if not math.isfinite(value):
-        return str(value)
-    if 0 < abs(value) < 1e-2 or abs(value) >= 1e7:
-        return f"{value:.1e}"
-    return f"{value:,.0f}" if value == int(value) else f"{value:.3g}"
 
 
 def headline(report: Report) -> str:
@@ -122,16 +100,6 @@ def measured(gate: Gate) -> str:
     if gate.limit == 0:
         return "not comparable" if not math.isfinite(gate.measured) else f"{figure(gate.measured)} differ, none may"
     return f"{figure(gate.measured)}, limit {figure(gate.limit)} ({margin(gate)})"
-
-
-def clean(text: object) -> str:
-    """Text that changes nothing around it: no control characters, no direction marks."""
-    return _UNSEEN.sub("\ufffd", unicodedata.normalize("NFC", str(text)))
-
-
-def cut(text: str, length: int) -> str:
-    """At most `length` characters."""
-    return text if len(text) <= length else text[: length - 1] + "…"
 
 
 def _times(ratio: float) -> str:

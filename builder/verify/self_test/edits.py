@@ -18,7 +18,7 @@ import numpy as np
 import onnx_ir as ir
 
 from builder.bundle.layout import graph_files
-from builder.targets.registry import TARGETS
+from builder.targets.graphs import GRAPHS
 from builder.util.files import write_text
 
 DOWN = "layers.{}.mlp.down_proj.weight"
@@ -145,7 +145,7 @@ def feature_levels(graph: ir.Graph, target: str) -> tuple[ir.Node, list[int]]:
     Raises:
         InapplicableError: the checkpoint has none.
     """
-    runtime = TARGETS[target]
+    runtime = GRAPHS[target]
     name = runtime.features if runtime.packed else "deepstack_features"
     found = [one.producer() for one in graph.outputs if one.name == name]
     node = found[0] if found else None

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from builder.targets.registry import TARGETS
+from builder.targets.graphs import GRAPHS
 from builder.verify.report.gates import Gate
 from builder.verify.self_test import mutations
 from builder.verify.self_test import quantized_mutations as quantized
@@ -50,7 +50,7 @@ class Mutant:
 
 
 def _both(*places: str) -> dict[str, frozenset[str]]:
-    return dict.fromkeys(TARGETS, frozenset(places))
+    return dict.fromkeys(GRAPHS, frozenset(places))
 
 
 LAYERS = "decoder layers"
@@ -71,7 +71,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "each image token takes the next one's features",
         mutations.image_features_shifted,
         # Where the client merges, the features themselves are shifted.
-        {name: frozenset({"embeddings" if one.merges else "image features"}) for name, one in TARGETS.items()},
+        {name: frozenset({"embeddings" if one.merges else "image features"}) for name, one in GRAPHS.items()},
     ),
     Mutant("last picture lost", "its features are 0", mutations.last_picture_dropped, _both("image features")),
     Mutant("DeepStack zeroed", "the usual recipes' fault", mutations.deepstack_zeroed, _both("deepstack features")),

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from builder.graph.ports import DECODER, EMBEDDINGS, RESIDUAL, VISION
+from builder.checkpoint.parts import DECODER, EMBEDDINGS, VISION
+from builder.graph.ports import RESIDUAL
+from builder.targets.graphs import GRAPHS
 from builder.targets.image_preprocessor import NAME as PREPROCESSOR
-from builder.targets.registry import TARGETS
 from builder.verify.image_preprocessor import preprocessor_file
 from builder.verify.self_test.edits import (
     DOWN,
@@ -83,7 +84,7 @@ def vision_mlp_scaled(bundle: Path, target: str, block: int = 1) -> None:
 
 def image_features_shifted(bundle: Path, target: str) -> None:
     """Each image token takes the features of the next one, the last one those of the first."""
-    runtime = TARGETS[target]
+    runtime = GRAPHS[target]
     with edited(bundle, EMBEDDINGS if runtime.merges else VISION) as graph:
         if runtime.merges:
             features = port(graph.inputs, runtime.features)
@@ -97,7 +98,7 @@ def last_picture_dropped(bundle: Path, target: str) -> None:
     """Features of the last picture of a call are 0."""
     with edited(bundle, VISION) as graph:
         pixels, grid = port(graph.inputs, "pixel_values"), port(graph.inputs, "image_grid_thw")
-        features = port(graph.outputs, TARGETS[target].features)
+        features = port(graph.outputs, GRAPHS[target].features)
         last, end, axis = (constant(graph, f"row_{n}", np.array([n], np.int64)) for n in (-1, 2**62, 0))
         row = ir.node("Slice", [grid, last, end, axis])
         patches = ir.node("ReduceProd", [row.outputs[0]], {"keepdims": 0})

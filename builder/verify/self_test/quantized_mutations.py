@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from builder.graph.ports import DECODER, VISION
+from builder.checkpoint.parts import DECODER, VISION
 from builder.quantization.packing import pack, unpack
 from builder.verify.self_test.edits import (
     DOWN,

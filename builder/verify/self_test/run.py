@@ -23,7 +23,6 @@ from builder.bundle.layout import MANIFEST, check_bundle, own_evidence, own_file
 from builder.checkpoint.load import Checkpoint, open_checkpoint
 from builder.reference.cases import Suite, shipped_cases
 from builder.reference.model import Reference
-from builder.stages.engine.estimate import verify_mode
 from builder.util import machine
 from builder.util.errors import BundleError, VerificationError
 from builder.util.files import link, write_text
@@ -31,7 +30,8 @@ from builder.util.json_files import read_json
 from builder.util.progress import progress
 from builder.verify.graphs.fp32_copy import write_twins
 from builder.verify.graphs.per_layer import Asked, SlicedGraphs
-from builder.verify.layerwise import SLICE, slice_budget, verify_sliced
+from builder.verify.layerwise import slice_budget, verify_sliced
+from builder.verify.memory_budget import SLICE, verify_mode
 from builder.verify.quantized import Terms, weight_gates
 from builder.verify.report.gates import Gate, Report
 from builder.verify.self_test.edits import InapplicableError

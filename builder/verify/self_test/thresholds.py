@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from builder.graph.ports import DECODER, EMBEDDINGS, RESIDUAL, VISION
-from builder.targets.registry import TARGETS
+from builder.checkpoint.parts import DECODER, EMBEDDINGS, VISION
+from builder.graph.ports import RESIDUAL
+from builder.targets.graphs import GRAPHS
 from builder.verify.graphs.per_layer import Asked, SlicedGraphs
 from builder.verify.report.gates import Gate
 from builder.verify.self_test.edits import (
@@ -70,7 +71,7 @@ class Survivor:
 def sites(target: str, levels: int, blocks: int, layers: int) -> tuple[Site, ...]:
     """What is scaled: a feed-forward network in the middle of either stack, and what each graph gives."""
     block, layer = blocks // 2, layers // 2
-    features = TARGETS[target].features
+    features = GRAPHS[target].features
     return (
         Site("vision layers", f"MLP of block {block}", VISION, lambda graph, _: _added(graph, block)),
         Site("image features", "main features", VISION, lambda graph, t: _main(graph, t, features)),
@@ -147,7 +148,7 @@ def _main(graph: ir.Graph, target: str, name: str) -> ir.Value:
     except InapplicableError:
         return output
     first = packing.inputs[0]
-    return first if TARGETS[target].packed and first is not None else output
+    return first if GRAPHS[target].packed and first is not None else output
 
 
 def _level(level: int, graph: ir.Graph, target: str) -> ir.Value:

@@ -18,9 +18,9 @@ from typer.testing import CliRunner, Result
 from builder.checkpoint.config import read_architecture
 from builder.checkpoint.tensors import expected_tensors
 from builder.cli.app import app
-from builder.cli.estimate_table import duration, size
 from builder.stages.engine.dry_run import Disk, disks, left_over
 from builder.util import machine
+from builder.util.units import duration, size
 
 ROOT = Path(__file__).parents[3]
 NAMES = ["fetch", "patch", "export", "optimize", "quantize", "configure", "verify", "bundle"]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from builder.checkpoint.files import needed_files
-from builder.cli.estimate_table import size
+from builder.util.units import size
 from tests.helpers.hub_server import HubServer, Repository
 from tests.stages.engine.test_dry_run import estimate, invoke, spawned, stage
 

@@ -14,19 +14,15 @@ from builder.graph.external_data import STRIP
 from builder.stages.engine.dry_run import described
 from builder.stages.engine.estimate import (
     HASH_RATE,
-    LARGEST_PATCHES,
-    LARGEST_PIXELS,
     TRACE_SECONDS,
-    VERIFY_MEMORY,
     WRITE_RATE,
     Facts,
     GraphBytes,
     graph_bytes,
     stage_cost,
-    verify_memory,
-    verify_mode,
 )
 from builder.targets.recipe_file import load_recipe
+from builder.verify.memory_budget import LARGEST_PATCHES, LARGEST_PIXELS, VERIFY_MEMORY, verify_memory, verify_mode
 from tests.conftest import Built
 
 RUNTIMES = ("genai", "onnxruntime")

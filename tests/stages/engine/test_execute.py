@@ -17,7 +17,7 @@ from builder.stages.engine.build import Build
 from builder.stages.engine.cache_key import code_digests
 from builder.stages.engine.execute import Event, execute
 from builder.stages.engine.output_folder import read_record
-from builder.targets.recipe_file import Target
+from builder.targets.recipe import Target
 from builder.util.errors import MissingPackageError
 from builder.util.progress import progress, shown_by
 from tests.helpers.toy_stages import TABLE, artifacts, ran, why
@@ -127,7 +127,7 @@ def test_a_file_that_a_stage_reads_counts_too(build: Build, demo: Path) -> None:
 
 def test_another_package_version_is_named(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     execute(build)
-    monkeypatch.setattr(execute, "version", lambda name: "99.0")
+    monkeypatch.setattr("builder.stages.engine.execute.version", lambda name: "99.0")
     assert why(build)["first"] == f"run: numpy {installed('numpy')} → 99.0"
 
 

@@ -14,9 +14,9 @@ from builder.stages.engine import cache_key
 from builder.stages.engine.build import STAGES, Build
 from builder.stages.engine.cache_key import code_digests
 from builder.stages.engine.execute import plan
-from builder.targets import registry
 from builder.targets.recipe_file import load_recipe
-from builder.targets.registry import TARGETS
+from builder.targets.runners import registry
+from builder.targets.runners.registry import RUNTIMES
 from tests.helpers.checkpoints import MINIATURE
 
 
@@ -76,15 +76,15 @@ def test_calibration_is_no_input_where_nothing_is_calibrated(tmp_path: Path) -> 
 
 def test_a_runtime_that_has_come_is_a_reason_to_verify_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build = Build(parse_source(str(MINIATURE)), load_recipe("int4-openvino"), tmp_path / "out")
-    runtime = TARGETS["openvino"]
+    runtime = RUNTIMES["openvino"]
 
     def told(**known: Any) -> cache_key.Components:
-        monkeypatch.setattr(registry, "TARGETS", {"openvino": replace(runtime, **known)})
+        monkeypatch.setattr(registry, "RUNTIMES", {"openvino": replace(runtime, **known)})
         found = {step.stage.name: step.components for step in plan(build)}
         assert not [name for name in found["bundle"].packages if name.startswith("runtime")]
         return found["verify"]
 
-    gone = told(needs=lambda: "it is not installed: see /some/path", versions=dict)
-    come = told(needs=lambda: None, versions=lambda: {"openvino": "9.9"})
+    gone = told(missing=lambda: "it is not installed: see /some/path", versions=dict)
+    come = told(missing=lambda: None, versions=lambda: {"openvino": "9.9"})
     assert cache_key.reasons(gone, come) == ["runtime of openvino not here → openvino 9.9"]
     assert cache_key.reasons(come, gone) == ["runtime of openvino openvino 9.9 → not here"]

@@ -19,9 +19,10 @@ from builder.reference.cases import Suite, held_out, shipped_cases
 from builder.stages.configure import lay_out
 from builder.stages.engine.build import Build
 from builder.stages.engine.execute import execute
-from builder.targets.recipe_file import Recipe, Target, load_recipe
-from builder.targets.registry import TARGETS
-from builder.targets.runners.protocol import open_player
+from builder.targets.recipe import Recipe, Target
+from builder.targets.recipe_file import load_recipe
+from builder.targets.registry import PACKAGING
+from builder.targets.runners.registry import RUNTIMES, open_runner
 from builder.util.errors import MissingPackageError, RecipeError
 from builder.util.files import link
 from builder.util.json_files import read_json
@@ -102,11 +103,11 @@ def test_without_openvino_it_is_compared_as_far_as_it_can_be(
     folder: Path, reference: Reference, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     why = 'openvino is not installed: pip install "qwen3vl-onnx[openvino]"'
-    monkeypatch.setitem(TARGETS, NAME, replace(TARGETS[NAME], needs=lambda: why))
+    monkeypatch.setitem(RUNTIMES, NAME, replace(RUNTIMES[NAME], missing=lambda: why))
     report = whole.verify(folder, NAME, reference, Suite(FEW[:1], tokens=4))
     assert (report.verdict, report.not_run) == ("sliced", {"tokens": why})
     assert {gate.measured for gate in report.gates if gate.place == PLACE} == {0.0}  # in ONNX Runtime
-    assert open_player(folder, NAME).not_run == why
+    assert open_runner(folder, NAME).not_run == why
     with pytest.raises(MissingPackageError) as caught:
         open_bundle(folder)
     assert caught.value.found == why
@@ -141,5 +142,5 @@ def test_both_programs_and_the_preprocessor_lie_in_it(tmp_path: Path) -> None:
     roles = lay_out(tmp_path / "filled", checkpoint, RECIPE, RECIPE.targets[0], tmp_path / "out")
     assert roles["image_preprocessor.onnx"] == "image_preprocessor"
     assert (tmp_path / "out" / "image_preprocessor.onnx").is_file()
-    configs = TARGETS[NAME].configs(checkpoint, RECIPE, RECIPE.targets[0])
+    configs = PACKAGING[NAME].configs(checkpoint, RECIPE, RECIPE.targets[0])
     assert {"pipeline.py", "openvino_pipeline.py"} <= set(configs)

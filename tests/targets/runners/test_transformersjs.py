@@ -16,14 +16,15 @@ import pytest
 
 from builder.bundle.generate import answer
 from builder.checkpoint.load import open_checkpoint
-from builder.graph.ports import DECODER, EMBEDDINGS, VISION
+from builder.checkpoint.parts import DECODER, EMBEDDINGS, VISION
 from builder.reference.cases import Case, Suite, held_out, shipped_cases
 from builder.reference.model import Reference
 from builder.stages.engine.dry_run import described
 from builder.stages.engine.estimate import graph_bytes
-from builder.targets.recipe_file import Target, load_recipe
+from builder.targets.recipe import Target
+from builder.targets.recipe_file import load_recipe
 from builder.targets.runners import node
-from builder.targets.runners.protocol import open_player
+from builder.targets.runners.registry import open_runner
 from builder.targets.transformersjs import NAME, layout
 from builder.verify.report.gates import Report
 from builder.verify.self_test import mutations
@@ -125,7 +126,7 @@ def test_other_shapes_do_too(checkpoint: Callable[[str], Path], built: Built, sh
 @pytest.mark.parametrize("like", ["fp16", "int8", "int4-fast", "int4-webgpu"])
 def test_what_is_not_exact_answers_as_well(bundle: Callable[[str], Path], like: str) -> None:
     """Of the held-out questions the miniature gets 36 right in fp32; recipes allow the loss of one."""
-    cases, player = held_out(open_checkpoint(MINIATURE)), open_player(bundle(like), NAME)
+    cases, player = held_out(open_checkpoint(MINIATURE)), open_runner(bundle(like), NAME)
     right = [
         player.text(list(player.tokens(player.prepare(one.prompt, one.images), 16))) == one.answer for one in cases
     ]

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from builder.checkpoint.load import open_checkpoint
 from builder.cli.app import app
+from builder.reference.case_file import FP32
 from builder.reference.cases import SUITE, read_cases, shipped_cases
 from builder.targets.clients.pipeline import load_image
 from builder.util.errors import CheckpointError, GoldenError, ResourceError
@@ -22,7 +23,7 @@ from builder.verify.golden import record, verify
 from builder.verify.golden.file import GoldenCase, read_golden
 from builder.verify.golden.graphs import near
 from builder.verify.golden.record import floats, golden_case, sampled
-from builder.verify.report.gates import FP32, Report
+from builder.verify.report.gates import Report
 from builder.verify.self_test import mutations
 from builder.verify.self_test.mutants import Mutation
 from tests.end_to_end.test_wheel import base, without_extra
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
 __all__ = ["base"]
 
-GOLDEN = MINIATURE.parent / "record.json"
+GOLDEN = MINIATURE.parent / "golden.json"
 TARGETS = ("genai", "onnxruntime")
 FEW = ("text", "one picture", "wide, tall", "JPEG 4:2:0")
 
@@ -341,9 +342,9 @@ def test_a_picture_that_changes_makes_a_golden_stale(
 @pytest.mark.torch
 def test_what_does_not_fit_in_memory_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ResourceError, match="whole checkpoint in memory"):
-        record.golden_of(open_checkpoint(MINIATURE), tmp_path / "record.json", limit=10**6)
+        record.golden_of(open_checkpoint(MINIATURE), tmp_path / "golden.json", limit=10**6)
     with pytest.raises(CheckpointError):
-        record.golden_of(open_checkpoint(tmp_path), tmp_path / "record.json")
+        record.golden_of(open_checkpoint(tmp_path), tmp_path / "golden.json")
 
 
 def same(got: GoldenCase, want: GoldenCase) -> None:
@@ -371,9 +372,9 @@ def test_the_shipped_golden_is_what_pytorch_says(reference: Reference, name: str
 @pytest.mark.slow
 @pytest.mark.torch
 def test_a_new_golden_equals_the_shipped_one(tmp_path: Path) -> None:
-    done = python("-m", "builder", "golden", "--output", tmp_path / "record.json", cwd=tmp_path)
+    done = python("-m", "builder", "golden", "--output", tmp_path / "golden.json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    got, want = read_golden(tmp_path / "record.json"), read_golden(GOLDEN)
+    got, want = read_golden(tmp_path / "golden.json"), read_golden(GOLDEN)
     assert (got.checkpoint, got.limits, got.task) == (want.checkpoint, want.limits, want.task)
     for one, two in zip(got.cases, want.cases, strict=True):
         same(one, two)

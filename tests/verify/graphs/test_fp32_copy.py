@@ -15,10 +15,11 @@ import pytest
 from onnx import GraphProto, ModelProto, TensorProto
 
 from builder.checkpoint.load import Checkpoint, open_checkpoint
-from builder.graph.ports import DECODER, EMBEDDINGS, VISION
+from builder.checkpoint.parts import DECODER, EMBEDDINGS, VISION
 from builder.quantization import activation_ranges
 from builder.reference.cases import shipped_cases
-from builder.targets.recipe_file import Target, load_recipe
+from builder.targets.recipe import Target
+from builder.targets.recipe_file import load_recipe
 from builder.util.json_files import read_json
 from builder.verify.graphs.all_logits import FloatSession
 from builder.verify.graphs.fp32_copy import HALF, decoder_with_all_logits, in_fp32, write_twins

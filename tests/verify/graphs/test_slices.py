@@ -12,7 +12,8 @@ import onnx
 import onnxruntime
 import pytest
 
-from builder.graph.ports import DECODER, EMBEDDINGS, RESIDUAL, VISION
+from builder.checkpoint.parts import DECODER, EMBEDDINGS, VISION
+from builder.graph.ports import RESIDUAL
 from builder.util.errors import BundleError
 from builder.verify.graphs import slices
 from builder.verify.graphs.slices import PAST, PRESENT, Values, run_slices, sliced

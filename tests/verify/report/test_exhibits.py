@@ -17,7 +17,6 @@ from builder.verify.report.exhibits import (
     TEXT,
     Exhibit,
     collecting,
-    kl_divergence,
     show_answers,
     show_case,
     show_logits,
@@ -55,17 +54,6 @@ def test_things_belong_to_their_case(shown: Callable[[], tuple[Exhibit, ...]]) -
     assert (two.kind, two.expected, two.answers, len(two.divergences)) == ("task", "b", ("a", "b"), 1)
     assert (one.kind, one.expected, one.divergences) == ("case", None, ())
     assert (one.answers[0], len(one.answers[1])) == ("y", TEXT)
-
-
-def test_a_divergence_is_that_of_the_formula() -> None:
-    p, q = np.array([0.5, 0.25, 0.25]), np.array([0.25, 0.25, 0.5])
-    expected = sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
-    assert kl_divergence(np.log(p) + 7, np.log(q) - 3) == pytest.approx(expected, rel=1e-12)
-    assert kl_divergence(np.log(p), np.log(p)) == 0
-    barred = np.array([1.0, -np.inf, 2.0])
-    assert kl_divergence(barred, np.array([1.0, 5.0, 2.0])) > 0.1
-    assert math.isinf(kl_divergence(np.array([1.0, 5.0, 2.0]), barred))
-    assert math.isnan(kl_divergence(np.array([1.0, np.nan]), np.array([1.0, 2.0])))
 
 
 def test_logits_are_a_sample_with_the_largest_of_each_position(shown: Callable[[], tuple[Exhibit, ...]]) -> None:

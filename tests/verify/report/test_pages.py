@@ -11,13 +11,14 @@ from xml.etree import ElementTree
 
 import pytest
 
+from builder.util.text import clean, code, figure
 from builder.verify.report.context import Context, StageCost, of_bundle
 from builder.verify.report.exhibits import Exhibit
 from builder.verify.report.gates import Gate, Report
 from builder.verify.report.html import bar, html
 from builder.verify.report.junit import junit
-from builder.verify.report.markdown import LARGEST, code, markdown
-from builder.verify.report.summary import clean, excess, failures, figure, margin, measured, places
+from builder.verify.report.markdown import LARGEST, markdown
+from builder.verify.report.summary import failures, margin, measured, places
 from tests.helpers.reports import (
     CONTEXT,
     FACTS,
@@ -245,7 +246,7 @@ def test_the_least_margin_is_the_worst_case() -> None:
         *("decoder layers", "decoder prefill", "decoder step", "tokens", "task")
     ]
     assert len(FAILS) == 5
-    assert excess(Gate("tokens", "a", 1, 0)) == float("inf")
+    assert Gate("tokens", "a", 1, 0).excess == float("inf")
 
 
 def test_the_self_test_is_shown_whatever_columns_it_has(tmp_path: Path) -> None:

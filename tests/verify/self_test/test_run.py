@@ -13,9 +13,9 @@ import onnx
 import pytest
 from typer.testing import CliRunner
 
+from builder.checkpoint.parts import DECODER
 from builder.cli.app import app
-from builder.graph.ports import DECODER
-from builder.targets.registry import TARGETS
+from builder.targets.graphs import GRAPHS
 from builder.util.files import sha256
 from builder.verify.report.gates import PLACES, Gate
 from builder.verify.self_test import mutations, run
@@ -114,7 +114,7 @@ def check_lossy(folder: Path, mutants: tuple[Mutant, ...]) -> run.SelfTest:
 def test_the_table_names_each_mutant_once_and_only_places() -> None:
     assert len({mutant.name for mutant in MUTANTS}) == len(MUTANTS)
     for mutant in MUTANTS:
-        assert set(mutant.places) == set(TARGETS)
+        assert set(mutant.places) == set(GRAPHS)
         assert all(places and places <= set(PLACES) for places in mutant.places.values())
 
 

@@ -1,0 +1,5 @@
+"""The three parts of a Qwen3-VL model, each of which becomes a graph; a graph's role is its part."""
+
+from __future__ import annotations
+
+VISION, EMBEDDINGS, DECODER = "vision_encoder", "embeddings", "model"

@@ -1,0 +1,147 @@
+"""The commands `build` and `explain`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from builder.cli.arguments import Checkpoint, DryRun, Force, Json, Memory, Output, RecipeOption, Rehash, Until
+from builder.cli.exit_codes import emit, reported
+from builder.targets.recipe_file import DEFAULT
+
+if TYPE_CHECKING:
+    from builder.bundle.table import Row
+    from builder.stages.engine.build import Build
+    from builder.stages.engine.execute import Step
+    from builder.stages.engine.output_folder import Record
+
+
+def build(
+    checkpoint: Checkpoint = None,
+    recipe: RecipeOption = DEFAULT,
+    output: Output = None,
+    until: Until = None,
+    force: Force = None,
+    rehash: Rehash = False,
+    memory: Memory = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Build, verify and bundle a checkpoint; the last line printed is the first target's bundle."""
+    with reported(as_json):
+        from builder.bundle import table as bundle_table
+        from builder.cli.progress_bars import watching
+        from builder.stages.engine.execute import execute
+
+        plan = replace(_prepared(checkpoint, recipe, output, until, force or [], rehash), memory=memory)
+        _refuse_what_cannot_fit(plan, until, force or [], shown=dry_run, as_json=as_json)
+        if dry_run:
+            return
+        with watching(plan) as on_event:
+            done = execute(plan, until, force or [], on_event)
+        if all(step.state == "cached" for step, _ in done):
+            print("nothing to run: nothing has changed", file=sys.stderr)
+        last = plan.folder(done[-1][0].stage.name)
+        whole = done[-1][0].stage == plan.stages[-1]
+        bundles = {one.runtime: str(last / one.runtime) for one in plan.recipe.targets} if whole else {}
+        table = _table(plan, bundles)
+        if as_json:
+            told = {"bundles": bundles, "table": bundle_table.as_dicts(table)}
+            emit({**_head(plan), **told, "stages": [_stage_facts(plan, *one) for one in done]})
+            return
+        for _, record in done:
+            if report := record.facts.get("report"):
+                print(report)
+        if len(table) > 1:
+            print(f"\n{bundle_table.text(table)}")
+        print(next(iter(bundles.values()), last))
+
+
+def explain(
+    checkpoint: Checkpoint = None,
+    recipe: RecipeOption = DEFAULT,
+    output: Output = None,
+    until: Until = None,
+    force: Force = None,
+    rehash: Rehash = False,
+    as_json: Json = False,
+) -> None:
+    """Say which stages `build` would run with the same arguments, and why; build nothing."""
+    with reported(as_json):
+        from builder.cli.progress_bars import line
+        from builder.stages.engine.execute import plan
+
+        asked = _prepared(checkpoint, recipe, output, until, force or [], rehash)
+        steps = plan(asked, until, force or [])
+        if as_json:
+            stages = [{"stage": one.stage.name, "state": one.state, "why": one.why} for one in steps]
+            emit({**_head(asked), "stages": stages})
+            return
+        for step in steps:
+            print(line(asked, step))
+
+
+def _prepared(
+    checkpoint: str | None,
+    recipe: str,
+    output: Path | None,
+    until: str | None,
+    force: list[str],
+    rehash: bool,
+) -> Build:
+    from builder.stages.engine.build import STAGES
+    from builder.stages.engine.prepare import prepared
+
+    names = [stage.name for stage in STAGES]
+    late = [one for one in force if until is not None and names.index(one) > names.index(until)]
+    if late:
+        raise typer.BadParameter(f"{late[0]} comes after --until {until}", param_hint="--force")
+    return prepared(checkpoint, recipe, output, rehash=rehash, settle_again="fetch" in force)
+
+
+def _refuse_what_cannot_fit(build: Build, until: str | None, force: list[str], *, shown: bool, as_json: bool) -> None:
+    """The figures of `--dry-run` are `shown` on stdout; a build that fits is silent."""
+    from builder.stages.engine.execute import plan
+
+    steps = plan(build, until, force)
+    if not shown and all(step.state == "cached" for step in steps):
+        return
+    from builder.cli.estimate_table import tables
+    from builder.stages.engine.dry_run import estimated
+
+    estimate = estimated(build, steps)
+    if shown and not as_json:
+        print(tables(estimate))
+    estimate.refuse()
+    if shown and as_json:
+        emit({**_head(build), "estimate": estimate.as_dict()})
+
+
+def _head(build: Build) -> dict[str, Any]:
+    return {"ok": True, "checkpoint": str(build.source), "output": str(build.output)}
+
+
+def _table(build: Build, bundles: Mapping[str, str]) -> list[Row]:
+    """What their verifications found, also written into the output folder's `evidence/`."""
+    from builder.bundle import table as bundle_table
+
+    found = bundle_table.rows([Path(folder) for folder in bundles.values()])
+    if found:
+        bundle_table.write(found, build.output)
+    return found
+
+
+def _stage_facts(build: Build, step: Step, record: Record) -> dict[str, Any]:
+    return {
+        "stage": step.stage.name,
+        "state": step.state,
+        "why": step.why,
+        "folder": str(build.folder(step.stage.name)),
+        "key": record.key,
+        **asdict(record.cost),
+    }

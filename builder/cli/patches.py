@@ -1,0 +1,48 @@
+"""The command `patches`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Annotated, Any
+
+import typer
+
+from builder.cli.arguments import Json
+from builder.cli.exit_codes import emit, reported
+
+
+def patches(
+    diff: Annotated[bool, typer.Option("--diff", help="Print what each patch changes in upstream.")] = False,
+    record: Annotated[
+        bool, typer.Option("--record", help="Re-verify every patch and record the installed release.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """List the patches of upstream, and their state against the installed transformers."""
+    with reported(as_json):
+        from builder.stages import patch
+
+        recorded = [asdict(one) for one in patch.record()] if record else []
+        rows = [asdict(one) for one in patch.status()]
+        if diff:
+            rows = [{**row, "diff": patch.diff_text(row["name"])} for row in rows]
+        if as_json:
+            emit({"ok": True, "patches": rows, "recorded": recorded})
+            return
+        for one in recorded:
+            print(f"{one['name']}: checked on {one['release']}, {'recorded' if one['new'] else 'known before'}")
+        for row in rows:
+            print(row["diff"] if diff else _patch_text(row))
+
+
+def _patch_text(row: Mapping[str, Any]) -> str:
+    return "\n".join(
+        [
+            f"{row['name']}: {row['state']} ({row['release']}, source {row['digest'] or 'not found'})",
+            f"  target       {row['target']}",
+            f"  why          {row['why']}",
+            f"  remove when  {row['remove_when']}",
+            f"  verified on  {', '.join(row['verified']) or 'none'}",
+        ]
+    )

@@ -1,0 +1,15 @@
+"""Installed versions of distributions."""
+
+from __future__ import annotations
+
+import importlib.util
+
+MISSING = "not installed"
+
+
+def version(distribution: str) -> str:
+    """The installed version, or `MISSING`; imports nothing of it."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return MISSING
