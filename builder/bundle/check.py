@@ -8,19 +8,18 @@ manifest says of graphs is compared with the graphs. What no check can tell with
 from __future__ import annotations
 
 import hashlib
-import io
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
+from rich.console import RenderableType
 
 from builder.bundle.inventory import SIGNATURE, Content, open_content
 from builder.bundle.layout import GENAI, MANIFEST, OTHERWISE
 from builder.checkpoint.files import MAY_NAME_CODE, PICKLES, refuse_remote_code
 from builder.targets.registry import PACKAGING
+from builder.util.console_table import console_table
 from builder.util.errors import BundleError, CheckpointError, UnsafeError
 from builder.util.files import sha256
 from builder.util.json_files import read_json
@@ -64,17 +63,11 @@ class Checked:
             "checks": [{"check": row.check, "found": row.found} for row in self.rows],
         }
 
-    def table(self, width: int = 110) -> str:
-        """A row a check."""
-        table = Table(title=f"{self.folder}: {self.target}", title_justify="left")
-        for heading in ("check", "found", ""):
-            table.add_column(heading)
-        for row in self.rows:
-            table.add_row(row.check, row.found, "" if row.found.startswith(("not ", "sha256 ")) else "holds")
-        console = Console(file=io.StringIO(), width=width, color_system=None, markup=False, emoji=False)
-        console.print(table)
-        assert isinstance(console.file, io.StringIO)
-        return console.file.getvalue().rstrip()
+    def renderables(self) -> Iterator[RenderableType]:
+        """A row a check, then the number to compare."""
+        rows = ((row.check, row.found, "" if row.found.startswith("not ") else "pass") for row in self.rows)
+        yield console_table(f"{self.folder}: {self.target}", ("check", "found", ""), rows)
+        yield f"{MANIFEST}: sha256 {self.manifest}"
 
 
 def check(folder: Path, key: Path | None = None) -> Checked:
@@ -101,7 +94,6 @@ def check(folder: Path, key: Path | None = None) -> Checked:
     told = {"holds": f"{SIGNATURE}, by the key {key}", "none": "not signed", "not checked": "not checked: no --key"}
     rows.append(Row("signature", told[signature]))
     digest = sha256(folder / MANIFEST)
-    rows.append(Row(MANIFEST, f"sha256 {digest}"))
     return Checked(folder, content.target, digest, signature, tuple(rows))
 
 

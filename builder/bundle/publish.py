@@ -9,18 +9,17 @@ has afterwards is what was checked, by digest. Connections, tokens, retries and 
 from __future__ import annotations
 
 import hashlib
-import io
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
+from rich.console import RenderableType
 
 from builder.bundle.inventory import OF_THE_HUB, Content
 from builder.checkpoint.hub import Remote
+from builder.util.console_table import console_table
 from builder.util.errors import BuildError, UploadError
 from builder.util.files import sha256
 from builder.util.units import size
@@ -70,20 +69,12 @@ class Plan:
             "others": list(self.others),
         }
 
-    def table(self, width: int = 110) -> str:
-        """A row a file, and what is in the way."""
-        table = Table(title=f"{self.repo}, {self.revision}", title_justify="left")
-        table.add_column("file")
-        table.add_column("size", justify="right")
-        table.add_column("there")
-        for one in self.files:
-            table.add_row(one.name, size(one.size), one.state)
-        console = Console(file=io.StringIO(), width=width, color_system=None, markup=False, emoji=False)
-        console.print(table)
+    def renderables(self) -> Iterator[RenderableType]:
+        """A row a file, and what is missing at the hub."""
+        rows = ((one.name, size(one.size), one.state) for one in self.files)
+        yield console_table(f"{self.repo}, {self.revision}", ("file", "size", "there"), rows, right=("size",))
         made = "" if self.exists and self.branch else "; the branch is made" if self.exists else "; it is made"
-        console.print(f"to send: {len(self.sent)} files, {size(sum(one.size for one in self.sent))}{made}")
-        assert isinstance(console.file, io.StringIO)
-        return console.file.getvalue().rstrip()
+        yield f"to send: {len(self.sent)} files, {size(sum(one.size for one in self.sent))}{made}"
 
 
 def plan(content: Content, repo: str, revision: str = MAIN) -> Plan:

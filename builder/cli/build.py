@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +37,7 @@ def build(
         from builder.bundle import table as bundle_table
         from builder.cli.progress_bars import watching
         from builder.stages.engine.execute import execute
+        from builder.util.console_table import show
 
         plan = replace(_prepared(checkpoint, recipe, output, until, force or [], rehash), memory=memory)
         _refuse_what_cannot_fit(plan, until, force or [], shown=dry_run, as_json=as_json)
@@ -57,8 +58,9 @@ def build(
         for _, record in done:
             if report := record.facts.get("report"):
                 print(report)
+        _show_reports(plan, [step.stage.name for step, _ in done])
         if len(table) > 1:
-            print(f"\n{bundle_table.text(table)}")
+            show(*bundle_table.renderables(table))
         print(next(iter(bundles.values()), last))
 
 
@@ -111,15 +113,26 @@ def _refuse_what_cannot_fit(build: Build, until: str | None, force: list[str], *
     steps = plan(build, until, force)
     if not shown and all(step.state == "cached" for step in steps):
         return
-    from builder.cli.estimate_table import tables
+    from builder.cli.estimate_table import renderables
     from builder.stages.engine.dry_run import estimated
+    from builder.util.console_table import show
 
     estimate = estimated(build, steps)
     if shown and not as_json:
-        print(tables(estimate))
+        show(*renderables(estimate))
     estimate.refuse()
     if shown and as_json:
         emit({**_head(build), "estimate": estimate.as_dict()})
+
+
+def _show_reports(build: Build, stages: Sequence[str]) -> None:
+    """What the stage verify found, a table a target."""
+    from builder.util.console_table import show
+    from builder.verify.report.console import renderables
+    from builder.verify.report.formats import read_report
+
+    for target in build.recipe.targets if "verify" in stages else ():
+        show(*renderables(read_report(build.folder("verify") / target.runtime)))
 
 
 def _head(build: Build) -> dict[str, Any]:

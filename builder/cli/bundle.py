@@ -32,7 +32,9 @@ def check(bundle: Bundle, key: PublicKey = None, as_json: Json = False) -> None:
         if as_json:
             emit({"ok": True, **done.as_dict()})
         else:
-            print(done.table())
+            from builder.util.console_table import show
+
+            show(*done.renderables())
 
 
 def sign(
@@ -101,7 +103,12 @@ def publish(
         if as_json:
             emit({"ok": True, "bundle": str(bundle), **asked.as_dict(), "commit": address})
         else:
-            print(asked.table() if address is None else address)
+            from builder.util.console_table import show
+
+            if address is None:
+                show(*asked.renderables())
+            else:
+                print(address)
 
 
 def diff(
@@ -121,7 +128,12 @@ def diff(
         if as_json:
             emit({"ok": True, **found.as_dict()})
         else:
-            print(render.markdown(found) if markdown else render.text(found))
+            from builder.util.console_table import show
+
+            if markdown:
+                print(render.markdown(found))
+            else:
+                show(*render.renderables(found))
         if not found.equal:
             raise typer.Exit(DIFFERENT)
 
@@ -142,7 +154,7 @@ def _shown(as_json: bool) -> Iterator[None]:
 def run(
     bundle: Bundle,
     prompt: Annotated[str, typer.Option(help="What to ask.")],
-    image: Annotated[list[Path] | None, typer.Option(help="A picture to ask about; repeabundle_table.")] = None,
+    image: Annotated[list[Path] | None, typer.Option(help="A picture to ask about; repeatable.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Where the answer is cut.")] = 256,
     as_json: Json = False,
 ) -> None:

@@ -5,16 +5,17 @@ In: arguments. Out: see `builder.cli.app`, where it is registered.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import RenderableType
 
 from builder.cli.arguments import Checkpoint, Json, RecipeOption
 from builder.cli.exit_codes import emit, reported
+from builder.util.console_table import console_table, show
 
 if TYPE_CHECKING:
     from builder.quantization.sensitivity import Group, Sensitivity
@@ -65,7 +66,7 @@ def sensitivity(
         if as_json:
             emit({"ok": True, "bytes": whole, "recipe": text, "groups": [_facts(one, taken) for one in found]})
             return
-        print(_table(found, taken, whole))
+        show(_table(found, taken, whole))
         print(text if write is None else write)
 
 
@@ -79,21 +80,17 @@ def _facts(one: Sensitivity, taken: Sequence[Group]) -> dict[str, object]:
     }
 
 
-def _table(found: Sequence[Sensitivity], taken: Sequence[Group], whole: int) -> str:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title="Rounded alone, against PyTorch in fp32", title_justify="left")
-    for name in ("KL, mean", "share", "8 bits cost", ""):
-        table.add_column(name, justify="right" if name else "left")
-    table.add_column("group", overflow="fold")
+def _table(found: Sequence[Sensitivity], taken: Sequence[Group], whole: int) -> RenderableType:
     total = sum(one.kl for one in found) or 1.0
-    for one in found:
-        cost = f"{one.group.more / whole:.1%} of bytes"
-        table.add_row(
-            f"{one.kl:.2e}", f"{one.kl / total:.0%}", cost, "8 bits" if one.group in taken else "", one.group.name
+    rows = (
+        (
+            one.group.name,
+            f"{one.kl:.2e}",
+            f"{one.kl / total:.0%}",
+            f"{one.group.more / whole:.1%}",
+            "8 bits" if one.group in taken else "",
         )
-    console = Console(file=io.StringIO(), width=120, color_system=None, markup=False, emoji=False)
-    console.print(table)
-    assert isinstance(console.file, io.StringIO)
-    return console.file.getvalue().rstrip()
+        for one in found
+    )
+    headings = ("group", "KL, mean", "share", "more bytes", "chosen")
+    return console_table("Rounded alone, against PyTorch in fp32", headings, rows, right=headings[1:4])

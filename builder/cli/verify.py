@@ -42,6 +42,8 @@ def verify(
     """Compare a bundle with PyTorch; exits with 0 only when every gate holds."""
     with reported(as_json):
         from builder.stages.engine.prepare import reference_folder
+        from builder.util.console_table import show
+        from builder.verify.report.console import renderables
 
         if self_test and (reference is None or golden is not None or cases):
             raise typer.BadParameter("needs --reference, and neither --golden nor --cases", param_hint="--self-test")
@@ -66,7 +68,7 @@ def verify(
         if as_json:
             emit({**report.as_dict(), "ok": report.ok})
             raise typer.Exit(0 if report.ok else VerificationError.exit_code)
-        print(report.table())
+        show(*renderables(report))
         if not report.ok:
             raise failed(report, evidence)
 
@@ -111,6 +113,7 @@ def report(
 
 
 def _test_itself(bundle: Path, checkpoint: Path, memory: int | None, store: Path | None, as_json: bool) -> None:
+    from builder.util.console_table import show
     from builder.verify.report.write import render
     from builder.verify.self_test.run import failed, self_test
 
@@ -122,7 +125,7 @@ def _test_itself(bundle: Path, checkpoint: Path, memory: int | None, store: Path
     if as_json:
         emit({**done.as_dict(), "ok": done.ok})
         raise typer.Exit(0 if done.ok else VerificationError.exit_code)
-    print(done.table())
+    show(*done.renderables())
     if not done.ok:
         raise failed(done, bundle / "evidence")
 
@@ -136,9 +139,10 @@ def table(
     """One table of bundles: runtime, cases, tokens, task, size, as their own verifications found."""
     with reported(as_json):
         from builder.bundle import table
+        from builder.util.console_table import show
 
         found = table.rows(table.bundles_in(folders))
         if as_json:
             emit({"ok": True, "bundles": table.as_dicts(found)})
         else:
-            print(table.text(found))
+            show(*table.renderables(found))

@@ -20,6 +20,7 @@ from builder.targets.clients.pipeline import ImageSettings, target_size
 from builder.util.errors import CasesError
 from builder.verify import whole
 from tests.helpers.checkpoints import MINIATURE
+from tests.helpers.shown import shown
 
 if TYPE_CHECKING:
     from builder.reference.model import Reference
@@ -187,14 +188,14 @@ def test_what_a_case_asks_for_is_what_is_compared(miniature_built: Path, referen
         Case("few", "What?", checks=CHECKS, tokens=3, tolerance="tight"),
     )
     report = whole.verify(miniature_built / "genai", "genai", reference, Suite(cases))
-    assert report.ok, report.table()
+    assert report.ok, shown(report)
     places = {gate.place for gate in report.gates if gate.case.startswith("some") and "layer" not in gate.place}
     assert places == {"token ids", "pixel values", "position ids", "image features", "deepstack features"}
     assert [gate.case for gate in report.gates if gate.place == "tokens"] == ["few, 3 tokens", "near ties"]
     limits = {(gate.case.split(",")[0], gate.limit) for gate in report.gates if gate.limit and "grid" not in gate.case}
     assert limits == {("some", FP32), ("few", FP32 / 5), ("batch of two", FP32), ("near ties", 1.0)}
     assert report.facts["not checked"] == {"some": ["embeddings", "decoder", "tokens", "runtime"]}
-    assert "case some: not compared, by its own choice: embeddings, decoder, tokens, runtime" in report.table()
+    assert "case some: not compared, by its own choice: embeddings, decoder, tokens, runtime" in shown(report)
 
 
 @pytest.mark.torch

@@ -25,6 +25,7 @@ from builder.verify.self_test.mutations import deepstack_levels_swapped
 from builder.verify.self_test.quantized_mutations import nibbles_swapped, scales_shifted, zero_points_shifted
 from tests.conftest import Built
 from tests.helpers.checkpoints import MINIATURE
+from tests.helpers.shown import shown
 
 pytestmark = pytest.mark.torch
 
@@ -66,7 +67,7 @@ def test_the_terms_of_a_bundle_are_those_of_its_manifest(lossy: Callable[[str], 
     loose = {**LIMITS, "kl_mean": 0.5, "kl_p99": 2.0, "same_top": 0.8}  # thirty positions are not the suite's
     edit_recipe(folder, limits=loose)
     report = whole.verify_bundle(folder, MINIATURE)
-    assert report.verdict == "passed", report.table()
+    assert report.verdict == "passed", shown(report)
     assert {"weights", "KL divergence", "generated tokens"} <= {gate.place for gate in report.gates}
 
     edit_recipe(folder, limits={**loose, "kl_mean": 1e-9, "weight": 0.1})
@@ -120,9 +121,9 @@ def test_what_is_broken_is_named_first(
     report = whole.verify_bundle(folder, MINIATURE)
     assert report.first_failure is not None
     assert report.first_failure.place == next(place for place in PLACES if place in places)
-    assert places <= failing(report), report.table()
+    assert places <= failing(report), shown(report)
     if "weights" in places:
-        assert failing(report) <= {"weights", *PLACES[PLACES.index("KL divergence") :]}, report.table()
+        assert failing(report) <= {"weights", *PLACES[PLACES.index("KL divergence") :]}, shown(report)
 
 
 def test_what_this_machine_cannot_compute_is_said(built: Built, reference: Reference, tmp_path: Path) -> None:
@@ -135,10 +136,10 @@ def test_what_this_machine_cannot_compute_is_said(built: Built, reference: Refer
         patch.setattr(whole, "whole_suite", lambda checkpoint, folder, more=(): SUITE)
         report = whole.comparison(reference.checkpoint, None, tmp_path / "store", terms=terms)(folder, "genai")
     assert {"KL divergence", "generated tokens", "the provider cuda"} <= set(report.not_run)
-    assert report.verdict == "sliced", report.table()
+    assert report.verdict == "sliced", shown(report)
     assert "decoder prefill" in {gate.place for gate in report.gates}
     assert {"KL divergence", "perplexity"}.isdisjoint({gate.place for gate in report.gates})
-    assert "the provider cuda" in report.table(width=200)
+    assert "the provider cuda" in shown(report)
 
 
 def test_the_worst_matrix_of_each_width_has_a_gate() -> None:

@@ -18,12 +18,15 @@ from shutil import rmtree
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from rich.console import RenderableType
+
 from builder.bundle.dequantize import write_dequantized
 from builder.bundle.layout import MANIFEST, check_bundle, own_evidence, own_files
 from builder.checkpoint.load import Checkpoint, open_checkpoint
 from builder.reference.cases import Suite, shipped_cases
 from builder.reference.model import Reference
 from builder.util import machine
+from builder.util.console_table import as_text
 from builder.util.errors import BundleError, VerificationError
 from builder.util.files import link, write_text
 from builder.util.json_files import read_json
@@ -36,7 +39,7 @@ from builder.verify.quantized import Terms, weight_gates
 from builder.verify.report.gates import Gate, Report
 from builder.verify.self_test.edits import InapplicableError
 from builder.verify.self_test.mutants import MUTANTS, Mutant
-from builder.verify.self_test.table import catch_markdown, catch_text
+from builder.verify.self_test.table import catch_markdown, renderables
 from builder.verify.self_test.thresholds import Survivor, sites, survivor
 from builder.verify.whole import verify
 
@@ -130,9 +133,9 @@ class SelfTest:
             "survivors": [one.as_dict() for one in self.survivors],
         }
 
-    def table(self) -> str:
-        """For people."""
-        return catch_text(self.as_dict())
+    def renderables(self) -> Iterator[RenderableType]:
+        """For the console."""
+        return renderables(self.as_dict())
 
     def markdown(self) -> str:
         """For a README or a comment."""
@@ -186,7 +189,7 @@ def self_test(
             ways = replace(ways, compare=partial(_weights_first, ways, target, checkpoint, terms))
             done = _tested(Path(passing) / "twin", target, ways, chosen, broken)
     write_text(evidence / "self_test.json", json.dumps(done.as_dict(), indent=1, ensure_ascii=False) + "\n")
-    write_text(evidence / "self_test.txt", done.table() + "\n")
+    write_text(evidence / "self_test.txt", as_text(*done.renderables()) + "\n")
     return done
 
 

@@ -23,6 +23,7 @@ from builder.verify.self_test.edits import edit_json
 from builder.verify.self_test.mutants import MUTANTS, Mutant
 from builder.verify.self_test.thresholds import DECADES, Survivor, edge
 from tests.helpers.checkpoints import MINIATURE
+from tests.helpers.shown import shown
 
 pytestmark = pytest.mark.torch
 
@@ -56,15 +57,15 @@ def test_every_mutant_is_caught_where_it_is(bundle: Callable[[str], Path], targe
     folder = bundle(target)
     before = digests(folder)
     done = run.self_test(folder, MINIATURE)
-    assert done.ok, done.table()
+    assert done.ok, shown(done)
     none = INAPPLICABLE[target] | QUANTIZATION | WHOLE
     assert {one.mutant.name for one in done.catches if one.status == "does not apply"} == none
     assert [one.mutant for one in done.catches] == list(MUTANTS)
     assert {one.place for one in done.survivors} == TOLERANT
     assert sum(one.place == "deepstack features" for one in done.survivors) == 3
     for one in done.survivors:
-        assert one.fails is not None, done.table()
-        assert 1e-6 < one.passes < one.fails < 1e-2, done.table()
+        assert one.fails is not None, shown(done)
+        assert 1e-6 < one.passes < one.fails < 1e-2, shown(done)
 
     assert digests(folder) == before
     assert {path.name for path in (folder / "evidence").iterdir()} == {"run.json", "run.txt"}
@@ -99,14 +100,14 @@ def check_lossy(folder: Path, mutants: tuple[Mutant, ...]) -> run.SelfTest:
     """What is wrong with a stored weight is seen at the weights where they are quantized, all else where it is."""
     before = digests(folder)
     done = run.self_test(folder, MINIATURE, mutants=mutants)
-    assert done.ok, done.table()
+    assert done.ok, shown(done)
     for one in done.catches:
         if one.mutant.name in QUANTIZATION and one.status == "caught":
             assert one.first is not None
-            assert one.first.place == "weights", done.table()
+            assert one.first.place == "weights", shown(done)
         elif one.mutant.name not in STORED and one.status == "caught":
             assert one.first is not None
-            assert one.first.place in one.mutant.places["genai"], done.table()
+            assert one.first.place in one.mutant.places["genai"], shown(done)
     assert digests(folder) == before
     return done
 
@@ -177,7 +178,7 @@ def test_the_sliced_comparison_is_tested_in_the_same_way(bundle: Callable[[str],
     folder = bundle("genai")
     few = (only("newline lost"), only("MLP scaled"))
     done = run.self_test(folder, MINIATURE, limit=10**6, store=tmp_path / "store", mutants=few)
-    assert [one.status for one in done.catches] == ["caught", "caught"], done.table()
+    assert [one.status for one in done.catches] == ["caught", "caught"], shown(done)
     assert {one.place for one in done.survivors} == TOLERANT
     assert list((tmp_path / "store").iterdir())
 
@@ -237,7 +238,7 @@ def test_a_gate_that_lets_a_doubled_value_live_fails_the_self_test(
     done = run.self_test(bundle("genai"), MINIATURE, mutants=(only("newline lost"),))
     assert not done.ok
     assert "embeddings lets inputs_embeds be doubled" in str(run.failed(done, Path("evidence")))
-    assert "NONE UP TO 1" in done.table()
+    assert "NONE UP TO 1" in shown(done)
 
 
 def test_a_mutant_is_explained_by_its_place_and_its_layer() -> None:
