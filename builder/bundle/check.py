@@ -1,4 +1,4 @@
-"""`python -m builder check`: whether a bundle is what it says, for whoever got it from somewhere.
+"""`qwen3vl-onnx check`: whether a bundle is what it says, for whoever got it from somewhere.
 
 In: a bundle's folder, perhaps a public key. Out: `Checked`, every check with what it looked at. Guaranteed: nothing
 that the bundle says is believed, and nothing of it is run: every file of the manifest is read to its end, and what the

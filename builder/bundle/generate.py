@@ -99,7 +99,7 @@ def _in_use(folder: Path, what: str) -> Iterator[None]:
         raise BundleError(
             f"{folder} {what}",
             found=f"{type(error).__name__}: {error}",
-            next="build it again with `python -m builder build`",
+            next="build it again with `qwen3vl-onnx build`",
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""`python -m builder pack`: a bundle as one file, the same bytes wherever and by whomever it is packed.
+"""`qwen3vl-onnx pack`: a bundle as one file, the same bytes wherever and by whomever it is packed.
 
 In: a bundle. Out: `<name>.tar` with what runs, `<name>-evidence.tar` with what was measured, and the SHA-256 of both.
 Guaranteed: times, owners and permissions are left out, names are sorted, everything lies below one folder `<name>/`;

@@ -1,4 +1,4 @@
-"""`python -m builder publish`: a checked bundle becomes a repository on the hub.
+"""`qwen3vl-onnx publish`: a checked bundle becomes a repository on the hub.
 
 In: a bundle, a repository's name, a branch. Out: a `Plan` (what is there, what is to be sent), then one commit.
 Guaranteed: all files come in one commit, so that a repository has the old bundle or the new one; what has arrived in an

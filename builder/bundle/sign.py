@@ -70,7 +70,7 @@ def check_signature(content: Content, key: Path) -> None:
             f"{content.folder} is not signed",
             expected=f"{SIGNATURE}, by the key {key}",
             found="no such file",
-            next="python -m builder sign BUNDLE --key PRIVATE_KEY, where it was built",
+            next="qwen3vl-onnx sign BUNDLE --key PRIVATE_KEY, where it was built",
         )
     _check_key(key, "a public key")
     with _needs_package():

@@ -88,8 +88,8 @@ def bundles_in(folders: Sequence[Path]) -> list[Path]:
         if not inside:
             raise BundleError(
                 f"{folder} holds no bundles",
-                expected="a bundle, or the folder that `python -m builder build --output` was given",
-                next="python -m builder build --recipe fp32-everywhere",
+                expected="a bundle, or the folder that `qwen3vl-onnx build --output` was given",
+                next="qwen3vl-onnx build --recipe fp32-everywhere",
             )
         found += inside
     return found
@@ -111,7 +111,7 @@ def _row(bundle: Path) -> Row:
         raise BundleError(
             f"{bundle} was never verified",
             expected=f"{EVIDENCE}/{PARITY} in it",
-            next=f"python -m builder verify {bundle} --reference CHECKPOINT",
+            next=f"qwen3vl-onnx verify {bundle} --reference CHECKPOINT",
         )
     parity = read_json(path)
     facts, not_run = parity.get("facts", {}), parity.get("not run", {})

@@ -1,4 +1,4 @@
-"""The command line: `python -m builder`, or `qwen3vl-onnx`.
+"""The command line, `qwen3vl-onnx`.
 
 In: arguments. Out: results on stdout (a path, a table, an answer, or one JSON object), everything else on
 stderr, and an exit code a kind of error (`builder.util.errors`). Guaranteed: nothing else in `builder` ends the

@@ -249,7 +249,7 @@ def _order(content: Binding, checkpoint: Checkpoint) -> tuple[Any, ...]:
             f"a binding to {content.tensor} turns more than a matrix",
             expected="two axes at most",
             found=list(content.shape),
-            next="run `python -m builder patches`: an upstream change alters what is traced",
+            next="run `qwen3vl-onnx patches`: an upstream change alters what is traced",
         )
     # The parts of a quantized matrix lie next to one another: they are made together.
     parted = (repr(content.blocks), "" if content.blocks is None else PARTS.index(content.part))

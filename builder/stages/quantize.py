@@ -141,7 +141,7 @@ def _check_complete(
             f"{len(kept)} matrices were not quantized for the target {runtime}",
             expected="every matrix that a rule names",
             found=", ".join(kept[:5]) + (" …" if len(kept) > 5 else ""),
-            next="run `python -m builder patches`: an upstream change alters what is traced",
+            next="run `qwen3vl-onnx patches`: an upstream change alters what is traced",
         )
     left = sorted(set(checkpoint.tensors) - used)
     if left:

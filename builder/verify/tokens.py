@@ -104,7 +104,7 @@ def takes(own: OwnProcessor, case: Case) -> bool:
 def file_gates(
     case: Case, prompt: Prompt, runner: Runner, reference: Reference, logit_error: float, tokens: int
 ) -> tuple[list[Gate], list[str]]:
-    """Our own preprocessing, as `builder run` does it."""
+    """Our own preprocessing, as `qwen3vl-onnx run` does it."""
     want = reference.generate(prompt, tokens, tokens)
     again = answer_from(runner, runner.prepare(case.prompt, case.images), want)
 

@@ -62,7 +62,7 @@ def test_unpinned_id_is_resolved_once_and_only_needed_files_are_fetched(
 ) -> None:
     source = resolve(parse_source(REPO))
     assert source.revision == repository.commit
-    assert source.command == f"python -m builder build {REPO}@{repository.commit}"
+    assert source.command == f"qwen3vl-onnx build {REPO}@{repository.commit}"
     assert hub.fetched() == {"config.json"}
     assert identity(source) == {"repository": REPO, "revision": repository.commit}
     facts = fetch_into(source, out)

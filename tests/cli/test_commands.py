@@ -137,7 +137,7 @@ def test_an_unpinned_hub_id_is_settled_once(tmp_path: Path) -> None:
         first = spawned("-m", "builder", "build", "Org/Mini", "--until", "fetch", **settings)
         assert first.returncode == 0, first.stderr
         pinned = f"Org/Mini@{repository.commit}"
-        assert f"python -m builder build {pinned}" in first.stdout
+        assert f"qwen3vl-onnx build {pinned}" in first.stdout
         marker = json.loads((tmp_path / "outputs" / "Mini-fp32" / "build.json").read_text())
         assert (marker["asked"], marker["checkpoint"]) == ("Org/Mini", pinned)
 

@@ -1,4 +1,4 @@
-"""`python -m builder build`, killed and started again: what is whole stays, and the end is the same bytes.
+"""`qwen3vl-onnx build`, killed and started again: what is whole stays, and the end is the same bytes.
 
 The process is killed with SIGKILL at a chosen call to the operating system, which an audit hook sees, so that every
 stage, however short, is hit where it is meant to be hit.

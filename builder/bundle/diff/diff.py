@@ -1,4 +1,4 @@
-"""`python -m builder diff A B`: what differs between two bundles.
+"""`qwen3vl-onnx diff A B`: what differs between two bundles.
 
 In: two bundles' folders. Out: a `Difference`, as JSON; `builder.bundle.diff.render` writes it for people. Guaranteed:
 what an

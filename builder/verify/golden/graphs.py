@@ -72,7 +72,7 @@ def _session(path: Path) -> tuple[Any, tuple[str, ...]]:
         raise BundleError(
             f"{path} does not load in onnxruntime {onnxruntime.__version__}",
             found=(str(error).splitlines() or [type(error).__name__])[0],
-            next="build it again: python -m builder build --force export",
+            next="build it again: qwen3vl-onnx build --force export",
         ) from error
 
 

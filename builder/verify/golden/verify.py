@@ -53,7 +53,7 @@ from builder.verify.whole import unplayed
 
 RUNNING = ("onnxruntime", "onnxruntime-genai", "tokenizers", "pillow", "numpy")
 PART = "golden"  # of a bundle's evidence/
-REMAKE = "python -m builder golden CHECKPOINT --output {}"
+REMAKE = "qwen3vl-onnx golden CHECKPOINT --output {}"
 
 
 def verify_golden(bundle: Path, path: Path, more: Sequence[Path] = (), reference: Path | None = None) -> Report:

@@ -50,7 +50,7 @@ class Graphs:
                 raise BundleError(
                     f"{files[name]} does not load in onnxruntime {onnxruntime.__version__}",
                     found=str(error).splitlines()[0],
-                    next="build it again: python -m builder build --force export",
+                    next="build it again: qwen3vl-onnx build --force export",
                 ) from error
         vision_encoder, embeddings, model = sessions
         return cls(vision_encoder, embeddings, model, packed, hidden)

@@ -114,7 +114,7 @@ def _apart(one: Slice, folder: Path, conversations: list[list[Values]], pasts: P
             raise BundleError(
                 f"the process that ran {one.outputs[0]} of {folder} is gone",
                 found="killed, most likely for want of memory",
-                next="run `builder verify` with a smaller --memory, which makes smaller slices",
+                next="run `qwen3vl-onnx verify` with a smaller --memory, which makes smaller slices",
             ) from error
 
 

@@ -69,7 +69,7 @@ def of_bundle(bundle: Path) -> Context:
         BundleError: the folder has no manifest.
     """
     if not (bundle / MANIFEST).is_file():
-        raise BundleError(f"{bundle} is not a bundle", expected=f"{MANIFEST} in it", next="python -m builder build")
+        raise BundleError(f"{bundle} is not a bundle", expected=f"{MANIFEST} in it", next="qwen3vl-onnx build")
     evidence = bundle / "evidence"
     manifest = _read(bundle / MANIFEST)
     return Context(

@@ -166,7 +166,7 @@ def _object(path: Path, version: int) -> dict[str, Any]:
             f"{path} cannot be read",
             expected=f"a report of format {version}",
             found=error.what,
-            next="python -m builder verify BUNDLE --reference CHECKPOINT",
+            next="qwen3vl-onnx verify BUNDLE --reference CHECKPOINT",
         ) from error
     if found.get("format") != version:
         raise BundleError(f"{path} has another format", expected=version, found=str(found.get("format"))[:80])
@@ -182,5 +182,5 @@ def _unreadable(path: Path, error: Exception | str) -> BundleError:
         f"{path} is no report of this tool",
         expected="parity.json and exhibits.json as `verify` wrote them",
         found=first,
-        next="python -m builder verify BUNDLE --reference CHECKPOINT",
+        next="qwen3vl-onnx verify BUNDLE --reference CHECKPOINT",
     )

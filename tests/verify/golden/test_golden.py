@@ -142,7 +142,7 @@ def test_a_golden_that_is_not_whole_is_refused(
     with pytest.raises(GoldenError) as caught:
         read_golden(edited(tmp_path / "changed.json", change))
     assert what in caught.value.what
-    assert "python -m builder golden" in str(caught.value.next)
+    assert "qwen3vl-onnx golden" in str(caught.value.next)
 
 
 def test_a_golden_that_is_cut_or_absent_is_refused(tmp_path: Path) -> None:
