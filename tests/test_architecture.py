@@ -10,7 +10,7 @@ from tests.helpers.processes import ROOT
 from tests.test_rooms import FILES, ROOMS
 
 PAGE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
-PATHS = sorted(set(re.findall(r"(?:builder|tests|patches|docs)/[\w/]*(?:\.\w+)?", PAGE)))
+PATHS = sorted(set(re.findall(r"(?:builder|tests|patches|docs)/[\w/-]*(?:\.\w+)?", PAGE)))
 
 
 def test_it_lists_the_rooms_from_top_to_bottom() -> None:
