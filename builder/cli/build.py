@@ -32,7 +32,7 @@ def build(
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
-    """Build, verify and bundle a checkpoint; the last line printed is the first target's bundle."""
+    """Build, verify and bundle a checkpoint; the last line printed is the path of the first target's bundle."""
     with reported(as_json):
         from builder.bundle import table as bundle_table
         from builder.cli.progress_bars import watching
@@ -46,14 +46,14 @@ def build(
         with watching(plan) as on_event:
             done = execute(plan, until, force or [], on_event)
         if all(step.state == "cached" for step, _ in done):
-            print("nothing to run: nothing has changed", file=sys.stderr)
+            print("nothing to run: nothing changed", file=sys.stderr)
         last = plan.folder(done[-1][0].stage.name)
         whole = done[-1][0].stage == plan.stages[-1]
         bundles = {one.runtime: str(last / one.runtime) for one in plan.recipe.targets} if whole else {}
         table = _table(plan, bundles)
         if as_json:
-            told = {"bundles": bundles, "table": bundle_table.as_dicts(table)}
-            emit({**_head(plan), **told, "stages": [_stage_facts(plan, *one) for one in done]})
+            results = {"bundles": bundles, "table": bundle_table.as_dicts(table)}
+            emit({**_head(plan), **results, "stages": [_stage_facts(plan, *one) for one in done]})
             return
         for _, record in done:
             if report := record.facts.get("report"):
@@ -73,7 +73,7 @@ def explain(
     rehash: Rehash = False,
     as_json: Json = False,
 ) -> None:
-    """Say which stages `build` would run with the same arguments, and why; build nothing."""
+    """Print which stages `build` would run with the same arguments, and why; build nothing."""
     with reported(as_json):
         from builder.cli.progress_bars import line
         from builder.stages.engine.execute import plan
@@ -107,7 +107,7 @@ def _prepared(
 
 
 def _refuse_what_cannot_fit(build: Build, until: str | None, force: list[str], *, shown: bool, as_json: bool) -> None:
-    """The figures of `--dry-run` are `shown` on stdout; a build that fits is silent."""
+    """Raise where the build cannot fit; with `shown`, print the estimate."""
     from builder.stages.engine.execute import plan
 
     steps = plan(build, until, force)
@@ -126,7 +126,7 @@ def _refuse_what_cannot_fit(build: Build, until: str | None, force: list[str], *
 
 
 def _show_reports(build: Build, stages: Sequence[str]) -> None:
-    """What the stage verify found, a table a target."""
+    """Print a table of gates for each target."""
     from builder.util.console_table import show
     from builder.verify.report.console import renderables
     from builder.verify.report.formats import read_report
@@ -140,7 +140,7 @@ def _head(build: Build) -> dict[str, Any]:
 
 
 def _table(build: Build, bundles: Mapping[str, str]) -> list[Row]:
-    """What their verifications found, also written into the output folder's `evidence/`."""
+    """One row per bundle, also written into the output folder's `evidence/`."""
     from builder.bundle import table as bundle_table
 
     found = bundle_table.rows([Path(folder) for folder in bundles.values()])

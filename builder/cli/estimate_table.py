@@ -1,7 +1,4 @@
-"""Figures in words, and the tables of an estimate.
-
-In: bytes, seconds, an `Estimate`. Out: text. Guaranteed: nothing is computed here that `--json` does not say.
-"""
+"""The tables of `--dry-run`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""The command that makes a recipe: `sensitivity`.
-
-In: arguments. Out: see `builder.cli.app`, where it is registered.
-"""
+"""The command `sensitivity`, which writes a mixed-precision recipe."""
 
 from __future__ import annotations
 
@@ -25,15 +22,15 @@ def sensitivity(
     checkpoint: Checkpoint = None,
     recipe: RecipeOption = "int4",
     budget: Annotated[
-        float, typer.Option(min=0, help="How much larger the quantized matrices may become, in percent.")
+        float, typer.Option(min=0, help="Growth of the quantized matrices that is allowed, in percent of their bytes.")
     ] = 2.0,
-    positions: Annotated[int, typer.Option(min=1, help="Tokens that are compared, at least.")] = 512,
+    positions: Annotated[int, typer.Option(min=1, help="Positions to compare, at least.")] = 512,
     write: Annotated[
-        Path | None, typer.Option(help="Write the recipe into this .toml file.", show_default=False)
+        Path | None, typer.Option(help="Write the recipe to this .toml file.", show_default=False)
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure which 4-bit matrices an answer depends on most, and give these 8 bits under a budget of bytes."""
+    """Measure which 4-bit matrices the output depends on most, and give those 8 bits, within a budget of bytes."""
     with reported(as_json):
         from builder.cli.progress_bars import bars
         from builder.quantization import mixed_precision

@@ -91,7 +91,7 @@ def test_build_prints_a_line_a_stage_and_the_result_last(tmp_path: Path) -> None
     assert (tmp_path / "outputs" / "miniature-fp32" / "1-fetch" / "stage.json").is_file()
 
     again = invoke("build", "--until", "fetch")
-    assert again.stderr.splitlines() == ["1-fetch      cached", "nothing to run: nothing has changed"]
+    assert again.stderr.splitlines() == ["1-fetch      cached", "nothing to run: nothing changed"]
     assert again.stdout == result.stdout
 
     payload = json.loads(invoke("build", "--until", "fetch", "--force", "fetch", "--json").stdout)
@@ -197,7 +197,7 @@ def test_a_folder_that_holds_something_else_is_refused(tmp_path: Path, verb: str
     ("arguments", "said"),
     [
         (["build", "--until", "bundel"], "did you mean 'bundle'?"),
-        (["build", "--force", "xyz"], "no stage is called 'xyz'"),
+        (["build", "--force", "xyz"], "'xyz' is not a stage"),
         (["explain", "--until", "export", "--force", "verify"], "verify comes after --until export"),
         (["build", "--recepi", "fp32"], "No such option"),
         (["run", "somewhere"], "Missing option"),

@@ -87,7 +87,7 @@ def test_a_second_build_runs_nothing_and_says_so(miniature_built: Path, tmp_path
     before = {file: file.stat().st_mtime_ns for file in output.rglob("*") if file.name not in ("build.json", ".lock")}
     done = build(output, *CONFIGURED)
     assert states(done) == dict.fromkeys(NAMES[:6], "cached")
-    assert done.stderr.splitlines()[-1] == "nothing to run: nothing has changed"
+    assert done.stderr.splitlines()[-1] == "nothing to run: nothing changed"
     assert done.stdout.splitlines() == [str(output / "6-configure")]
     assert {file: file.stat().st_mtime_ns for file in before} == before
 
@@ -129,5 +129,5 @@ def test_a_build_that_is_killed_in_every_stage(whole: Path, tmp_path: Path) -> N
     assert artifacts(output) == artifacts(whole)
     again = build(output)
     assert set(states(again).values()) == {"cached"}
-    assert again.stderr.splitlines()[-1] == "nothing to run: nothing has changed"
+    assert again.stderr.splitlines()[-1] == "nothing to run: nothing changed"
     assert again.stdout.splitlines()[-1] == str(output / "8-bundle" / "genai")

@@ -253,7 +253,7 @@ def test_a_build_with_nothing_to_run_needs_nothing(monkeypatch: pytest.MonkeyPat
     assert invoke("--until", "fetch").exit_code == 0
     monkeypatch.setattr(machine, "free_disk", lambda path: 0)
     monkeypatch.setattr(machine, "memory_limit", lambda: 1)
-    assert "nothing has changed" in invoke("--until", "fetch").stderr
+    assert "nothing changed" in invoke("--until", "fetch").stderr
     assert invoke("--until", "patch").exit_code == 24
 
 
