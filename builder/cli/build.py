@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +39,7 @@ def build(
         from builder.stages.engine.execute import execute
         from builder.util.console_table import show
 
-        plan = replace(_prepared(checkpoint, recipe, output, until, force or [], rehash), memory=memory)
+        plan = _prepared(checkpoint, recipe, output, until, force or [], rehash, memory)
         _refuse_what_cannot_fit(plan, until, force or [], shown=dry_run, as_json=as_json)
         if dry_run:
             return
@@ -95,6 +95,7 @@ def _prepared(
     until: str | None,
     force: list[str],
     rehash: bool,
+    memory: int | None = None,
 ) -> Build:
     from builder.stages.engine.build import STAGES
     from builder.stages.engine.prepare import prepared
@@ -103,7 +104,7 @@ def _prepared(
     late = [one for one in force if until is not None and names.index(one) > names.index(until)]
     if late:
         raise typer.BadParameter(f"{late[0]} comes after --until {until}", param_hint="--force")
-    return prepared(checkpoint, recipe, output, rehash=rehash, settle_again="fetch" in force)
+    return prepared(checkpoint, recipe, output, rehash=rehash, settle_again="fetch" in force, memory=memory)
 
 
 def _refuse_what_cannot_fit(build: Build, until: str | None, force: list[str], *, shown: bool, as_json: bool) -> None:

@@ -25,9 +25,7 @@ def sensitivity(
         float, typer.Option(min=0, help="Growth of the quantized matrices that is allowed, in percent of their bytes.")
     ] = 2.0,
     positions: Annotated[int, typer.Option(min=1, help="Positions to compare, at least.")] = 512,
-    write: Annotated[
-        Path | None, typer.Option(help="Write the recipe to this .toml file.", show_default=False)
-    ] = None,
+    write: Annotated[Path | None, typer.Option(help="Write the recipe to this .toml file.", show_default=False)] = None,
     as_json: Json = False,
 ) -> None:
     """Measure which 4-bit matrices the output depends on most, and give those 8 bits, within a budget of bytes."""

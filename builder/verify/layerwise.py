@@ -44,7 +44,7 @@ def verify_sliced(
     folder: Path,
     target: str,
     reference: Reference,
-    limit: int,
+    memory: int,
     store: Path,
     cases: Sequence[Case] | None = None,
     *,
@@ -53,7 +53,7 @@ def verify_sliced(
     """All gates of one folder.
 
     Args:
-        limit: bytes of memory that a process may take.
+        memory: bytes that a process may use.
         store: where the reference's outputs are kept.
         cases: what to ask; `CASES` if None.
         until_failure: stop behind the first place that fails.
@@ -71,7 +71,7 @@ def verify_sliced(
             gates += compared
             advance()
         gates += preprocessor_gates(folder, target, reference)
-        graphs = SlicedGraphs(folder, target, reference, slice_budget(limit))
+        graphs = SlicedGraphs(folder, target, reference, slice_budget(memory))
         ended = False
         for place, compute in (
             ("vision layers", graphs.vision_gates),
@@ -83,7 +83,7 @@ def verify_sliced(
             advance()
         not_run: dict[str, str] = {}
         if not (until_failure and not all(gate.ok for gate in gates)):
-            told, not_run = _tokens(folder, target, reference, chosen, asked, gates, limit)
+            told, not_run = _tokens(folder, target, reference, chosen, asked, gates, memory)
             gates += told
         advance()
     versions = {name: version(name) for name in ("torch", "transformers", "onnxruntime", "numpy")}
@@ -116,9 +116,9 @@ def for_slices(suite: Suite) -> list[Case]:
     return chosen
 
 
-def slice_budget(limit: int) -> int:
-    """Bytes of weights in one slice, where a process may take `limit` bytes of memory."""
-    return min(SLICE, max(1, (limit - VERIFY_MEMORY) // TWICE))
+def slice_budget(memory: int) -> int:
+    """Bytes of weights in one slice, where a process may use `memory` bytes."""
+    return min(SLICE, max(1, (memory - VERIFY_MEMORY) // TWICE))
 
 
 def _asked(case: Case, folder: Path, reference: Reference, store: Path) -> tuple[Asked, list[Gate]]:
@@ -139,14 +139,14 @@ def _tokens(
     cases: Sequence[Case],
     asked: Sequence[Asked],
     gates: Sequence[Gate],
-    limit: int,
+    memory: int,
 ) -> tuple[list[Gate], dict[str, str]]:
     """Greedy tokens of the bundle's own runtime, each of which PyTorch must give after those before it."""
     if why := RUNTIMES[target].missing():
         return [], {"tokens": why}
     needed = VERIFY_MEMORY + round(RUNNING * sum(file.stat().st_size for file in data_files(folder)))
-    if needed > limit:
-        return [], {"tokens": f"needs {size(needed)} of memory, there are {size(limit)}"}
+    if needed > memory:
+        return [], {"tokens": f"needs {size(needed)} of memory, there are {size(memory)}"}
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         played = pool.submit(_played, folder, target, list(cases)).result()
     told: list[Gate] = []

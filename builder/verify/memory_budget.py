@@ -49,6 +49,6 @@ def verify_memory(checkpoint: Sizes) -> tuple[int, int]:
     return whole, VERIFY_MEMORY + 2 * ITEM * max(*layers.values(), head)
 
 
-def verify_mode(checkpoint: Sizes, limit: int) -> Mode:
-    """Whole where that fits in `limit` bytes of memory."""
-    return "whole" if verify_memory(checkpoint)[0] <= limit else "sliced"
+def verify_mode(checkpoint: Sizes, memory: int) -> Mode:
+    """Whole where that fits in `memory` bytes."""
+    return "whole" if verify_memory(checkpoint)[0] <= memory else "sliced"

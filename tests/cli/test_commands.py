@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
+from builder.checkpoint.load import Checkpoint
 from builder.cli.app import app
 from builder.util.errors import BundleError, VerificationError
 from builder.verify.report.gates import Gate, Report
@@ -227,8 +228,8 @@ def report_of(ok: bool) -> Report:
 def test_verify_exits_by_the_gates(monkeypatch: pytest.MonkeyPatch, ok: bool, code: int) -> None:
     asked: list[tuple[object, ...]] = []
 
-    def verify_bundle(*arguments: object) -> Report:
-        asked.append(arguments)
+    def verify_bundle(bundle: Path, checkpoint: Checkpoint, *arguments: object) -> Report:
+        asked.append((bundle, checkpoint.folder, *arguments))
         return report_of(ok)
 
     def failed(report: Report, folder: Path) -> VerificationError:

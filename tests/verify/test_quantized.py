@@ -12,6 +12,7 @@ import pytest
 
 from builder.bundle.dequantize import WeightError
 from builder.bundle.layout import MANIFEST
+from builder.checkpoint.load import open_checkpoint
 from builder.reference.cases import Suite, shipped_cases
 from builder.reference.model import Reference
 from builder.targets.recipe import Limits
@@ -66,12 +67,12 @@ def test_the_terms_of_a_bundle_are_those_of_its_manifest(lossy: Callable[[str], 
     folder = lossy("int4")
     loose = {**LIMITS, "kl_mean": 0.5, "kl_p99": 2.0, "same_top": 0.8}  # thirty positions are not the suite's
     edit_recipe(folder, limits=loose)
-    report = whole.verify_bundle(folder, MINIATURE)
+    report = whole.verify_bundle(folder, open_checkpoint(MINIATURE))
     assert report.verdict == "passed", shown(report)
     assert {"weights", "KL divergence", "generated tokens"} <= {gate.place for gate in report.gates}
 
     edit_recipe(folder, limits={**loose, "kl_mean": 1e-9, "weight": 0.1})
-    report = whole.verify_bundle(folder, MINIATURE)
+    report = whole.verify_bundle(folder, open_checkpoint(MINIATURE))
     assert failing(report) == {"weights", "KL divergence"}
     assert report.first_failure is not None
     assert report.first_failure.place == "weights"
@@ -81,7 +82,7 @@ def test_the_terms_of_a_bundle_are_those_of_its_manifest(lossy: Callable[[str], 
 def test_without_terms_a_bundle_has_to_be_exact(lossy: Callable[[str], Path]) -> None:
     folder = lossy("int4")
     edit_recipe(folder, limits=None)
-    report = whole.verify_bundle(folder, MINIATURE)
+    report = whole.verify_bundle(folder, open_checkpoint(MINIATURE))
     assert report.first_failure is not None
     assert report.first_failure.place == "vision layers"
     assert "KL divergence" not in {gate.place for gate in report.gates}
@@ -99,7 +100,7 @@ def test_limits_that_cannot_be_read_are_refused(lossy: Callable[[str], Path], ch
     folder = lossy("int4")
     edit_recipe(folder, **changes)
     with pytest.raises(BundleError, match="recipe cannot be read"):
-        whole.verify_bundle(folder, MINIATURE)
+        whole.verify_bundle(folder, open_checkpoint(MINIATURE))
 
 
 @pytest.mark.usefixtures("_few")
@@ -118,7 +119,7 @@ def test_what_is_broken_is_named_first(
     """Weights are proved apart from graphs: the twin of wrong weights equals PyTorch on the same wrong weights."""
     folder = lossy("int4")
     change(folder, "genai")
-    report = whole.verify_bundle(folder, MINIATURE)
+    report = whole.verify_bundle(folder, open_checkpoint(MINIATURE))
     assert report.first_failure is not None
     assert report.first_failure.place == next(place for place in PLACES if place in places)
     assert places <= failing(report), shown(report)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -96,7 +96,7 @@ class Build:
         output: folder that takes one folder a stage.
         rehash: compare a local checkpoint by all its bytes, not by size and time.
         memory: bytes that verification may use; None for all that this process may have.
-        asked: what the user wrote for it, when that is not `source`; an unpinned hub id, say.
+        requested: the user's CHECKPOINT, where it is not `source`: an unpinned hub id, say.
         stages: the pipeline, in order.
     """
 
@@ -105,7 +105,7 @@ class Build:
     output: Path
     rehash: bool = False
     memory: int | None = None
-    asked: str = ""
+    requested: str = ""
     stages: tuple[Stage, ...] = STAGES
 
     def folder(self, stage: str) -> Path:
@@ -115,8 +115,17 @@ class Build:
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
-        """The fetched checkpoint; there from the end of the stage `fetch` on."""
-        from builder.checkpoint.fingerprint import fetched
+        """The checkpoint, opened once; one from the hub only after the stage `fetch`.
 
-        # A local folder that was moved is the same checkpoint: no path enters a key.
-        return fetched(self.folder("fetch"), self.source.folder and self.source.folder.absolute())
+        A local folder that was moved since it was fetched is the same checkpoint: no path enters a key.
+
+        Raises:
+            BuildError: see `builder.checkpoint.load.open_checkpoint`.
+        """
+        from builder.checkpoint.fingerprint import open_fetched
+        from builder.checkpoint.load import open_checkpoint
+
+        folder = self.source.folder
+        if folder is None:
+            return open_fetched(self.folder("fetch"))
+        return replace(open_checkpoint(folder, name=self.source.name), folder=folder.absolute())

@@ -75,8 +75,8 @@ def write_record(folder: Path, record: Record) -> None:
     (folder / RECORD).write_text(text + "\n", encoding="utf-8")
 
 
-def twin(folder: Path, key: str) -> Path | None:
-    """A whole folder of the same stage and key, of another build beside this one."""
+def find_linkable(folder: Path, key: str) -> Path | None:
+    """A complete folder of the same stage and key, of another build next to this one."""
     for other in sorted(folder.parent.parent.glob(f"*/{folder.name}")):
         try:
             record = read_record(other)
@@ -172,7 +172,7 @@ def claimed(output: Path, about: Mapping[str, str]) -> Iterator[None]:
     except OSError as error:
         raise unwritable(output, error) from error
     try:
-        mark(output, about)
+        write_marker(output, about)
         yield
     finally:
         lock.release()
@@ -204,8 +204,8 @@ def read_marker(output: Path) -> Mapping[str, str] | None:
     return marker if isinstance(marker, dict) and marker.get("tool") == TOOL else None
 
 
-def mark(output: Path, about: Mapping[str, str]) -> None:
-    """Write `build.json`, whole or not at all."""
+def write_marker(output: Path, about: Mapping[str, str]) -> None:
+    """Write `build.json`, complete or not at all."""
     draft = output / (MARKER + ".part")
     try:
         draft.write_text(json.dumps({"tool": TOOL, **about}, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -88,23 +88,23 @@ def write_golden(reference: Reference, output: Path, more: Sequence[Path] = ()) 
     return golden
 
 
-def golden_of(checkpoint: Checkpoint, output: Path, more: Sequence[Path] = (), limit: int | None = None) -> Golden:
+def golden_of(checkpoint: Checkpoint, output: Path, more: Sequence[Path] = (), memory: int | None = None) -> Golden:
     """`write_golden` of a checkpoint.
 
     Args:
-        limit: bytes of memory that may be used; None for all that this process may have.
+        memory: bytes that may be used; None for all that this process may have.
 
     Raises:
         ResourceError: PyTorch with all of the checkpoint does not fit in memory.
     """
     from builder.reference.model import Reference
 
-    memory = machine.memory_limit() if limit is None else limit
-    if verify_mode(checkpoint, memory) != "whole":
+    available = machine.memory_limit() if memory is None else memory
+    if verify_mode(checkpoint, available) != "whole":
         raise ResourceError(
             "a golden needs PyTorch with the whole checkpoint in memory",
             expected=f"about {size(verify_memory(checkpoint)[0])}",
-            found=size(memory),
+            found=size(available),
             next="make it on a machine with more memory; the file is small, and is used anywhere",
         )
     return write_golden(Reference(checkpoint), output, more)

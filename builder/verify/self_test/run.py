@@ -153,16 +153,16 @@ class _Ways:
 
 def self_test(
     bundle: Path,
-    reference: Path,
-    limit: int | None = None,
+    checkpoint: Checkpoint,
+    memory: int | None = None,
     store: Path | None = None,
     mutants: Sequence[Mutant] | None = None,
 ) -> SelfTest:
     """Breaks copies of a bundle in every way, and writes `self_test.json` and `.txt` into its `evidence/`.
 
     Args:
-        reference: the checkpoint's folder.
-        limit: bytes of memory that may be used; None for all that this process may have.
+        checkpoint: that the bundle was made from.
+        memory: bytes that may be used; None for all that this process may have.
         store: where the reference's outputs are kept for the next time; None keeps nothing.
         mutants: `MUTANTS` if None.
 
@@ -173,19 +173,18 @@ def self_test(
     evidence.mkdir(exist_ok=True)
     for left in evidence.glob(f"{PASSING}*"):  # by a self-test that was killed
         rmtree(left, ignore_errors=True)
-    checkpoint = open_checkpoint(reference)
     terms = Terms.of(read_json(bundle / MANIFEST).get("recipe", {}))
     # Hard links need the file system that the bundle is on.
     with TemporaryDirectory(prefix=PASSING, dir=evidence) as passing:
         kept = Path(passing) / "store" if store is None else store
         chosen, broken = MUTANTS if mutants is None else mutants, Path(passing) / "broken"
         if terms is None:
-            done = _tested(bundle, target, _ways(checkpoint, target, limit, kept), chosen, broken)
+            done = _tested(bundle, target, _ways(checkpoint, target, memory, kept), chosen, broken)
         else:  # its twin: graphs can be broken there whatever the precision
             write_twins(bundle, Path(passing) / "twin")
             own = Path(passing) / "weights" / checkpoint.name
             write_dequantized(bundle, checkpoint, terms.precision, own)
-            ways = _ways(open_checkpoint(own), target, limit, Path(passing) / "store")
+            ways = _ways(open_checkpoint(own), target, memory, Path(passing) / "store")
             ways = replace(ways, compare=partial(_weights_first, ways, target, checkpoint, terms))
             done = _tested(Path(passing) / "twin", target, ways, chosen, broken)
     write_text(evidence / "self_test.json", json.dumps(done.as_dict(), indent=1, ensure_ascii=False) + "\n")
@@ -208,10 +207,10 @@ def failed(done: SelfTest, folder: Path) -> VerificationError:
     )
 
 
-def _ways(checkpoint: Checkpoint, target: str, limit: int | None, store: Path) -> _Ways:
+def _ways(checkpoint: Checkpoint, target: str, memory: int | None, store: Path) -> _Ways:
     chosen = tuple(case for case in shipped_cases() if case.name in CASES)
-    memory = machine.memory_limit() if limit is None else limit
-    if verify_mode(checkpoint, memory) == "whole":
+    available = machine.memory_limit() if memory is None else memory
+    if verify_mode(checkpoint, available) == "whole":
         whole, suite = Reference(checkpoint), Suite(chosen, tokens=TOKENS)
         return _Ways(
             whole,
@@ -221,8 +220,8 @@ def _ways(checkpoint: Checkpoint, target: str, limit: int | None, store: Path) -
     streamed = Reference(checkpoint, streamed=True)
     return _Ways(
         streamed,
-        lambda folder: verify_sliced(folder, target, streamed, memory, store, chosen, until_failure=True),
-        lambda folder: SlicedGraphs(folder, target, streamed, slice_budget(memory)),
+        lambda folder: verify_sliced(folder, target, streamed, available, store, chosen, until_failure=True),
+        lambda folder: SlicedGraphs(folder, target, streamed, slice_budget(available)),
     )
 
 

@@ -163,7 +163,7 @@ def test_a_verification_needs_something_to_compare_with(tmp_path: Path) -> None:
 
 
 def report(folder: Path, path: Path, reference: Path | None = None) -> Report:
-    return verify.verify_golden(folder, path, (), reference)
+    return verify.verify_golden(folder, path, (), None if reference is None else open_checkpoint(reference))
 
 
 @pytest.mark.torch  # to build the bundle
@@ -343,7 +343,7 @@ def test_a_picture_that_changes_makes_a_golden_stale(
 @pytest.mark.torch
 def test_what_does_not_fit_in_memory_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ResourceError, match="whole checkpoint in memory"):
-        record.golden_of(open_checkpoint(MINIATURE), tmp_path / "golden.json", limit=10**6)
+        record.golden_of(open_checkpoint(MINIATURE), tmp_path / "golden.json", memory=10**6)
     with pytest.raises(CheckpointError):
         record.golden_of(open_checkpoint(tmp_path), tmp_path / "golden.json")
 
