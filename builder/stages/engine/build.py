@@ -33,7 +33,7 @@ class Stage:
         fields: of the recipe that it reads.
         packages: distributions whose version can change its result.
         files: patterns of files that it reads rather than imports, see `builder.stages.engine.cache_key.code_digests`.
-        plays: whether it runs the bundles in their runtimes: their versions can change its result, too.
+        runs_bundles: whether it runs the bundles in their runtimes: their versions can change its result, too.
         shared: whether another build's folder of the same key will do: it says nothing of the checkpoint's weights.
     """
 
@@ -43,7 +43,7 @@ class Stage:
     packages: tuple[str, ...]
     files: tuple[str, ...] = ()
     module: str = ""
-    plays: bool = False
+    runs_bundles: bool = False
     shared: bool = False
 
     @property
@@ -78,7 +78,8 @@ STAGES: tuple[Stage, ...] = (
           ("jinja2", "tokenizers", *_ONNX, "numpy"), ("builder/targets/clients/pipeline.py",
           "builder/targets/clients/demo/*", *_NODE)),
     Stage("verify", ("configure", "fetch", "heldout"), ("targets", "precision", "rules", "provider", "limits"),
-          (*_RUNNING, "jinja2"), ("builder/suite/**/*", "builder/miniature/heldout/*", *_PAGES, *_NODE), plays=True),
+          (*_RUNNING, "jinja2"), ("builder/suite/**/*", "builder/miniature/heldout/*", *_PAGES, *_NODE),
+          runs_bundles=True),
     Stage("bundle", ("quantize", "configure", "verify", "fetch", "patch"),
           ("name", "targets", "precision", "rules", "provider", "limits", "max_length"),
           ("qwen3vl-onnx", "jinja2", "huggingface_hub", "pyyaml"), (*_PAGES, *_NODE)),

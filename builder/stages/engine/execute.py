@@ -182,7 +182,7 @@ def _components(build: Build, stage: Stage, earlier: Mapping[str, Step], archite
         recipe={name: plain(getattr(build.recipe, name)) for name in stage.fields},
         inputs=inputs,
         code=code_digests(stage.module_name, stage.files),
-        packages={name: version(name) for name in stage.packages} | (_runtimes(build) if stage.plays else {}),
+        packages={name: version(name) for name in stage.packages} | (_runtimes(build) if stage.runs_bundles else {}),
     )
 
 
