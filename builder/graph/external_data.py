@@ -30,6 +30,7 @@ from builder.checkpoint.shard_reader import BLOCK, Shard, blocks_of, open_shard
 from builder.graph.binding import Binding
 from builder.graph.quantized_data import PARTS, Given, Source, quantized_parts
 from builder.util.errors import WeightError
+from builder.util.files import atomic_write
 
 DIGESTS = "digests.json"  # beside the data files: what lies in them, and what was read
 ALIGNMENT = 4096  # pages: the runtime maps the file instead of copying it
@@ -95,7 +96,8 @@ def write_data(
     jobs = _jobs(layouts, checkpoint)
     digests: dict[str, str] = {}
     with ExitStack() as stack:
-        opened = {path: stack.enter_context(_part(path).open("wb")) for path in wanted}
+        parts = {path: stack.enter_context(atomic_write(path)) for path in wanted}
+        opened = {path: stack.enter_context(part.open("wb")) for path, part in parts.items()}
         threads = _Threads(*(stack.enter_context(ThreadPoolExecutor(1)) for _ in range(3)))
         queue: deque[Future[None]] = deque()
         files = {path: _Output(file, threads, queue) for path, file in opened.items()}
@@ -110,8 +112,6 @@ def write_data(
                     on_read(tensor.nbytes)
                 digests[name] = shard.sha256()
         done = {path: DataFile(layouts[path], *files[path].finish()) for path in wanted}
-    for path in wanted:
-        os.replace(_part(path), path)
     return Written(done, digests)
 
 
@@ -267,7 +267,3 @@ def _order(content: Binding, checkpoint: Checkpoint) -> tuple[Any, ...]:
 
 def _tensors(checkpoint: Checkpoint, file: str) -> list[Tensor]:
     return sorted((t for t in checkpoint.tensors.values() if t.file == file), key=lambda t: (t.offset, t.name))
-
-
-def _part(path: Path) -> Path:
-    return path.with_name(path.name + ".part")

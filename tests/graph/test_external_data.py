@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import tracemalloc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
 from math import prod
@@ -25,6 +26,7 @@ from builder.graph import external_data
 from builder.graph.binding import Binding
 from builder.graph.external_data import ALIGNMENT, DataFile, layout, padded, write_data
 from builder.util.errors import WeightError
+from builder.util.files import atomic_write
 from tests.helpers.small_graphs import Array, drawn
 
 FILE = "model.safetensors"
@@ -332,14 +334,24 @@ def test_a_failure_in_the_middle_leaves_nothing_under_a_final_name(source: Check
 
 
 @pytest.mark.parametrize("size", [10, 100_000], ids=["noticed when flushed", "noticed when written"])
-def test_a_disk_that_is_full_stops_the_pass(tmp_path: Path, miniature: Path, size: int) -> None:
+def test_a_disk_that_is_full_stops_the_pass(
+    tmp_path: Path, miniature: Path, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
     """The writing thread's error, not lost: `/dev/full` takes no byte."""
+
+    @contextmanager
+    def into_a_full_disk(path: Path) -> Iterator[Path]:
+        with atomic_write(path) as part:
+            if path.name == "data":
+                part.symlink_to("/dev/full")
+            yield part
+
+    monkeypatch.setattr(external_data, "atomic_write", into_a_full_disk)
     folder = tmp_path / "checkpoint"
     folder.mkdir()
     save_file({f"t{number:02}": np.ones(size, np.float32) for number in range(20)}, folder / FILE)
     source = replace(open_checkpoint(miniature), folder=folder, tensors=index_tensors(folder, [FILE]))
     bindings = [Binding(name, name, "float32", (size,)) for name in source.tensors]
-    (tmp_path / "data.part").symlink_to("/dev/full")
     counted: list[int] = []
     with pytest.raises(OSError, match="No space left on device"):
         write_data({tmp_path / "good": bindings, tmp_path / "data": bindings}, source, counted.append)
