@@ -28,7 +28,7 @@ from builder.checkpoint.load import Checkpoint
 from builder.checkpoint.safetensors import NUMPY_TYPES, Tensor
 from builder.checkpoint.shard_reader import BLOCK, Shard, blocks_of, open_shard
 from builder.graph.binding import Binding
-from builder.graph.quantized_data import PARTS, Given, Source, quantized_parts
+from builder.graph.quantized_data import PARTS, CalibratedRows, QuantizationSource, quantized_parts
 from builder.util.errors import WeightError
 from builder.util.files import atomic_write
 
@@ -54,7 +54,7 @@ class DataFile:
 
 
 @dataclass(frozen=True)
-class Written:
+class WrittenData:
     """What a pass over the checkpoint wrote, and the SHA-256 of every safetensors file it read."""
 
     files: Mapping[Path, DataFile]
@@ -79,14 +79,14 @@ def write_data(
     wanted: Mapping[Path, Sequence[Binding]],
     checkpoint: Checkpoint,
     on_read: Callable[[int], None] = lambda count: None,
-    given: Given | None = None,
-) -> Written:
+    given: CalibratedRows | None = None,
+) -> WrittenData:
     """Writes every file of `wanted` in one pass over the checkpoint.
 
     Args:
         wanted: data file → what lies in it; names of initializers do not matter.
         on_read: called with the number of bytes of each tensor once it is written.
-        given: see `builder.graph.quantized_data.Source`.
+        given: see `builder.graph.quantized_data.QuantizationSource`.
 
     Raises:
         WeightError: a tensor that the checkpoint does not have, or one of more than two axes that is to be transposed.
@@ -104,7 +104,7 @@ def write_data(
         workers = stack.enter_context(ThreadPoolExecutor(WORKERS))
         for name in sorted({tensor.file for tensor in checkpoint.tensors.values()}):
             with open_shard(checkpoint.folder / name) as shard:
-                source = Source(checkpoint, shard, workers, given or {})
+                source = QuantizationSource(checkpoint, shard, workers, given or {})
                 for tensor in _tensors(checkpoint, name):
                     for path, contents in jobs[tensor.name]:
                         for pieces in _written(contents, tensor, shard, source):
@@ -112,7 +112,7 @@ def write_data(
                     on_read(tensor.nbytes)
                 digests[name] = shard.sha256()
         done = {path: DataFile(layouts[path], *files[path].finish()) for path in wanted}
-    return Written(done, digests)
+    return WrittenData(done, digests)
 
 
 def _jobs(
@@ -126,7 +126,9 @@ def _jobs(
     return jobs
 
 
-def _written(contents: Sequence[Binding], tensor: Tensor, shard: Shard, source: Source) -> Iterator[Iterable[Array]]:
+def _written(
+    contents: Sequence[Binding], tensor: Tensor, shard: Shard, source: QuantizationSource
+) -> Iterator[Iterable[Array]]:
     """The bytes of each content, in their order."""
     if contents[0].blocks is None:
         yield _pieces(contents[0], tensor, shard)

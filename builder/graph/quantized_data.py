@@ -27,11 +27,11 @@ PARTS: tuple[Part, ...] = get_args(Part)
 AHEAD = 4  # blocks of rows on their way
 
 Array = npt.NDArray[Any]
-Given = Mapping[str, Callable[[], Quantized]]
+CalibratedRows = Mapping[str, Callable[[], Quantized]]
 
 
 @dataclass(frozen=True)
-class Source:
+class QuantizationSource:
     """
     Args:
         shard: the file of it that is being read.
@@ -43,10 +43,10 @@ class Source:
     checkpoint: Checkpoint
     shard: Shard
     workers: ThreadPoolExecutor
-    given: Given = field(default_factory=dict)
+    given: CalibratedRows = field(default_factory=dict)
 
 
-def quantized_parts(contents: Sequence[Binding], source: Source) -> Iterator[Iterable[Array]]:
+def quantized_parts(contents: Sequence[Binding], source: QuantizationSource) -> Iterator[Iterable[Array]]:
     """The pieces of each content: levels, then scales, then zero points."""
     kept: dict[Part, list[Array]] = {one.part: [] for one in contents[1:] if one.part}
     scales = next(one.dtype for one in contents if one.part == "scales")
@@ -62,7 +62,7 @@ def quantized_parts(contents: Sequence[Binding], source: Source) -> Iterator[Ite
     yield from kept.values()
 
 
-def _quantized(content: Binding, source: Source) -> Iterator[tuple[Quantized, Blocks]]:
+def _quantized(content: Binding, source: QuantizationSource) -> Iterator[tuple[Quantized, Blocks]]:
     blocks, columns = content.blocks, content.shape[1]
     assert blocks is not None
     waiting: deque[Future[Quantized]] = deque()
@@ -80,7 +80,7 @@ def _quantized(content: Binding, source: Source) -> Iterator[tuple[Quantized, Bl
         yield waiting.popleft().result(), blocks
 
 
-def _rows(source: Source, tensor: Tensor, columns: int) -> Iterator[Array]:
+def _rows(source: QuantizationSource, tensor: Tensor, columns: int) -> Iterator[Array]:
     """[some rows, columns]; of a matrix in another file than its neighbours', mapped: that file has its own turn."""
     count, width = tensor.shape[0], np.dtype(np.float32).itemsize
     if source.shard.path == source.checkpoint.folder / tensor.file:

@@ -18,7 +18,7 @@ Search = Literal["none", "mse", "gptq"]
 Rows = npt.NDArray[np.float32]
 Levels = npt.NDArray[np.uint8]
 
-SMALLEST, LARGEST = 16, 256  # block sizes that the runtimes' kernels know
+SMALLEST, LARGEST_BLOCK = 16, 256  # block sizes that the runtimes' kernels know
 # What the largest magnitude of a block is divided by to get its scale, over 2^(bits - 1). Above 1 it is clipped a
 # little and all others get finer levels; below 1 the whole range of levels is not used, which suits blocks whose
 # second largest magnitude has the other sign. More of them gain little (six got 96 % of what twenty did, on normal and

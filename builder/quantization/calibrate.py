@@ -24,7 +24,7 @@ from builder.checkpoint.tensors import EMBEDDINGS, LM_HEAD
 from builder.quantization.blockwise import Blocks, Quantized, dequantize
 from builder.quantization.gptq import Compensation, compensation, quantize_compensated
 from builder.quantization.rules import Storage
-from builder.reference.cases import LARGEST, Case, read_calibration, suite_cases
+from builder.reference.cases import MAX_PATCHES, Case, read_calibration, suite_cases
 from builder.reference.model import Prompt, Reference
 
 LAYERS = "model.language_model.layers"
@@ -120,7 +120,7 @@ def calibration_prompts(reference: Reference, checkpoint: Checkpoint) -> Iterato
         cases: list[Case] = [*suite_cases(checkpoint, Path(drawn)), *read_calibration(checkpoint)]
         for case in cases:
             prompt = reference.prepare(case.prompt, case.images, lifted=case.lifted)
-            if prompt.pixel_values is None or len(prompt.pixel_values) <= LARGEST:
+            if prompt.pixel_values is None or len(prompt.pixel_values) <= MAX_PATCHES:
                 yield prompt, tuple(reference.tokenizer(case.answer or "")["input_ids"])
 
 

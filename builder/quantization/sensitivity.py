@@ -80,7 +80,7 @@ def groups(checkpoint: Checkpoint, storages: Mapping[str, Storage]) -> list[Grou
     ]
 
 
-def measured(
+def estimate_sensitivities(
     checkpoint: Checkpoint, rules: Sequence[Rule], positions: int, advance: Callable[[], None] = lambda: None
 ) -> list[Sensitivity]:
     """The sensitivity of every group, the largest KL divergence first.

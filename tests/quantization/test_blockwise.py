@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from builder.quantization import blockwise
-from builder.quantization.blockwise import LARGEST, SMALLEST, Blocks, Quantized, dequantize, quantize, scales_of
+from builder.quantization.blockwise import LARGEST_BLOCK, SMALLEST, Blocks, Quantized, dequantize, quantize, scales_of
 from tests.helpers.small_graphs import Array, drawn
 
 FORMATS = [
@@ -151,7 +151,7 @@ def test_the_block_that_fits_is_the_largest_half_that_divides_a_row(size: int, c
 
 def test_no_block_is_smaller_than_the_kernels_know() -> None:
     assert Blocks(4, SMALLEST).fitting(SMALLEST) == SMALLEST
-    assert Blocks(4, LARGEST).fitting(SMALLEST // 2 * 3) is None
+    assert Blocks(4, LARGEST_BLOCK).fitting(SMALLEST // 2 * 3) is None
 
 
 def test_bits_a_weight_by_hand() -> None:
