@@ -101,25 +101,25 @@ def _places(folder: Path, checkpoint: Checkpoint) -> Iterator[tuple[str, _Place]
             if node.op_type not in OPERATORS:
                 continue
             names = quantized_inputs(node)
-            levels, begin = names[0], 0
+            codes, begin = names[0], 0
             matrix = quantized_matrix(node, tuple(weights[name] for name in names))
-            for name in _tensors(levels, checkpoint):
+            for name in _tensors(codes, checkpoint):
                 if name not in checkpoint.tensors:
                     raise BundleError(
                         f"{path.name} quantizes a matrix that the checkpoint does not have",
                         expected="initializers named after the checkpoint's tensors",
-                        found=levels,
+                        found=codes,
                     )
                 end = begin + checkpoint.tensors[name].shape[0]
                 yield name, _Place(matrix, slice(begin, end))
                 begin = end
             if begin != matrix.rows:
-                raise _other_shape(levels.removesuffix(".levels"), begin, matrix.rows)
+                raise _other_shape(codes.removesuffix(".levels"), begin, matrix.rows)
 
 
-def _tensors(levels: str, checkpoint: Checkpoint) -> Iterator[str]:
+def _tensors(codes: str, checkpoint: Checkpoint) -> Iterator[str]:
     """`language_model.layers.0.mlp.gate_proj+up_proj.weight.levels` → the checkpoint's names of both."""
-    stem, *_ = levels.rpartition(".levels")
+    stem, *_ = codes.rpartition(".levels")
     before, _, after = stem.rpartition(".")
     path, _, names = before.rpartition(".")
     for name in names.split("+"):

@@ -1,7 +1,7 @@
 """Quantize a checkpoint's matrix while it is read: a block of rows at a time, a few of them side by side.
 
 In: the parts of one quantized matrix, and the open checkpoint. Out: the bytes of each part, in the order in which
-they lie in the file. Guaranteed: levels are handed on as they come, but for a matrix that is turned, which is held;
+they lie in the file. Guaranteed: codes are handed on as they come, but for a matrix that is transposed, which is held;
 what is held beside them are the matrix's scales and zero points, which are a sixteenth of it or less.
 """
 
@@ -36,7 +36,7 @@ class QuantizationSource:
     Args:
         shard: the file of it that is being read.
         workers: that quantize.
-        given: tensor → what reads its levels, scales and zeros where they are known
+        given: tensor → what reads its codes, scales and zeros where they are known
         (builder/quantization/calibrate.py).
     """
 
@@ -47,18 +47,18 @@ class QuantizationSource:
 
 
 def quantized_parts(contents: Sequence[Binding], source: QuantizationSource) -> Iterator[Iterable[Array]]:
-    """The pieces of each content: levels, then scales, then zero points."""
+    """The pieces of each content: codes, then scales, then zero points."""
     kept: dict[Part, list[Array]] = {one.part: [] for one in contents[1:] if one.part}
     scales = next(one.dtype for one in contents if one.part == "scales")
 
-    def levels() -> Iterator[Array]:
+    def codes() -> Iterator[Array]:
         for quantized, blocks in _quantized(contents[0], source):
             packed = packed_parts(quantized, blocks, scales)
             for part, pieces in kept.items():
                 pieces.append(packed[part])
             yield packed["levels"]
 
-    yield [np.concatenate(list(levels())).T.copy()] if contents[0].transpose else levels()
+    yield [np.concatenate(list(codes())).T.copy()] if contents[0].transpose else codes()
     yield from kept.values()
 
 

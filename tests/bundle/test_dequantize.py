@@ -176,7 +176,7 @@ def test_a_head_of_its_own_is_not_the_embeddings(checkpoint: Callable[[str], Pat
 
 def head(quantized: Any, blocks: Blocks) -> onnx.ModelProto:
     """One product with the head, its weights inside the graph."""
-    count, columns = quantized.levels.shape
+    count, columns = quantized.codes.shape
     packed = packed_parts(quantized, blocks, "float32")
     names = [f"lm_head.weight.{part}" for part in packed]
     attributes = {"K": columns, "N": count, "bits": blocks.bits, "block_size": blocks.size}
