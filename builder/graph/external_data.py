@@ -35,8 +35,8 @@ from builder.util.files import atomic_write
 DIGESTS = "digests.json"  # beside the data files: what lies in them, and what was read
 ALIGNMENT = 4096  # pages: the runtime maps the file instead of copying it
 STRIP = 256 << 20  # bytes of a tensor that are held to be transposed
-TILE = 64  # rows turned at a time: what fits a core's cache is 2.8 times as fast as the whole (measured)
-WORD = 8  # bytes of a row that move as one when it is turned
+TILE = 64  # rows transposed at a time: what fits a core's cache is 2.8 times as fast as the whole (measured)
+WORD = 8  # bytes of a row that move as one when it is transposed
 UNFLUSHED = 64 << 20  # bytes written before the disk is told to take them
 WORKERS = 2  # that quantize rows while the next are read
 QUEUED = 48  # blocks that wait to be written and hashed while the next is made
@@ -192,9 +192,9 @@ class _Output:
 def _pieces(content: Binding, tensor: Tensor, shard: Shard) -> Iterator[Array]:
     """The content's bytes, row-major, about `BLOCK` at a time."""
     rows, columns = (content.shape[0], math.prod(content.shape[1:])) if content.shape else (1, 1)
-    if content.transpose and rows and columns:
+    if content.transposed and rows and columns:
         for strip in _strips(tensor, shard, rows, columns):
-            yield from _turned(strip, content.dtype)
+            yield from _transposed(strip, content.dtype)
     else:
         for block in blocks_of(tensor, shard, rows, columns, np.dtype(content.dtype).itemsize):
             yield block.astype(content.dtype)
@@ -217,7 +217,7 @@ def _strips(tensor: Tensor, shard: Shard, rows: int, columns: int) -> Iterator[A
         yield strip
 
 
-def _turned(strip: Array, dtype: str) -> Iterator[Array]:
+def _transposed(strip: Array, dtype: str) -> Iterator[Array]:
     """The strip's transpose in blocks of rows: neighbouring columns move together, and are parted when they are cast.
 
     A transposition costs by the element, whatever its size; this way it is 2.3 times as fast as one by one (measured).
@@ -246,9 +246,9 @@ def _order(content: Binding, checkpoint: Checkpoint) -> tuple[Any, ...]:
             expected=f"shape {list(content.shape)}",
             found=[list(shape) for shape in shapes] or "no such tensor",
         )
-    if content.transpose and len(content.shape) > 2:
+    if content.transposed and len(content.shape) > 2:
         raise WeightError(
-            f"a binding to {content.tensor} turns more than a matrix",
+            f"a binding to {content.tensor} transposes more than a matrix",
             expected="two axes at most",
             found=list(content.shape),
             next="run `python -m builder patches`: an upstream change alters what is traced",
@@ -263,7 +263,7 @@ def _order(content: Binding, checkpoint: Checkpoint) -> tuple[Any, ...]:
         *parted,
         content.dtype,
         content.shape,
-        content.transpose,
+        content.transposed,
     )
 
 

@@ -58,7 +58,7 @@ def quantized_parts(contents: Sequence[Binding], source: QuantizationSource) -> 
                 pieces.append(packed[part])
             yield packed["levels"]
 
-    yield [np.concatenate(list(codes())).T.copy()] if contents[0].transpose else codes()
+    yield [np.concatenate(list(codes())).T.copy()] if contents[0].transposed else codes()
     yield from kept.values()
 
 

@@ -47,11 +47,11 @@ def quantize_weights(graph: BoundGraph, storages: Mapping[str, Storage], scales:
             storage = storages.get(graph.bindings[name].tensor) if name in graph.bindings else None
             if storage is None or value is None or len(graph.bindings[name].shape) != 2:
                 continue
-            turned = graph.bindings[name].transpose
-            if node.op_type == "Gather" and node.inputs[0] is value and not turned and not storage.turned:
+            transposed = graph.bindings[name].transposed
+            if node.op_type == "Gather" and node.inputs[0] is value and not transposed and not storage.turned:
                 rewriter.look_up(node, value, storage)
                 matches += 1
-            elif (matmul := _matmul(node, value, storage, turned)) is not None:
+            elif (matmul := _matmul(node, value, storage, transposed)) is not None:
                 matmuls.append(matmul)
             else:
                 misses.append(f"{node.name}: reads {name} in a way that no operator for quantized matrices does")
@@ -61,14 +61,14 @@ def quantize_weights(graph: BoundGraph, storages: Mapping[str, Storage], scales:
     return Outcome(rewriter.bound(), matches, tuple(misses))
 
 
-def _matmul(node: ir.Node, weight: ir.Value, storage: Storage, turned: bool) -> Matmul | None:
+def _matmul(node: ir.Node, weight: ir.Value, storage: Storage, transposed: bool) -> Matmul | None:
     x = node.inputs[0]
     if x is None or len(node.inputs) < 2 or weight is not node.inputs[1]:
         return None
-    if node.op_type == "MatMul" and turned:  # builder/graph/passes/fold_weight_transposes.py has turned it
+    if node.op_type == "MatMul" and transposed:  # builder/graph/passes/fold_weight_transposes.py has transposed it
         return Matmul(node, x, weight, None, storage)
     plain = node.attributes.get_float("alpha", 1.0) == 1.0 and node.attributes.get_float("beta", 1.0) == 1.0
-    if node.op_type == "Gemm" and node.attributes.get_int("transB", 0) != int(turned) and plain:
+    if node.op_type == "Gemm" and node.attributes.get_int("transB", 0) != int(transposed) and plain:
         return Matmul(node, x, weight, node.inputs[2] if len(node.inputs) > 2 else None, storage)
     return None
 
@@ -101,13 +101,13 @@ class _Rewriter:
         """One node for all of them."""
         first, storage = group[0], group[0].storage
         sources = [self.bindings[str(one.weight.name)] for one in group]
-        # What is bound turned is [out, in] in the checkpoint, which is how the operator wants it.
+        # What is bound transposed is [out, in] in the checkpoint, which is how the operator wants it.
         rows = [one.shape[0] for one in sources]
         whole = replace(
             sources[0],
             initializer=_joined([one.initializer for one in sources]),
             shape=(sum(rows), sources[0].shape[1]),
-            transpose=storage.turned,
+            transposed=storage.turned,
             below=tuple(one.tensor for one in sources[1:]),
         )
         node = (self._integers if storage.turned else self._blockwise)(first, whole)

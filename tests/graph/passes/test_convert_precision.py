@@ -297,7 +297,7 @@ def test_parts_of_quantized_matrices_are_left_as_they_are() -> None:
     """Scales are narrow already (builder/stages/quantize.py), levels are whole numbers."""
     text = "product (float[n, 32] x) => (float[n, 4] y) { y = MatMul(x, w) }"
     graph = bound_graph(text, {"w": drawn(32, 4)})
-    bindings = {"w": replace(graph.bindings["w"], shape=(4, 32), transpose=True)}
+    bindings = {"w": replace(graph.bindings["w"], shape=(4, 32), transposed=True)}
     quantized = quantize_weights(
         BoundGraph(graph.model, bindings), {"checkpoint.w": Storage(Blocks(4, 32), 4)}, "float16"
     )
