@@ -32,7 +32,7 @@ LIBRARIES = (".so", ".dll", ".dylib", ".pyd", ".exe")
 
 
 @dataclass(frozen=True)
-class Row:
+class CheckRow:
     """One check that holds: what it is, and what it looked at."""
 
     check: str
@@ -52,7 +52,7 @@ class Checked:
     target: str
     manifest: str
     signature: str
-    rows: tuple[Row, ...]
+    rows: tuple[CheckRow, ...]
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -81,18 +81,17 @@ def check(folder: Path, key: Path | None = None) -> Checked:
         UnsafeError: a name, a link or an operator that leads out of the folder; code that a runtime would load.
     """
     content = open_content(folder)
-    rows = [
-        Row("files", f"{len(content.files)} of the manifest, {len(content.evidence)} of evidence, no other, no links")
-    ]
+    files = f"{len(content.files)} of the manifest, {len(content.evidence)} of evidence, no other, no links"
+    rows = [CheckRow("files", files)]
     check_settings(content)
-    rows.append(Row("settings", "JSON of moderate size; names no file outside, no library, no remote code"))
+    rows.append(CheckRow("settings", "JSON of moderate size; names no file outside, no library, no remote code"))
     rows += _graph_rows(content)
     check_bytes(content)
     rows += _code_rows(content)
-    rows.append(Row("bytes", f"SHA-256 of {size(sum(one.size for one in content.files.values()))}"))
+    rows.append(CheckRow("bytes", f"SHA-256 of {size(sum(one.size for one in content.files.values()))}"))
     signature = _check_signature(content, key)
     told = {"holds": f"{SIGNATURE}, by the key {key}", "none": "not signed", "not checked": "not checked: no --key"}
-    rows.append(Row("signature", told[signature]))
+    rows.append(CheckRow("signature", told[signature]))
     digest = sha256(folder / MANIFEST)
     return Checked(folder, content.target, digest, signature, tuple(rows))
 
@@ -173,25 +172,25 @@ def _keys(value: Any) -> Iterator[str]:
             waiting += one
 
 
-def _graph_rows(content: Content) -> list[Row]:
+def _graph_rows(content: Content) -> list[CheckRow]:
     from builder.bundle.check_graphs import check_graphs
 
     found = check_graphs(content)
     return [
-        Row("contract", f"{found['ports']} ports of {found['graphs']} graphs, as declared"),
-        Row("operators", f"{found['operators']} kinds, all of the target's domains, as declared"),
-        Row("external data", f"{found['external tensors']} tensors, all inside the bundle's files"),
+        CheckRow("contract", f"{found['ports']} ports of {found['graphs']} graphs, as declared"),
+        CheckRow("operators", f"{found['operators']} kinds, all of the target's domains, as declared"),
+        CheckRow("external data", f"{found['external tensors']} tensors, all inside the bundle's files"),
     ]
 
 
-def _code_rows(content: Content) -> list[Row]:
+def _code_rows(content: Content) -> list[CheckRow]:
     """Programs that lie in the bundle, which only a person can judge."""
     written = [program for runtime in PACKAGING.values() for program in runtime.programs().items()]
     own = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in written}
     programs = [name for name in content.files if name.endswith(PROGRAMS)]
     known = {name: content.files[name].sha256 == own.get(name) for name in programs}
     told = [name if same else f"{name} (not this release's: read it before you run it)" for name, same in known.items()]
-    return [Row("code", ("" if all(known.values()) else "not judged: ") + ", ".join(told))] if told else []
+    return [CheckRow("code", ("" if all(known.values()) else "not judged: ") + ", ".join(told))] if told else []
 
 
 def _check_signature(content: Content, key: Path | None) -> str:

@@ -33,7 +33,7 @@ def sensitivity(
         from builder.cli.progress_bars import bars
         from builder.quantization import mixed_precision
         from builder.quantization.rules import resolve
-        from builder.quantization.sensitivity import groups, measured
+        from builder.quantization.sensitivity import estimate_sensitivities, groups
         from builder.stages.engine.prepare import reference_checkpoint
         from builder.targets.recipe_file import as_toml, load_recipe
         from builder.util.errors import RecipeError
@@ -49,9 +49,9 @@ def sensitivity(
         opened, base = reference_checkpoint(checkpoint), load_recipe(recipe)
         count = len(groups(opened, resolve(base.rules, opened.tensors)))
         with bars(), progress("sensitivity, groups", count) as advance:
-            found = measured(opened, base.rules, positions, advance)
+            found = estimate_sensitivities(opened, base.rules, positions, advance)
         whole = mixed_precision.stored_bytes(opened, base.rules)
-        taken = mixed_precision.chosen(found, round(whole * budget / 100))
+        taken = mixed_precision.choose_groups(found, round(whole * budget / 100))
         text = as_toml(
             replace(base, rules=mixed_precision.with_more_bits(opened, base.rules, taken)),
             f"{base.name}, with 8 bits where {opened.name} is most sensitive: {budget:g} % of bytes more at most.",

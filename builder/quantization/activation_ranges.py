@@ -23,7 +23,7 @@ from builder.reference.model import Reference
 
 MAGNITUDES = "largest magnitudes"  # what they are called in a report
 CASES = ("text", "one picture", "wide, tall", "three pictures", "long prompt")
-LARGEST = float(np.finfo(np.float16).max)
+FP16_MAX = float(np.finfo(np.float16).max)
 MARGIN = 4.0  # between the largest magnitude seen and the largest that fits
 
 
@@ -39,7 +39,7 @@ class Range:
     @property
     def wide(self) -> bool:
         """Whether the layer is kept in fp32."""
-        return self.magnitude * MARGIN > LARGEST
+        return self.magnitude * MARGIN > FP16_MAX
 
 
 def activation_ranges(reference: Reference) -> list[Range]:

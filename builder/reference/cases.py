@@ -15,10 +15,10 @@ from pathlib import Path
 
 from builder.checkpoint.load import Checkpoint
 from builder.reference.case_file import CHECKS, TOKENS, TOLERANCES, Tolerance, Written, read_file
-from builder.reference.synthetic_images import Limits, draw
+from builder.reference.synthetic_images import SizeLimits, draw
 from builder.util.errors import CasesError
 
-LARGEST = 2500  # patches: a case of ten thousand costs minutes and adds the few positions of its question
+MAX_PATCHES = 2500  # patches: a case of ten thousand costs minutes and adds the few positions of its question
 
 SUITE = Path(__file__).parents[1] / "suite"
 PICTURES = SUITE / "pictures"
@@ -88,7 +88,7 @@ def whole_suite(checkpoint: Checkpoint, folder: Path, more: Sequence[Path] = ())
 
 def suite_cases(checkpoint: Checkpoint, folder: Path, more: Sequence[Path] = ()) -> tuple[Case, ...]:
     """The same without the held-out set, which is not even read."""
-    return placed(read_cases((SUITE, *more)), Limits.of(checkpoint), folder)
+    return placed(read_cases((SUITE, *more)), SizeLimits.of(checkpoint), folder)
 
 
 def read_cases(paths: Sequence[Path]) -> tuple[Written, ...]:
@@ -116,7 +116,7 @@ def read_cases(paths: Sequence[Path]) -> tuple[Written, ...]:
     return tuple(written)
 
 
-def placed(written: Sequence[Written], limits: Limits, folder: Path) -> tuple[Case, ...]:
+def placed(written: Sequence[Written], limits: SizeLimits, folder: Path) -> tuple[Case, ...]:
     """The same with every picture in a file: what is drawn is drawn into `folder`.
 
     Raises:
@@ -145,7 +145,7 @@ def placed(written: Sequence[Written], limits: Limits, folder: Path) -> tuple[Ca
 def shipped_cases() -> tuple[Case, ...]:
     """Those shipped cases that are the same for every checkpoint: all but the ones with drawn pictures."""
     same = [case for case in read_cases((SUITE,)) if all(isinstance(image, Path) for image in case.images)]
-    return placed(same, Limits(1, 1, 1, 1), SUITE)
+    return placed(same, SizeLimits(1, 1, 1, 1), SUITE)
 
 
 def held_out(checkpoint: Checkpoint) -> tuple[Case, ...]:

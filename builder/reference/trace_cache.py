@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -20,6 +19,7 @@ from safetensors.numpy import load_file, save_file
 
 from builder.checkpoint.fingerprint import file_fingerprint
 from builder.reference.model import Prompt, Reference, Trace
+from builder.util.files import atomic_write
 
 COMPUTED_WITH = ("torch", "transformers", "numpy")
 
@@ -32,9 +32,8 @@ def traced(reference: Reference, prompt: Prompt, folder: Path, answer: Sequence[
     except (OSError, SafetensorError):
         trace = reference.hidden_states(prompt, answer)
     folder.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    save_file(_packed(trace), part)
-    os.replace(part, path)
+    with atomic_write(path) as part:
+        save_file(_packed(trace), part)
     return trace
 
 

@@ -9,7 +9,6 @@ download is of one commit, and its bytes are those that the hub names; the check
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shlex
 import shutil
@@ -21,6 +20,7 @@ from builder.checkpoint.fingerprint import FETCHED, NOTICES, WEIGHTS, _notices, 
 from builder.checkpoint.hub import Remote, download
 from builder.checkpoint.load import file_states, open_checkpoint
 from builder.util.errors import CheckpointError, DownloadError
+from builder.util.files import git_blob
 from builder.util.json_files import read_json
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def _check_bytes(folder: Path, remotes: Mapping[str, Remote], digests: Mapping[s
         found = {
             "bytes": size,
             "sha256": sha256,
-            "git blob": _git_blob(folder / file) if remote.git else None,
+            "git blob": git_blob(folder / file) if remote.git else None,
         }
         for kind, value in expected.items():
             if value is not None and found[kind] != value:
@@ -124,9 +124,3 @@ def _check_bytes(folder: Path, remotes: Mapping[str, Remote], digests: Mapping[s
                     found=f"{kind} {found[kind]}",
                     next=f"remove {shlex.quote(str((folder / file).resolve()))} and build again",
                 )
-
-
-def _git_blob(path: Path) -> str:
-    content = path.read_bytes()
-    # Git's name for a file, not a safeguard: SHA-1 is what the hub has for files outside LFS.
-    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()

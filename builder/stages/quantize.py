@@ -23,9 +23,9 @@ from builder.graph.binding import BoundGraph, load
 from builder.graph.data_files import fill
 from builder.graph.external_data import DIGESTS
 from builder.graph.naming import rename
-from builder.graph.passes.convert_precision import narrow
+from builder.graph.passes.convert_precision import convert_precision
 from builder.graph.passes.quantize_weights import quantize_weights
-from builder.graph.quantized_data import Given
+from builder.graph.quantized_data import CalibratedRows
 from builder.quantization.activation_ranges import MAGNITUDES, Range, activation_ranges, wide_layers
 from builder.quantization.rules import Storage, resolve
 from builder.stages.fetch import check_unchanged
@@ -77,7 +77,7 @@ def run(build: Build, out: Path) -> Mapping[str, object]:
     return dict(facts)
 
 
-def calibrated_rows(checkpoint: Checkpoint, storages: Mapping[str, Storage], folder: Path) -> Given:
+def calibrated_rows(checkpoint: Checkpoint, storages: Mapping[str, Storage], folder: Path) -> CalibratedRows:
     """What calibration finds, read from `folder` when it is written; nothing where nothing is calibrated."""
     if not any(one.blocks.search == "gptq" for one in storages.values()):
         return {}
@@ -117,7 +117,7 @@ def stored(
             )
         bound = outcome.graph
     if precision != "fp32":
-        bound = narrow(bound, precision, wide, wide_ports).graph
+        bound = convert_precision(bound, precision, wide, wide_ports).graph
     RemoveUnusedNodesPass()(bound.model)
     rename(bound)
     return bound

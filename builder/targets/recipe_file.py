@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked
 
-from builder.quantization.blockwise import LARGEST, SMALLEST, Search
+from builder.quantization.blockwise import LARGEST_BLOCK, SMALLEST, Search
 from builder.quantization.rules import Activations, Rule, Store
 from builder.targets.graphs import GRAPHS
 from builder.targets.providers import Name, Precision
@@ -42,8 +42,8 @@ def _known(runtime: str) -> str:
 
 
 def _block_size(value: int) -> int:
-    if not SMALLEST <= value <= LARGEST or value & (value - 1):
-        raise ValueError(f"a power of two from {SMALLEST} to {LARGEST}")
+    if not SMALLEST <= value <= LARGEST_BLOCK or value & (value - 1):
+        raise ValueError(f"a power of two from {SMALLEST} to {LARGEST_BLOCK}")
     return value
 
 

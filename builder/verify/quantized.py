@@ -16,7 +16,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from builder.bundle.dequantize import WeightError, write_dequantized
+from builder.bundle.dequantize import RoundingError, write_dequantized
 from builder.checkpoint.load import Checkpoint, open_checkpoint
 from builder.reference.cases import Case, Suite
 from builder.reference.model import Reference
@@ -111,7 +111,7 @@ def _not_run(terms: Terms, target: str) -> dict[str, str]:
     return found
 
 
-def weight_gates(errors: Sequence[WeightError], limits: Limits) -> Iterator[Gate]:
+def weight_gates(errors: Sequence[RoundingError], limits: Limits) -> Iterator[Gate]:
     """The matrix that is furthest from the checkpoint's, of each bit width, and its worst row."""
     for bits in sorted({one.bits for one in errors}):
         some = [one for one in errors if one.bits == bits]

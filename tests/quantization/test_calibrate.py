@@ -50,14 +50,14 @@ def _few(monkeypatch: pytest.MonkeyPatch) -> None:
 def moments(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, ...], Array]:
     """Filled by calibration: the matrices of one input → its second moments."""
     found: dict[tuple[str, ...], Array] = {}
-    original = calibrate._moments
+    original = calibrate._hessians
 
     def noted(*arguments: Any) -> dict[int, tuple[list[str], Array]]:
         result = original(*arguments)
         found.update({tuple(names): matrix.copy() for names, matrix in result.values()})
         return result
 
-    monkeypatch.setattr(calibrate, "_moments", noted)
+    monkeypatch.setattr(calibrate, "_hessians", noted)
     return found
 
 
@@ -95,9 +95,9 @@ def test_every_wanted_matrix_is_written_in_its_format(random: Checkpoint, tmp_pa
     weights = load_file(random.folder / "model.safetensors")
     for name, path in files.items():
         got, weight = calibrate.load(path), weights[name].astype(np.float32)
-        assert got.levels.shape == weight.shape
+        assert got.codes.shape == weight.shape
         assert got.scales.shape == got.zeros.shape == (len(weight), weight.shape[1] // 16)
-        assert got.levels.max() <= 15
+        assert got.codes.max() <= 15
         assert np.linalg.norm(dequantize(got) - weight) < 0.3 * np.linalg.norm(weight)
 
 

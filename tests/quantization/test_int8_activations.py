@@ -98,7 +98,7 @@ def test_what_is_on_the_disk_is_multiplied_with_activations_of_8_bits(written: P
     error = np.abs(got - want).std() / want.std()
     assert 1e-4 < error < 0.02  # the range of a tensor of normal numbers has 256 levels, twice
     data = np.fromfile(written.with_suffix(".onnx.data"), np.uint8)
-    levels = quantize_rows(TENSORS[UP], Blocks(8, 48, search="mse")).levels
+    levels = quantize_rows(TENSORS[UP], Blocks(8, 48, search="mse")).codes
     place = {entry.key: entry.value for entry in external(written, "up.levels").external_data}
     begin = int(place["offset"])
     assert (data[begin : begin + levels.size].reshape(48, 80) == levels.T).all()

@@ -15,7 +15,7 @@ from builder.checkpoint.load import open_checkpoint
 from builder.cli.app import app
 from builder.reference.case_file import CHECKS, FP32, read_file
 from builder.reference.cases import PICTURES, SUITE, Case, Suite, placed, read_cases, shipped_cases, whole_suite
-from builder.reference.synthetic_images import Limits
+from builder.reference.synthetic_images import SizeLimits
 from builder.targets.clients.pipeline import ImageSettings, target_size
 from builder.util.errors import CasesError
 from builder.verify import whole
@@ -25,9 +25,9 @@ from tests.helpers.shown import shown
 if TYPE_CHECKING:
     from builder.reference.model import Reference
 
-MINI = Limits(16, 2, 4096, 131072)
-REAL = Limits(16, 2, 65536, 16777216)
-ODD = Limits(14, 3, 4096, 131072)
+MINI = SizeLimits(16, 2, 4096, 131072)
+REAL = SizeLimits(16, 2, 65536, 16777216)
+ODD = SizeLimits(14, 3, 4096, 131072)
 ONE = '[[case]]\nname = "mine"\nprompt = "What?"\n'
 
 
@@ -51,7 +51,7 @@ def test_the_shipped_cases_cover_what_goes_wrong() -> None:
 
 
 @pytest.mark.parametrize("limits", [MINI, REAL, ODD], ids=["miniature", "real", "patch14merge3"])
-def test_drawn_pictures_fit_every_checkpoint(limits: Limits, tmp_path: Path) -> None:
+def test_drawn_pictures_fit_every_checkpoint(limits: SizeLimits, tmp_path: Path) -> None:
     cases = {case.name: case for case in placed(read_cases((SUITE,)), limits, tmp_path)}
 
     def resized(case: str, number: int) -> tuple[tuple[int, int], tuple[int, int]]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from builder.bundle.dequantize import WeightError
+from builder.bundle.dequantize import RoundingError
 from builder.bundle.layout import MANIFEST
 from builder.checkpoint.load import open_checkpoint
 from builder.reference.cases import Suite, shipped_cases
@@ -145,9 +145,9 @@ def test_what_this_machine_cannot_compute_is_said(built: Built, reference: Refer
 
 def test_the_worst_matrix_of_each_width_has_a_gate() -> None:
     errors = [
-        WeightError("a", 4.5, 0.1, 0.3),
-        WeightError("b", 4.5, 0.2, 0.2),
-        WeightError("c", 8.5, 0.01, 0.02),
+        RoundingError("a", 4.5, 0.1, 0.3),
+        RoundingError("b", 4.5, 0.2, 0.2),
+        RoundingError("c", 8.5, 0.01, 0.02),
     ]
     limits = Limits(**LIMITS)
     gates = list(weight_gates(errors, replace(limits, weight=0.15)))

@@ -8,7 +8,6 @@ stage's folder is either the old one or the new one, whole, wherever the process
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,7 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 from builder.stages.engine.cache_key import Components
 from builder.util.cost import Cost
 from builder.util.errors import OutputError
-from builder.util.files import link
+from builder.util.files import link, write_text
 
 MARKER = "build.json"
 RECORD = "stage.json"
@@ -206,10 +205,8 @@ def read_marker(output: Path) -> Mapping[str, str] | None:
 
 def write_marker(output: Path, about: Mapping[str, str]) -> None:
     """Write `build.json`, complete or not at all."""
-    draft = output / (MARKER + ".part")
     try:
-        draft.write_text(json.dumps({"tool": TOOL, **about}, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        os.replace(draft, output / MARKER)
+        write_text(output / MARKER, json.dumps({"tool": TOOL, **about}, indent=2, sort_keys=True) + "\n")
     except OSError as error:
         raise unwritable(output, error) from error
 

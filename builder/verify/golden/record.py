@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from builder.checkpoint.load import Checkpoint
 from builder.reference.cases import SUITE, Case, held_out, placed, read_cases
-from builder.reference.synthetic_images import Limits
+from builder.reference.synthetic_images import SizeLimits
 from builder.targets.clients.pipeline import load_image
 from builder.util import machine
 from builder.util.errors import GoldenError, ResourceError
@@ -54,7 +54,7 @@ def write_golden(reference: Reference, output: Path, more: Sequence[Path] = ()) 
         GoldenError: `output` cannot be written.
     """
     checkpoint = reference.checkpoint
-    limits, tasks = Limits.of(checkpoint), held_out(checkpoint)
+    limits, tasks = SizeLimits.of(checkpoint), held_out(checkpoint)
     written = read_cases((SUITE, *more))
     with TemporaryDirectory() as folder, progress("golden", len(written) + len(tasks)) as advance:
         cases = []

@@ -21,7 +21,7 @@ from builder.bundle.layout import check_bundle, own_evidence
 from builder.checkpoint.load import Checkpoint
 from builder.reference.cases import SUITE, Case, held_out, placed, read_cases
 from builder.reference.model import ANY_SIZE, Answer
-from builder.reference.synthetic_images import Limits
+from builder.reference.synthetic_images import SizeLimits
 from builder.targets.clients.pipeline import Inputs, encode, load_image, position_ids, preprocess
 from builder.targets.graphs import GRAPHS
 from builder.targets.runners.protocol import OwnProcessor, Runner
@@ -73,7 +73,7 @@ def verify_golden(bundle: Path, path: Path, more: Sequence[Path] = (), checkpoin
     _check_made_from(golden, path, bundle, checkpoint)
     runner = open_runner(bundle, target)
     with TemporaryDirectory() as drawn:
-        cases = placed(read_cases((SUITE, *more)), Limits(*golden.limits), Path(drawn))
+        cases = placed(read_cases((SUITE, *more)), SizeLimits(*golden.limits), Path(drawn))
         _check_cases(golden, path, cases)
         tapped = Tapped.load(bundle, GRAPHS[target].packed, golden.hidden)
         report = _report(target, golden, cases, runner, tapped, checkpoint)

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from builder.bundle.layout import graph_files
 from builder.graph.ports import PACKED_FEATURES, ROLES
-from builder.util.errors import BundleError
+from builder.util.onnx_session import does_not_load, open_session
 
 Array = npt.NDArray[Any]
 Past = dict[str, Array]
@@ -40,18 +40,13 @@ class Graphs:
         Raises:
             BundleError: ONNX Runtime does not accept a graph.
         """
-        import onnxruntime
-
         files, sessions = graph_files(folder), []
         for name in ROLES:
             try:
-                sessions.append(onnxruntime.InferenceSession(str(files[name]), providers=["CPUExecutionProvider"]))
-            except Exception as error:  # the runtime has no base class of its own for what it throws
-                raise BundleError(
-                    f"{files[name]} does not load in onnxruntime {onnxruntime.__version__}",
-                    found=str(error).splitlines()[0],
-                    next="build it again: qwen3vl-onnx build --force export",
-                ) from error
+                sessions.append(open_session(files[name]))
+            except Exception as error:
+                again = "build it again: qwen3vl-onnx build --force export"
+                raise does_not_load(files[name], error, next=again) from error
         vision_encoder, embeddings, model = sessions
         return cls(vision_encoder, embeddings, model, packed, hidden)
 

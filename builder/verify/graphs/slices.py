@@ -22,6 +22,7 @@ import onnx
 from builder.graph.ports import RESIDUAL
 from builder.util import peak_memory
 from builder.util.errors import BundleError
+from builder.util.onnx_session import open_session
 
 Array = npt.NDArray[Any]
 Values = dict[str, Array]
@@ -126,10 +127,8 @@ def compute(one: Slice, folder: Path, conversations: list[list[Values]], pasts: 
     """
     import onnxruntime
 
-    options = onnxruntime.SessionOptions()
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     try:
-        session = onnxruntime.InferenceSession(one.model, options, providers=["CPUExecutionProvider"])
+        session = open_session(one.model, folder)
         rows = zip(conversations, pasts, strict=True)
         return Ran([list(_calls(session, one, calls, past)) for calls, past in rows], peak_memory.peak_rss())
     except Exception as error:  # the runtime has no base class of its own for what it throws

@@ -47,7 +47,7 @@ def turned(text: str, weights: Weights, *names: str) -> BoundGraph:
         value.name = name
         model.graph.initializers.add(value)
     shaped = {name: array.shape for name, array in weights.items()}
-    return bind(model, [Binding(n, f"checkpoint.{n}", "float32", s, transpose=n in names) for n, s in shaped.items()])
+    return bind(model, [Binding(n, f"checkpoint.{n}", "float32", s, transposed=n in names) for n, s in shaped.items()])
 
 
 def attention(weights: Weights) -> BoundGraph:
@@ -204,7 +204,7 @@ tied (int64[batch, seq] ids) => (float[batch, seq, 64] e, float[batch, seq, 24] 
 def test_rows_are_looked_up_and_share_their_bytes_with_the_head(storage: Storage) -> None:
     table = drawn(24, 64)
     graph = bound_graph(TIED, {"table": table, "head": table.T})
-    head = Binding("head", "checkpoint.table", "float32", (24, 64), transpose=True)
+    head = Binding("head", "checkpoint.table", "float32", (24, 64), transposed=True)
     before = BoundGraph(graph.model, {**graph.bindings, "head": head})
     storages = {"checkpoint.table": storage}
     ids = np.array([[3, 23, 0]])
