@@ -16,7 +16,7 @@ MAY_NAME_IT = ("CHANGELOG.md", "builder/__main__.py", "ci/verify.sh", "tests/cli
 
 def test_it_is_ours_in_a_folder_with_another_builder(tmp_path: Path) -> None:
     (tmp_path / "builder.py").write_text("print('another builder')")
-    command = [SCRIPT, "--version"]
+    command = [str(SCRIPT), "--version"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.startswith("qwen3vl-onnx ")
 
