@@ -23,7 +23,7 @@ from builder.checkpoint.load import Checkpoint
 from builder.checkpoint.tensors import EMBEDDINGS, LM_HEAD
 from builder.quantization.blockwise import Blocks, Quantized, dequantize
 from builder.quantization.gptq import Compensation, compensation, quantize_compensated
-from builder.quantization.rules import Storage
+from builder.quantization.rules import WeightFormat
 from builder.reference.cases import LARGEST, Case, read_calibration, suite_cases
 from builder.reference.model import Prompt, Reference
 
@@ -48,7 +48,7 @@ class Stream:
 
 
 def calibrated(
-    checkpoint: Checkpoint, storages: Mapping[str, Storage], out: Path, advance: Callable[[], None] = lambda: None
+    checkpoint: Checkpoint, storages: Mapping[str, WeightFormat], out: Path, advance: Callable[[], None] = lambda: None
 ) -> dict[str, Path]:
     """Writes each matrix that is to be calibrated into `out`; returns where each lies.
 

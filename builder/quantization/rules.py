@@ -1,6 +1,6 @@
 """Which weights are stored how: the policy of a recipe.
 
-In: a recipe's rules and the names and shapes of a checkpoint's matrices. Out: a `Storage` for each matrix that a rule
+In: a recipe's rules and the names and shapes of a checkpoint's matrices. Out: a `WeightFormat` for each matrix that a rule
 names. Guaranteed: the first rule that matches wins; one that decides nothing is an error; what no rule names is kept as
 it is. Vectors (norms, biases) and position tables are never quantized, whatever a pattern matches.
 """
@@ -54,16 +54,16 @@ class Rule:
 
 
 @dataclass(frozen=True)
-class Storage:
+class WeightFormat:
     """How one matrix is stored, and the least precision of what it is multiplied with (see `Rule`).
 
     Args:
-        turned: a row of the file is a column of the checkpoint's matrix, as products of whole numbers want it.
+        transposed: a row of the file is a column of the checkpoint's matrix, as products of whole numbers want it.
     """
 
     blocks: Blocks
     accuracy: int
-    turned: bool = False
+    transposed: bool = False
 
 
 def matrices(tensors: Mapping[str, Tensor]) -> dict[str, int]:
@@ -75,20 +75,20 @@ def matrices(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     }
 
 
-def resolve(rules: Sequence[Rule], tensors: Mapping[str, Tensor]) -> dict[str, Storage]:
+def resolve(rules: Sequence[Rule], tensors: Mapping[str, Tensor]) -> dict[str, WeightFormat]:
     """How each matrix is stored that is not kept.
 
     Raises:
         RecipeError: a rule decides nothing, or no block size fits a matrix.
     """
-    found: dict[str, Storage] = {}
+    found: dict[str, WeightFormat] = {}
     used: set[int] = set()
     for name, columns in matrices(tensors).items():
         for number, rule in enumerate(rules):
             if rule.matches(name):
                 used.add(number)
                 if rule.store != "keep":
-                    found[name] = _storage(name, columns, rule)
+                    found[name] = _weight_format(name, columns, rule)
                 break
     idle = [rule for number, rule in enumerate(rules) if number not in used]
     if idle:
@@ -106,9 +106,9 @@ def shares_the_head(tensors: Mapping[str, Tensor], name: str) -> bool:
     return name == EMBEDDINGS and LM_HEAD not in tensors
 
 
-def _storage(name: str, columns: int, rule: Rule) -> Storage:
+def _weight_format(name: str, columns: int, rule: Rule) -> WeightFormat:
     if rule.activations == "int8":
-        return Storage(Blocks(BITS[rule.store], columns, search=rule.search), rule.accuracy, turned=True)
+        return WeightFormat(Blocks(BITS[rule.store], columns, search=rule.search), rule.accuracy, transposed=True)
     asked = Blocks(BITS[rule.store], rule.block, rule.zero_points, rule.search)
     size = asked.fitting(columns)
     if size is None:
@@ -118,7 +118,7 @@ def _storage(name: str, columns: int, rule: Rule) -> Storage:
             found=f"rows of {columns}",
             next=f'put a rule before it: weights = ["{name}"], store = "keep"',
         )
-    return Storage(Blocks(asked.bits, size, asked.zero_points, asked.search), rule.accuracy)
+    return WeightFormat(Blocks(asked.bits, size, asked.zero_points, asked.search), rule.accuracy)
 
 
 def _why_idle(rule: Rule, tensors: Iterable[str]) -> str:

@@ -22,7 +22,7 @@ from builder.checkpoint.load import Checkpoint
 from builder.checkpoint.tensors import EMBEDDINGS, LM_HEAD
 from builder.quantization.blockwise import Blocks, dequantize, quantize
 from builder.quantization.calibrate import Stream, begin, calibration_prompts, loaded_layer, through
-from builder.quantization.rules import Rule, Storage, resolve, shares_the_head
+from builder.quantization.rules import Rule, WeightFormat, resolve, shares_the_head
 from builder.reference.model import Prompt, Reference
 from builder.util.errors import RecipeError
 from builder.util.statistics import kl_divergence, log_softmax
@@ -68,7 +68,7 @@ class Sensitivity:
         return self.kl / self.group.more
 
 
-def groups(checkpoint: Checkpoint, storages: Mapping[str, Storage]) -> list[Group]:
+def groups(checkpoint: Checkpoint, storages: Mapping[str, WeightFormat]) -> list[Group]:
     """Everything that is stored in 4 bits."""
     members: dict[str, list[str]] = {}
     for name, storage in storages.items():
@@ -138,14 +138,14 @@ class _Measuring:
     """One measurement: what is asked, and the exact streams as they enter the layer that has been reached."""
 
     checkpoint: Checkpoint
-    storages: Mapping[str, Storage]
+    storages: Mapping[str, WeightFormat]
     reference: Reference
     asked: list[tuple[Prompt, tuple[int, ...], int]]
     reached: int = 0
     streams: list[Stream] = field(default_factory=list)
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, storages: Mapping[str, Storage], positions: int) -> _Measuring:
+    def of(cls, checkpoint: Checkpoint, storages: Mapping[str, WeightFormat], positions: int) -> _Measuring:
         reference = Reference(checkpoint, streamed=True)
         return cls(checkpoint, storages, reference, list(_asked(reference, checkpoint, positions)))
 

@@ -27,7 +27,7 @@ from builder.graph.passes.convert_precision import narrow
 from builder.graph.passes.quantize_weights import quantize_weights
 from builder.graph.quantized_data import Given
 from builder.quantization.activation_ranges import MAGNITUDES, Range, activation_ranges, wide_layers
-from builder.quantization.rules import Storage, resolve
+from builder.quantization.rules import WeightFormat, resolve
 from builder.stages.fetch import check_unchanged
 from builder.targets.graphs import GRAPHS, components
 from builder.util.errors import PassError, WeightError
@@ -77,7 +77,7 @@ def run(build: Build, out: Path) -> Mapping[str, object]:
     return dict(facts)
 
 
-def calibrated_rows(checkpoint: Checkpoint, storages: Mapping[str, Storage], folder: Path) -> Given:
+def calibrated_rows(checkpoint: Checkpoint, storages: Mapping[str, WeightFormat], folder: Path) -> Given:
     """What calibration finds, read from `folder` when it is written; nothing where nothing is calibrated."""
     if not any(one.blocks.search == "gptq" for one in storages.values()):
         return {}
@@ -92,7 +92,7 @@ def stored(
     path: Path,
     bound: BoundGraph,
     precision: str,
-    storages: Mapping[str, Storage],
+    storages: Mapping[str, WeightFormat],
     wide: frozenset[int] = frozenset(),
     wide_ports: frozenset[str] = frozenset(),
 ) -> BoundGraph:

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 from builder.checkpoint.load import Checkpoint, open_checkpoint
 from builder.quantization import calibrate
 from builder.quantization.blockwise import Blocks, dequantize, quantize
-from builder.quantization.rules import Rule, Storage, resolve
+from builder.quantization.rules import Rule, WeightFormat, resolve
 from builder.reference import cases
 from builder.reference.cases import shipped_cases
 from builder.reference.model import Reference
@@ -61,7 +61,7 @@ def moments(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, ...], Array]:
     return found
 
 
-def storages(checkpoint: Checkpoint, *rules: Rule) -> dict[str, Storage]:
+def storages(checkpoint: Checkpoint, *rules: Rule) -> dict[str, WeightFormat]:
     return resolve(rules or RULES, checkpoint.tensors)
 
 
@@ -124,7 +124,7 @@ def test_matrices_of_one_input_share_its_moments(
         assert np.linalg.eigvalsh(matrix.astype(np.float64)).min() > -1e-4 * matrix.diagonal().max()
 
 
-def walked(checkpoint: Checkpoint, wanted: dict[str, Storage], folder: Path) -> list[list[Array]]:
+def walked(checkpoint: Checkpoint, wanted: dict[str, WeightFormat], folder: Path) -> list[list[Array]]:
     """[layer][case]: the residual streams, [seq, H], as calibration hands them on."""
     streams: list[list[Array]] = []
     original: Callable[..., None] = calibrate._layer

@@ -18,7 +18,7 @@ from builder.graph.binding import Binding, BoundGraph, unbound
 from builder.graph.passes.result import Outcome
 from builder.graph.ports import CONTRIB
 from builder.quantization.packing import Part, lookup_shape, parts
-from builder.quantization.rules import Storage
+from builder.quantization.rules import WeightFormat
 
 SUFFIX: Mapping[Part, str] = {"levels": "levels", "scales": "scales", "zero_points": "zero_points"}
 
@@ -31,10 +31,10 @@ class Product:
     input: ir.Value
     weight: ir.Value
     bias: ir.Value | None
-    storage: Storage
+    storage: WeightFormat
 
 
-def quantize_weights(graph: BoundGraph, storages: Mapping[str, Storage], scales: str = "float32") -> Outcome:
+def quantize_weights(graph: BoundGraph, storages: Mapping[str, WeightFormat], scales: str = "float32") -> Outcome:
     """Counts the matrices quantized.
 
     Args:
@@ -50,7 +50,7 @@ def quantize_weights(graph: BoundGraph, storages: Mapping[str, Storage], scales:
             if storage is None or value is None or len(graph.bindings[name].shape) != 2:
                 continue
             turned = graph.bindings[name].transpose
-            if node.op_type == "Gather" and node.inputs[0] is value and not turned and not storage.turned:
+            if node.op_type == "Gather" and node.inputs[0] is value and not turned and not storage.transposed:
                 rewriter.look_up(node, value, storage)
                 matches += 1
             elif (product := _product(node, value, storage, turned)) is not None:
@@ -63,7 +63,7 @@ def quantize_weights(graph: BoundGraph, storages: Mapping[str, Storage], scales:
     return Outcome(rewriter.bound(), matches, tuple(misses))
 
 
-def _product(node: ir.Node, weight: ir.Value, storage: Storage, turned: bool) -> Product | None:
+def _product(node: ir.Node, weight: ir.Value, storage: WeightFormat, turned: bool) -> Product | None:
     x = node.inputs[0]
     if x is None or len(node.inputs) < 2 or weight is not node.inputs[1]:
         return None
@@ -109,10 +109,10 @@ class _Rewriter:
             sources[0],
             initializer=_joined([one.initializer for one in sources]),
             shape=(sum(rows), sources[0].shape[1]),
-            transpose=storage.turned,
+            transpose=storage.transposed,
             below=tuple(one.tensor for one in sources[1:]),
         )
-        node = (self._whole_numbers if storage.turned else self._blockwise)(first, whole)
+        node = (self._whole_numbers if storage.transposed else self._blockwise)(first, whole)
         self.model.graph.insert_before(first.node, node)
         outputs = [node.outputs[0]] if len(group) == 1 else self._split(first.node, node.outputs[0], rows)
         for one, output in zip(group, outputs, strict=True):
@@ -148,7 +148,7 @@ class _Rewriter:
             inputs.append(product.bias)
         return ir.node("DynamicQuantizeMatMul", inputs=inputs, domain=CONTRIB)
 
-    def look_up(self, node: ir.Node, table: ir.Value, storage: Storage) -> None:
+    def look_up(self, node: ir.Node, table: ir.Value, storage: WeightFormat) -> None:
         """GatherBlockQuantized in the place of a Gather over rows."""
         values = self._parts(self.bindings[str(table.name)], storage, lookup=True)
         new = ir.node(
@@ -168,13 +168,13 @@ class _Rewriter:
         old.replace_all_uses_with(out, replace_graph_outputs=True)
         self.model.graph.remove(node, safe=True)
 
-    def _parts(self, source: Binding, storage: Storage, *, lookup: bool) -> list[ir.Value]:
+    def _parts(self, source: Binding, storage: WeightFormat, *, lookup: bool) -> list[ir.Value]:
         rows, columns = source.shape
         values = []
         for part in parts(storage.blocks):
             dtype = self.scales if part == "scales" else "uint8"
             view = lookup_shape(part, storage.blocks, rows, columns) if lookup and part == "levels" else ()
-            view = (rows,) if storage.turned and part == "scales" else view
+            view = (rows,) if storage.transposed and part == "scales" else view
             name = f"{source.initializer}.{SUFFIX[part]}"
             binding = replace(source, initializer=name, dtype=dtype, blocks=storage.blocks, part=part, view=view)
             if binding not in self.made:

@@ -18,7 +18,7 @@ from builder.checkpoint.shard_reader import BLOCK
 from builder.checkpoint.tensors import EMBEDDINGS as EMBEDDING_MATRIX
 from builder.graph.external_data import QUEUED, STRIP, padded
 from builder.quantization.packing import part_shape, parts
-from builder.quantization.rules import Storage
+from builder.quantization.rules import WeightFormat
 from builder.targets.graphs import GRAPHS
 from builder.verify.memory_budget import ITEM, LAYERS, Mode, verify_memory
 
@@ -61,7 +61,7 @@ SLICED_SECONDS = 9
 class Stored:
     """How a recipe stores weights: what `builder.quantization.rules.resolve` gives, and the precision of all else."""
 
-    storages: Mapping[str, Storage] = field(default_factory=dict)
+    storages: Mapping[str, WeightFormat] = field(default_factory=dict)
     precision: str = "fp32"
 
     @property
@@ -146,7 +146,7 @@ def graph_bytes(facts: Facts, runtimes: Iterable[str], stored: Stored = FP32) ->
 def data_bytes(tensors: Iterable[Tensor], stored: Stored = FP32) -> int:
     """Bytes of the data file that holds these tensors (`builder.graph.external_data.layout`)."""
     item, total = ITEMS[stored.precision], 0
-    groups: dict[tuple[str, Storage], tuple[int, int]] = {}
+    groups: dict[tuple[str, WeightFormat], tuple[int, int]] = {}
     for tensor in tensors:
         storage = stored.storages.get(tensor.name)
         if storage is None:

@@ -17,7 +17,7 @@ from builder.graph.passes.lower_segment_attention import lower_segment_attention
 from builder.graph.passes.quantize_weights import quantize_weights
 from builder.graph.passes.result import Outcome
 from builder.quantization.blockwise import Blocks
-from builder.quantization.rules import Storage
+from builder.quantization.rules import WeightFormat
 from tests.helpers.small_graphs import Array, Weights, bound_graph, drawn, operators, run
 
 HALF = ir.DataType.FLOAT16
@@ -299,7 +299,7 @@ def test_parts_of_quantized_matrices_are_left_as_they_are() -> None:
     graph = bound_graph(text, {"w": drawn(32, 4)})
     bindings = {"w": replace(graph.bindings["w"], shape=(4, 32), transpose=True)}
     quantized = quantize_weights(
-        BoundGraph(graph.model, bindings), {"checkpoint.w": Storage(Blocks(4, 32), 4)}, "float16"
+        BoundGraph(graph.model, bindings), {"checkpoint.w": WeightFormat(Blocks(4, 32), 4)}, "float16"
     )
     found = narrow(quantized.graph, "fp16").graph
     assert {name: one.dtype for name, one in found.bindings.items()} == {"w.levels": "uint8", "w.scales": "float16"}
