@@ -16,6 +16,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from pydantic import ValidationError
+
 from builder.bundle.dequantize import WeightError, write_dequantized
 from builder.checkpoint.load import Checkpoint, open_checkpoint
 from builder.reference.cases import Suite, layerwise
@@ -43,16 +45,18 @@ class Terms:
         """From a manifest's "recipe"; None where the bundle has to be exact.
 
         Raises:
-            BundleError: limits that are none.
+            BundleError: the limits are not those of a recipe.
         """
         limits = recipe.get("limits")
         if not limits:
             return None
         try:
             return cls(recipe["precision"], recipe["provider"], Limits(**limits))
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValidationError) as error:
+            problems = error.errors() if isinstance(error, ValidationError) else []
+            found = "; ".join(f"limits.{one['loc'][0]}: {one['msg']}" for one in problems) or str(error)
             raise BundleError(
-                "the manifest's recipe cannot be read", expected="precision, provider, limits", found=str(error)
+                "the manifest's recipe cannot be read", expected="precision, provider, limits", found=found
             ) from error
 
 

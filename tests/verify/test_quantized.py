@@ -91,6 +91,7 @@ def test_without_terms_a_bundle_has_to_be_exact(lossy: Callable[[str], Path]) ->
     [
         pytest.param({"limits": {"weight": 0.1}}, id="limits that are missing"),
         pytest.param({"limits": {**LIMITS, "speed": 1}}, id="a limit of nothing"),
+        pytest.param({"limits": {**LIMITS, "weight": "x"}}, id="a limit of another type"),
         pytest.param({"limits": [1, 2]}, id="no table"),
     ],
 )
