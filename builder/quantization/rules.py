@@ -1,8 +1,7 @@
 """Which weights are stored how: the policy of a recipe.
 
-In: a recipe's rules and the names and shapes of a checkpoint's matrices. Out: a `WeightFormat` for each matrix that a rule
-names. Guaranteed: the first rule that matches wins; one that decides nothing is an error; what no rule names is kept as
-it is. Vectors (norms, biases) and position tables are never quantized, whatever a pattern matches.
+The first rule that matches a matrix wins; a rule that decides nothing is an error; a matrix that no rule names is kept
+as it is. Vectors (norms, biases) and position tables are never quantized, whatever a pattern matches.
 """
 
 from __future__ import annotations
@@ -10,10 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import AfterValidator, ConfigDict, Field
+from pydantic.dataclasses import dataclass as checked
 
 from builder.checkpoint.tensors import EMBEDDINGS, LM_HEAD
-from builder.quantization.blockwise import SMALLEST, Blocks, Search
+from builder.quantization.blockwise import LARGEST_BLOCK, SMALLEST, Blocks, Search
 from builder.util.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -25,28 +27,35 @@ BITS: Mapping[Store, int] = {"int4": 4, "int8": 8}
 POSITIONS = "model.visual.pos_embed.weight"  # a table that is interpolated, not looked up
 
 
-@dataclass(frozen=True)
+def _block_size(value: int) -> int:
+    if not SMALLEST <= value <= LARGEST_BLOCK or value & (value - 1):
+        raise ValueError(f"a power of two from {SMALLEST} to {LARGEST_BLOCK}")
+    return value
+
+
+@checked(frozen=True, config=ConfigDict(extra="forbid", defer_build=True))
 class Rule:
-    """
+    """How the matrices that it matches are stored; also the schema of `[[rules]]` in a recipe.
+
     Args:
-        weights: patterns (`*`, `?`, `[…]`) of checkpoint tensors; one that matches is enough.
-        store: as what.
-        block: elements that share a scale; where a row's length is no multiple of it, its half, its quarter, and so on.
-        zero_points: a zero point a block.
-        search: how levels are found (`builder.quantization.blockwise.Blocks`); "gptq" is for the text decoder and the
-        head.
-        accuracy: least precision of the activations in the product, as the operator counts: 1 fp32, 2 fp16, 4 int8.
-        activations: "int8" rounds them as well, each tensor by its own range when it is there, and multiplies whole
-            numbers; a row of the matrix has one scale. Twice as fast as fp32 where many rows are multiplied at once,
+        weights: patterns (`*`, `?`, `[…]`) of checkpoint tensors; a tensor has to match one of them.
+        store: the type of the stored codes; "keep" leaves the matrices as they are.
+        block: elements that share a scale; half of it, a quarter and so on where it does not divide a row's length.
+        zero_points: whether each block has a zero point.
+        search: how codes are found (`builder.quantization.blockwise.Blocks`); "gptq" is for the text decoder and the
+            head.
+        accuracy: `accuracy_level` of MatMulNBits, the least precision of the activations: 1 fp32, 2 fp16, 4 int8.
+        activations: "int8" quantizes the activations as well, each tensor by its range at run time, and multiplies
+            integers; a row of the matrix has one scale. Twice as fast as fp32 where many rows are multiplied at once,
             and wrong where a few activations are far larger than all others: then the limits of the build fail.
     """
 
-    weights: tuple[str, ...]
+    weights: Annotated[tuple[str, ...], Field(min_length=1)]
     store: Store
-    block: int = 32
-    zero_points: bool = False
+    block: Annotated[int, Field(strict=True), AfterValidator(_block_size)] = 32
+    zero_points: Annotated[bool, Field(strict=True)] = False
     search: Search = "mse"
-    accuracy: int = 4
+    accuracy: Literal[1, 2, 4] = 4
     activations: Activations = "float"
 
     def matches(self, name: str) -> bool:
@@ -55,10 +64,10 @@ class Rule:
 
 @dataclass(frozen=True)
 class WeightFormat:
-    """How one matrix is stored, and the least precision of what it is multiplied with (see `Rule`).
+    """How one matrix is stored, and the least precision of the activations that it is multiplied with (see `Rule`).
 
     Args:
-        transposed: a row of the file is a column of the checkpoint's matrix, as products of whole numbers want it.
+        transposed: a row of the file is a column of the checkpoint's matrix, as integer matmuls need it.
     """
 
     blocks: Blocks

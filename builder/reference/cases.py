@@ -1,8 +1,7 @@
-"""What a bundle is verified on: cases that files describe, and a checkpoint's held-out set.
+"""What a bundle is verified on: the cases of the shipped files (builder/suite) and of the user's, and a checkpoint's
+held-out set.
 
-In: the shipped files (builder/suite), files of the user's, the checkpoint's sizes, a held-out set beside it.
-Out: `Case`s. Guaranteed: every case names pictures that exist, and its name is no other case's; the same files give
-the same cases, and for one checkpoint the same pictures.
+The same files give the same cases and, for one checkpoint, the same images.
 """
 
 from __future__ import annotations
@@ -12,9 +11,10 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from builder.checkpoint.load import Checkpoint
-from builder.reference.case_file import CHECKS, TOKENS, TOLERANCES, Tolerance, Written, read_file
+from builder.reference.case_file import CHECKS, TOKENS, TOLERANCES, Tag, Tolerance, Written, read_file
 from builder.reference.synthetic_images import SizeLimits, draw
 from builder.util.errors import CasesError
 
@@ -27,15 +27,13 @@ __all__ = ["CHECKS", "PICTURES", "SUITE", "TOKENS", "Case", "Suite", "held_out",
 
 @dataclass(frozen=True)
 class Case:
-    """One question.
+    """One question; what is not described here is as in `builder.reference.case_file.Entry`.
 
     Args:
         answer: the expected text where there is one (held-out sets).
-        checks: what is compared, of `builder.reference.case_file.CHECKS`.
-        tolerance: what decides `limit`.
-        tokens: greedy tokens.
-        lifted: pictures may have more pixels than the checkpoint allows.
+        tolerance: decides `limit`.
         drawn: which of `images` were drawn for this checkpoint.
+        shipped: whether it is one of builder/suite.
     """
 
     name: str
@@ -44,9 +42,16 @@ class Case:
     answer: str | None = None
     checks: tuple[str, ...] = CHECKS
     tolerance: Tolerance = "fp32"
-    tokens: int = TOKENS
-    lifted: bool = False
+    max_new_tokens: int = TOKENS
+    limits: Literal["kept", "lifted"] = "kept"
+    tags: tuple[Tag, ...] = ()
     drawn: tuple[bool, ...] = ()
+    shipped: bool = False
+
+    @property
+    def lifted(self) -> bool:
+        """Whether images may have more pixels than the checkpoint allows."""
+        return self.limits == "lifted"
 
     @property
     def limit(self) -> float:
@@ -124,22 +129,16 @@ def placed(written: Sequence[Written], limits: SizeLimits, folder: Path) -> tupl
     """
     cases = []
     for case in written:
-        paths = []
-        for image in case.images:
-            paths.append(image if isinstance(image, Path) else draw(image, limits, folder, case))
-        cases.append(
-            Case(
-                case.name,
-                case.prompt,
-                tuple(paths),
-                checks=case.checks,
-                tolerance=case.tolerance,
-                tokens=case.max_new_tokens,
-                lifted=case.limits == "lifted",
-                drawn=tuple(not isinstance(image, Path) for image in case.images),
-            )
-        )
+        images = [image if isinstance(image, Path) else draw(image, limits, folder, case) for image in case.images]
+        drawn = tuple(not isinstance(image, Path) for image in case.images)
+        keys = {**vars(case.entry), "images": tuple(images)}
+        cases.append(Case(**keys, drawn=drawn, shipped=case.file.parent == SUITE))
     return tuple(cases)
+
+
+def layerwise(cases: Sequence[Case]) -> tuple[Case, ...]:
+    """The shipped cases tagged "layerwise", and every case that the user added."""
+    return tuple(case for case in cases if not case.shipped or "layerwise" in case.tags)
 
 
 def shipped_cases() -> tuple[Case, ...]:

@@ -42,7 +42,7 @@ def draw(drawn: Drawn, limits: SizeLimits, folder: Path, case: Written) -> Path:
         CasesError: more patches than the checkpoint takes, where `case` does not lift its limits.
     """
     width, height = drawn.picture.pixels or _sides(drawn.picture, limits)
-    if drawn.picture.pixels is None and width * height > limits.most and case.limits != "lifted":
+    if drawn.picture.pixels is None and width * height > limits.most and case.entry.limits != "lifted":
         raise CasesError(
             f"{case.file}: case {case.name!r}: {drawn.name!r} is larger than the checkpoint takes without a resize",
             expected=f"at most {limits.most // limits.patch**2} patches",

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from builder.bundle.layout import data_files
-from builder.reference.cases import SUITE, Case, Suite, read_cases, shipped_cases
+from builder.reference.cases import Case, Suite, layerwise, shipped_cases
 from builder.reference.model import Reference
 from builder.reference.trace_cache import traced
 from builder.targets.clients.pipeline import load_tokenizer, prepare, read_image_settings, read_settings
@@ -34,7 +34,6 @@ from builder.verify.report.exhibits import collecting, show_case
 from builder.verify.report.gates import Gate, Report, attempted
 from builder.verify.tokens import TIE, Ties, counted, input_gates
 
-CASES = ("text", "one picture", "wide, tall")
 TOKENS = 16
 TWICE = 2  # a slice's peak over its weights: ONNX Runtime packs some while it still holds those that it read
 RUNNING = 1.25  # a whole bundle's peak over its data files (2B: 9.9 GB over 8.5 GB)
@@ -55,13 +54,13 @@ def verify_sliced(
     Args:
         memory: bytes that a process may use.
         store: where the reference's outputs are kept.
-        cases: what to ask; `CASES` if None.
+        cases: what to compare; the shipped cases tagged "layerwise" if None.
         until_failure: stop behind the first place that fails.
 
     Raises:
         BundleError: a graph or a setting that its runtime cannot open.
     """
-    chosen = [case for case in shipped_cases() if case.name in CASES] if cases is None else cases
+    chosen = layerwise(shipped_cases()) if cases is None else cases
     sizes = reference.checkpoint.vision
     with progress(f"verify {target} in slices", len(chosen) + 4) as advance, collecting(sizes) as exhibits:
         asked, gates = [], []
@@ -97,14 +96,13 @@ def verify_sliced(
     return Report(target, reference.checkpoint.name, tuple(gates), facts, not_run, exhibits())
 
 
-def for_slices(suite: Suite) -> list[Case]:
-    """`CASES`, and every case that is not shipped.
+def for_slices(suite: Suite) -> tuple[Case, ...]:
+    """The cases that are compared layer by layer.
 
     Raises:
-        CasesError: one that leaves checks out, which a comparison in slices cannot.
+        CasesError: a case leaves checks out, which a comparison in slices cannot do.
     """
-    shipped = {case.name for case in read_cases((SUITE,))}
-    chosen = [case for case in suite.cases if case.name in CASES or case.name not in shipped]
+    chosen = layerwise(suite.cases)
     for case in chosen:
         if case.unchecked:
             raise CasesError(

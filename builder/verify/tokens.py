@@ -79,7 +79,7 @@ def token_gates(
     ways = []
     if runner.not_run is not None:
         return [], Ties(0, ())
-    tokens = min(tokens, case.tokens)
+    tokens = min(tokens, case.max_new_tokens)
     if "tokens" in case.checks:
         ways.append(("tokens", partial(file_gates, case, prompt, runner, reference, logit_error, tokens)))
     if runner.own is not None and case.images and "runtime" in case.checks and takes(runner.own, case):

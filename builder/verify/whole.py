@@ -8,6 +8,7 @@ failing gate says where a difference began; a gate that cannot be computed fails
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -57,7 +58,7 @@ def comparison(
     def exact(folder: Path, target: str, wanted: Reference, suite: Suite, kept: Path) -> Report:
         if whole:
             return verify(folder, target, wanted, suite)
-        return verify_sliced(folder, target, wanted, available, kept, for_slices(suite))
+        return verify_sliced(folder, target, wanted, available, kept, suite.cases)
 
     def compared(folder: Path, target: str) -> Report:
         if terms is None and not more:
@@ -66,6 +67,7 @@ def comparison(
             return verify_sliced(folder, target, reference, available, store)
         with TemporaryDirectory() as drawn:
             suite = whole_suite(checkpoint, Path(drawn), more)
+            suite = suite if whole else replace(suite, cases=for_slices(suite))
             if terms is None:
                 return exact(folder, target, reference, suite, store)
 

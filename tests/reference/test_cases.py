@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import numpy as np
 import pytest
@@ -13,12 +13,23 @@ from typer.testing import CliRunner
 
 from builder.checkpoint.load import open_checkpoint
 from builder.cli.app import app
-from builder.reference.case_file import CHECKS, FP32, read_file
-from builder.reference.cases import PICTURES, SUITE, Case, Suite, placed, read_cases, shipped_cases, whole_suite
+from builder.reference.case_file import CHECKS, FP32, Tag, read_file
+from builder.reference.cases import (
+    PICTURES,
+    SUITE,
+    Case,
+    Suite,
+    layerwise,
+    placed,
+    read_cases,
+    shipped_cases,
+    whole_suite,
+)
 from builder.reference.synthetic_images import SizeLimits
 from builder.targets.clients.pipeline import ImageSettings, target_size
 from builder.util.errors import CasesError
 from builder.verify import whole
+from builder.verify.golden.record import case_digest
 from tests.helpers.checkpoints import MINIATURE
 from tests.helpers.shown import shown
 
@@ -48,6 +59,21 @@ def test_the_shipped_cases_cover_what_goes_wrong() -> None:
     assert {"text", "unusual unicode", "long prompt", "JPEG 4:2:0", "greyscale", "RGBA", "EXIF-rotated"} <= set(cases)
     used = {path for case in cases.values() for path in case.images if isinstance(path, Path)}
     assert used == {path.resolve() for path in PICTURES.iterdir() if path.suffix != ".md"}
+
+
+def test_tags_choose_among_the_shipped_cases(tmp_path: Path) -> None:
+    chosen = {tag: [case.name for case in shipped_cases() if tag in case.tags] for tag in get_args(Tag)}
+    assert chosen == {
+        "layerwise": ["one picture", "wide, tall", "text"],
+        "ranges": ["one picture", "wide, tall", "three pictures", "text", "long prompt"],
+        "self-test": ["one picture", "wide, tall"],
+    }
+    mine, tagged = (
+        placed(read_file(written(tmp_path, ONE + tags)), MINI, tmp_path)[0] for tags in ("", 'tags = ["self-test"]')
+    )
+    assert [case.name for case in layerwise((*shipped_cases(), mine))] == [*chosen["layerwise"], "mine"]
+    assert layerwise([tagged]) == (tagged,)
+    assert case_digest(tagged) == case_digest(mine)
 
 
 @pytest.mark.parametrize("limits", [MINI, REAL, ODD], ids=["miniature", "real", "patch14merge3"])
@@ -88,7 +114,7 @@ def test_a_file_of_ones_own_is_read(tmp_path: Path) -> None:
         + '[picture.small]\ndraw = "noise"\npatches = 40\nseed = 7\n'
     )
     (case,) = placed(read_file(written(tmp_path, text)), MINI, tmp_path)
-    assert (case.name, case.prompt, case.checks, case.tokens) == ("mine", "What?", ("inputs", "features"), 5)
+    assert (case.name, case.prompt, case.checks, case.max_new_tokens) == ("mine", "What?", ("inputs", "features"), 5)
     assert case.drawn == (False, True)
     assert case.unchecked == ("embeddings", "decoder", "tokens", "runtime")
     assert Image.open(case.images[1]).size == (4 * 32, 3 * 32)
@@ -115,6 +141,7 @@ REFUSED = {
     "no case": ("", "`case` is missing", ""),
     "a wrong type": (ONE + 'max_new_tokens = "5"\n', "`case.0.max_new_tokens` is not right", ""),
     "an unknown check": (ONE + 'checks = ["logits"]\n', "`case.0.checks.0` is not right", ""),
+    "an unknown tag": (ONE + 'tags = ["layer-wise"]\n', "`case.0.tags.0` is not right", ""),
     "an unknown tolerance": (ONE + 'tolerance = "loose"\n', "`case.0.tolerance` is not right", ""),
     "a picture above": (ONE + 'images = ["../outside.png"]\n', "leaves the folder", "copy"),
     "a picture by its whole path": (ONE + 'images = ["/etc/hostname"]\n', "leaves the folder", "copy"),
@@ -185,7 +212,7 @@ def test_what_a_case_asks_for_is_what_is_compared(miniature_built: Path, referen
     (picture,) = [case.images for case in shipped_cases() if case.name == "one picture"]
     cases = (
         Case("some", "What?", picture, checks=("inputs", "features")),
-        Case("few", "What?", checks=CHECKS, tokens=3, tolerance="tight"),
+        Case("few", "What?", checks=CHECKS, max_new_tokens=3, tolerance="tight"),
     )
     report = whole.verify(miniature_built / "genai", "genai", reference, Suite(cases))
     assert report.ok, shown(report)

@@ -190,7 +190,8 @@ def test_memory_decides_how(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, roo
 def test_the_command_with_little_memory(
     bundle: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(layerwise, "CASES", ("text",))
+    text = tuple(case for case in shipped_cases() if case.name == "text")
+    monkeypatch.setattr(layerwise, "shipped_cases", lambda: text)
     folder, store = bundle("genai"), tmp_path / "store"
     arguments = ["verify", str(folder), "--reference", str(MINIATURE), "--memory", "1MB", "--store", str(store)]
     done = CliRunner().invoke(app, [*arguments, "--json"])

@@ -19,8 +19,8 @@ from builder.targets.recipe import Limits
 from builder.targets.recipe_file import load_recipe
 from builder.util.errors import BundleError
 from builder.util.json_files import read_json
-from builder.verify import whole
-from builder.verify.quantized import CASES, Terms, weight_gates
+from builder.verify import quantized, whole
+from builder.verify.quantized import Terms, weight_gates
 from builder.verify.report.gates import PLACES, Report
 from builder.verify.self_test.mutations import deepstack_levels_swapped
 from builder.verify.self_test.quantized_mutations import nibbles_swapped, scales_shifted, zero_points_shifted
@@ -57,7 +57,7 @@ def test_the_miniature_passes_in_every_place(finished: Callable[[str], Path]) ->
     places = {gate["place"] for gate in found["gates"]}
     assert set(PLACES) - places == {"decoded picture", "image preprocessor"}
     proved = [gate["case"] for gate in found["gates"] if gate["place"] == "decoder prefill"]
-    assert all(any(case.startswith(name) for case in proved) for name in CASES)
+    assert all(any(case.startswith(name) for case in proved) for name in ("text", "one picture", "wide, tall"))
     assert found["facts"]["quality"]["positions"]["positions"] > 1000
     assert len(found["facts"]["weights"]) == len({one["tensor"] for one in found["facts"]["weights"]}) > 40
 
@@ -93,6 +93,7 @@ def test_without_terms_a_bundle_has_to_be_exact(lossy: Callable[[str], Path]) ->
     [
         pytest.param({"limits": {"weight": 0.1}}, id="limits that are missing"),
         pytest.param({"limits": {**LIMITS, "speed": 1}}, id="a limit of nothing"),
+        pytest.param({"limits": {**LIMITS, "weight": "x"}}, id="a limit of another type"),
         pytest.param({"limits": [1, 2]}, id="no table"),
     ],
 )
@@ -125,6 +126,25 @@ def test_what_is_broken_is_named_first(
     assert places <= failing(report), shown(report)
     if "weights" in places:
         assert failing(report) <= {"weights", *PLACES[PLACES.index("KL divergence") :]}, shown(report)
+
+
+def test_an_added_case_reaches_the_fp32_copy(
+    finished: Callable[[str], Path], reference: Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terms = Terms("fp32", "cpu", Limits(**LIMITS))
+    (tmp_path / "mine.toml").write_text('[[case]]\nname = "mine"\nprompt = "What?"\nchecks = ["inputs"]\n')
+    compared: list[str] = []
+
+    def verify(folder: Path, target: str, copy: Reference, suite: Suite) -> Report:
+        assert copy.checkpoint.folder != reference.checkpoint.folder
+        compared.extend(case.name for case in suite.cases)
+        return Report(target, "", (), {})
+
+    monkeypatch.setattr(whole, "verify", verify)
+    monkeypatch.setattr(quantized, "quality_gates", lambda *args: [])
+    compare = whole.comparison(reference.checkpoint, None, tmp_path / "store", [tmp_path / "mine.toml"], terms)
+    compare(finished("int4"), "genai")
+    assert compared == ["one picture", "wide, tall", "text", "mine"]
 
 
 def test_what_this_machine_cannot_compute_is_said(built: Built, reference: Reference, tmp_path: Path) -> None:

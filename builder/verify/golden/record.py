@@ -123,7 +123,7 @@ def golden_case(case: Case, reference: Reference) -> GoldenCase:
         main, levels = reference.vision(prompt.pixel_values, prompt.image_grid_thw)
         kept["features"] = _samples(case, "features", (main, *levels))
     if "tokens" in case.checks:
-        count = min(case.tokens, TOKENS)
+        count = min(case.max_new_tokens, TOKENS)
         answer = reference.generate(prompt, count, count)
         kept |= {"tokens": answer.tokens, "margins": " ".join(map(_hex, answer.margins))}
     ids = tuple(prompt.input_ids[0].tolist())
@@ -215,7 +215,7 @@ def picture_marks(case: Case) -> tuple[PictureMark, ...]:
 def case_digest(case: Case) -> str:
     """SHA-256 of all that decides what PyTorch makes of a case, but the way in which its picture files are decoded."""
     marks = [mark.file or mark.rgb for mark in picture_marks(case)]
-    said = [case.name, case.prompt, marks, case.checks, case.tolerance, case.tokens, case.lifted]
+    said = [case.name, case.prompt, marks, case.checks, case.tolerance, case.max_new_tokens, case.lifted]
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
 

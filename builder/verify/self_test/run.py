@@ -43,7 +43,6 @@ from builder.verify.self_test.table import catch_markdown, renderables
 from builder.verify.self_test.thresholds import Survivor, sites, survivor
 from builder.verify.whole import verify
 
-CASES = ("one picture", "wide, tall")  # the least that shows all: a picture, and two of different sizes
 TOKENS = 6
 PASSING = ".self_test-"  # how the folder of its copies is called
 
@@ -208,7 +207,7 @@ def failed(done: SelfTest, folder: Path) -> VerificationError:
 
 
 def _ways(checkpoint: Checkpoint, target: str, memory: int | None, store: Path) -> _Ways:
-    chosen = tuple(case for case in shipped_cases() if case.name in CASES)
+    chosen = tuple(case for case in shipped_cases() if "self-test" in case.tags)
     available = machine.memory_limit() if memory is None else memory
     if verify_mode(checkpoint, available) == "whole":
         whole, suite = Reference(checkpoint), Suite(chosen, tokens=TOKENS)
@@ -249,7 +248,7 @@ def _tested(bundle: Path, target: str, ways: _Ways, mutants: Sequence[Mutant], f
             for mutant in mutants:
                 catches.append(_catch(mutant, bundle, target, ways, folder))
                 advance()
-            case = next(case for case in shipped_cases() if case.name == CASES[0])
+            case = next(case for case in shipped_cases() if "self-test" in case.tags)
             prompt = ways.reference.prepare(case.prompt, case.images)
             asked = Asked(case.name, prompt, ways.reference.hidden_states(prompt))
             for site in scaled:
