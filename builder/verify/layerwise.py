@@ -27,12 +27,12 @@ from builder.util import peak_memory
 from builder.util.errors import CasesError
 from builder.util.progress import progress
 from builder.util.units import size
-from builder.verify.graphs.per_layer import Asked, SlicedGraphs
+from builder.verify.graphs.per_layer import ReferenceCase, SlicedGraphs
 from builder.verify.image_preprocessor import preprocessor_gates
 from builder.verify.memory_budget import SLICE, VERIFY_MEMORY
 from builder.verify.report.exhibits import collecting, show_case
-from builder.verify.report.gates import Gate, Report, attempted
-from builder.verify.tokens import TIE, Ties, counted, input_gates
+from builder.verify.report.gates import Gate, Report, guarded
+from builder.verify.tokens import TIE, NearTies, counted, input_gates
 
 CASES = ("text", "one picture", "wide, tall")
 TOKENS = 16
@@ -48,7 +48,7 @@ def verify_sliced(
     store: Path,
     cases: Sequence[Case] | None = None,
     *,
-    until_failure: bool = False,
+    fail_fast: bool = False,
 ) -> Report:
     """All gates of one folder.
 
@@ -56,7 +56,7 @@ def verify_sliced(
         limit: bytes of memory that a process may take.
         store: where the reference's outputs are kept.
         cases: what to ask; `CASES` if None.
-        until_failure: stop behind the first place that fails.
+        fail_fast: stop behind the first place that fails.
 
     Raises:
         BundleError: a graph or a setting that its runtime cannot open.
@@ -78,11 +78,11 @@ def verify_sliced(
             ("embeddings", graphs.embedding_gates),
             ("decoder layers", graphs.decoder_gates),
         ):
-            ended = ended or (until_failure and not all(gate.ok for gate in gates))
-            gates += [] if ended else attempted(place, "in slices", compute, asked)
+            ended = ended or (fail_fast and not all(gate.ok for gate in gates))
+            gates += [] if ended else guarded(place, "in slices", compute, asked)
             advance()
         not_run: dict[str, str] = {}
-        if not (until_failure and not all(gate.ok for gate in gates)):
+        if not (fail_fast and not all(gate.ok for gate in gates)):
             told, not_run = _tokens(folder, target, reference, chosen, asked, gates, limit)
             gates += told
         advance()
@@ -93,7 +93,7 @@ def verify_sliced(
         "cases": [one.name for one in asked],
     }
     if "tokens" not in not_run:
-        facts["tokens"] = {**counted([(gates, Ties(TOKENS * len(asked), ()))]), "cases": len(asked)}
+        facts["tokens"] = {**counted([(gates, NearTies(TOKENS * len(asked), ()))]), "cases": len(asked)}
     return Report(target, reference.checkpoint.name, tuple(gates), facts, not_run, exhibits())
 
 
@@ -121,13 +121,13 @@ def slice_budget(limit: int) -> int:
     return min(SLICE, max(1, (limit - VERIFY_MEMORY) // TWICE))
 
 
-def _asked(case: Case, folder: Path, reference: Reference, store: Path) -> tuple[Asked, list[Gate]]:
+def _asked(case: Case, folder: Path, reference: Reference, store: Path) -> tuple[ReferenceCase, list[Gate]]:
     """The case, and its inputs as the bundle's own preprocessing gives them against PyTorch's."""
     settings, vision = read_settings(folder / "pipeline.json"), read_image_settings(folder / "vision_processor.json")
     inputs = prepare(case.prompt, case.images, load_tokenizer(folder / "tokenizer.json"), settings, vision)
     prompt = reference.prepare(case.prompt, case.images)
     show_case(case.name, case.prompt, case.images)
-    return Asked(case.name, prompt, traced(reference, prompt, store), case.limit), input_gates(
+    return ReferenceCase(case.name, prompt, traced(reference, prompt, store), case.limit), input_gates(
         case.name, inputs, prompt
     )
 
@@ -137,7 +137,7 @@ def _tokens(
     target: str,
     reference: Reference,
     cases: Sequence[Case],
-    asked: Sequence[Asked],
+    asked: Sequence[ReferenceCase],
     gates: Sequence[Gate],
     limit: int,
 ) -> tuple[list[Gate], dict[str, str]]:
@@ -162,7 +162,7 @@ def _tokens(
         )
         told.append(gate)
         ties += near
-    return [*told, Ties(TOKENS * len(asked), tuple(ties)).gate(allowed=True)], {}
+    return [*told, NearTies(TOKENS * len(asked), tuple(ties)).gate(allowed=True)], {}
 
 
 def forced(
@@ -189,7 +189,7 @@ def forced(
     return Gate("tokens", name, 0.0, 0.0), ties
 
 
-def _logit_error(gates: Sequence[Gate], one: Asked) -> float:
+def _logit_error(gates: Sequence[Gate], one: ReferenceCase) -> float:
     measured = [gate.measured for gate in gates if gate.place.startswith("decoder ") and gate.place != "decoder layers"]
     return min(max(measured, default=0.0), one.limit) * float(one.trace.logits.std())
 

@@ -25,18 +25,18 @@ from builder.util.errors import BundleError
 from builder.verify.golden.file import Golden, GoldenCase, Sample
 from builder.verify.golden.record import POSITIONS, floats
 from builder.verify.graphs.sessions import Array, Graphs
-from builder.verify.report.gates import Gate, attempted
+from builder.verify.report.gates import Gate, guarded
 
 
 @dataclass(frozen=True)
-class Tapped:
+class SessionsWithLayerOutputs:
     """The graphs in sessions that also give `residual.N`; `streams` are those names, by graph."""
 
     graphs: Graphs
     streams: dict[str, tuple[str, ...]]
 
     @classmethod
-    def load(cls, folder: Path, packed: bool, hidden: int) -> Tapped:
+    def load(cls, folder: Path, packed: bool, hidden: int) -> SessionsWithLayerOutputs:
         """Opens the sessions on the CPU.
 
         Raises:
@@ -76,7 +76,7 @@ def _session(path: Path) -> tuple[Any, tuple[str, ...]]:
         ) from error
 
 
-def near(place: str, case: str, got: Array, want: Sample, limit: float = FP32) -> Gate:
+def compare_sampled(place: str, case: str, got: Array, want: Sample, limit: float = FP32) -> Gate:
     """A gate on the sampled values: the largest difference over the standard deviation of PyTorch's whole tensor."""
     if tuple(got.shape) != want.shape:
         return Gate(place, case, math.inf, limit, f"shape {got.shape}, expected {want.shape}")
@@ -100,11 +100,14 @@ def rows(place: str, case: str, got: Sequence[Array], want: Sequence[Sample], ki
     """A gate for each of a row of tensors; another number of them fails."""
     if len(got) != len(want):
         return [Gate(place, case, math.inf, limit, f"{len(got)} {kind}s, expected {len(want)}")]
-    return [near(place, f"{case}, {kind} {n}", *pair, limit) for n, pair in enumerate(zip(got, want, strict=True))]
+    return [
+        compare_sampled(place, f"{case}, {kind} {n}", *pair, limit)
+        for n, pair in enumerate(zip(got, want, strict=True))
+    ]
 
 
 def graph_gates(
-    tapped: Tapped, golden: Golden, case: GoldenCase, inputs: Inputs, limit: float = FP32
+    tapped: SessionsWithLayerOutputs, golden: Golden, case: GoldenCase, inputs: Inputs, limit: float = FP32
 ) -> tuple[list[Gate], float]:
     """Features, embeddings and logits of a case, as far as the golden has them.
 
@@ -120,19 +123,19 @@ def graph_gates(
     levels = [main] * (max(len(case.embeddings), len(case.features), 1) - 1)
     if inputs.pixel_values is not None and inputs.image_grid_thw is not None:
         found: list[Array] = []
-        gates += attempted("image features", case.name, _vision, tapped, case, inputs, found, limit)
+        gates += guarded("image features", case.name, _vision, tapped, case, inputs, found, limit)
         if not found:
             return gates, 0.0
         main, *levels = found
     if not case.embeddings and not case.logits:
         return gates, 0.0
     embedded: list[Array] = []
-    gates += attempted(
+    gates += guarded(
         "embeddings", case.name, _embeddings, tapped, golden, case, inputs, [main, *levels], embedded, limit
     )
     if not embedded or not case.logits:
         return gates, 0.0
-    decoded = attempted("decoder prefill", case.name, _decoder, tapped, case, inputs, embedded, limit)
+    decoded = guarded("decoder prefill", case.name, _decoder, tapped, case, inputs, embedded, limit)
     spread = max(float.fromhex(row.std) for row in case.logits)
     return gates + decoded, min(max(_logit_errors(decoded), default=0.0), limit) * spread
 
@@ -141,7 +144,9 @@ def _logit_errors(gates: Iterable[Gate]) -> list[float]:
     return [gate.measured for gate in gates if gate.place != "decoder layers"]
 
 
-def _vision(tapped: Tapped, case: GoldenCase, inputs: Inputs, found: list[Array], limit: float) -> list[Gate]:
+def _vision(
+    tapped: SessionsWithLayerOutputs, case: GoldenCase, inputs: Inputs, found: list[Array], limit: float
+) -> list[Gate]:
     assert inputs.pixel_values is not None
     assert inputs.image_grid_thw is not None
     feed: dict[str, Array] = {"pixel_values": inputs.pixel_values, "image_grid_thw": inputs.image_grid_thw}
@@ -156,17 +161,17 @@ def _vision(tapped: Tapped, case: GoldenCase, inputs: Inputs, found: list[Array]
     found += [main, *rest]
     gates = rows("vision layers", case.name, streams, case.vision, "layer", limit) if case.vision else []
     if case.features:
-        gates.append(near("image features", case.name, main, case.features[0], limit))
+        gates.append(compare_sampled("image features", case.name, main, case.features[0], limit))
         gates += rows("deepstack features", case.name, rest, case.features[1:], "level", limit)
     return gates
 
 
-def _widths(values: dict[str, Array], tapped: Tapped) -> list[tuple[str, int]]:
+def _widths(values: dict[str, Array], tapped: SessionsWithLayerOutputs) -> list[tuple[str, int]]:
     return [(name, values[name].shape[-1]) for name in tapped.streams[VISION]]
 
 
 def _embeddings(
-    tapped: Tapped,
+    tapped: SessionsWithLayerOutputs,
     golden: Golden,
     case: GoldenCase,
     inputs: Inputs,
@@ -178,11 +183,13 @@ def _embeddings(
     found += [main, *levels]
     if not case.embeddings:
         return []
-    gates = [near("embeddings", f"{case.name}, main", main, case.embeddings[0], limit)]
+    gates = [compare_sampled("embeddings", f"{case.name}, main", main, case.embeddings[0], limit)]
     return gates + rows("embeddings", case.name, levels, case.embeddings[1:], "level", limit)
 
 
-def _decoder(tapped: Tapped, case: GoldenCase, inputs: Inputs, embedded: list[Array], limit: float) -> list[Gate]:
+def _decoder(
+    tapped: SessionsWithLayerOutputs, case: GoldenCase, inputs: Inputs, embedded: list[Array], limit: float
+) -> list[Gate]:
     """Prefill of all but six tokens, a chunk of four on that past, two single steps."""
     graphs, seq = tapped.graphs, inputs.input_ids.shape[1]
     ends = [seq + 1 + position for position in POSITIONS]
@@ -198,7 +205,7 @@ def _decoder(tapped: Tapped, case: GoldenCase, inputs: Inputs, embedded: list[Ar
         values = tapped.run(DECODER, graphs.model, feed)
         past = dict(zip(past, (values[name] for name in presents), strict=True))
         streams.append([values[name] for name in tapped.streams[DECODER]])
-        gates.append(near(place, f"{case.name}, tokens {begin}–{end}", values["logits"][0, -1], want, limit))
+        gates.append(compare_sampled(place, f"{case.name}, tokens {begin}–{end}", values["logits"][0, -1], want, limit))
     layers = zip(*streams, strict=True)
     whole = [np.concatenate([one.reshape(1, -1, one.shape[-1]) for one in layer], axis=1) for layer in layers]
     return [*rows("decoder layers", case.name, whole, case.decoder, "layer", limit), *gates]

@@ -16,11 +16,11 @@ from builder.reference.case_file import FP32
 from builder.reference.cases import CHECKS
 from builder.reference.model import Prompt, Reference
 from builder.util.errors import BundleError
-from builder.verify.graphs.per_layer import Asked, SlicedGraphs
+from builder.verify.graphs.per_layer import ReferenceCase, SlicedGraphs
 from builder.verify.graphs.sessions import Graphs, merged
 from builder.verify.memory_budget import SLICE
 from builder.verify.report.exhibits import show_logits
-from builder.verify.report.gates import Gate, attempted, close, uncomputed
+from builder.verify.report.gates import Gate, compare_close, guarded, uncomputed
 
 
 def layer_gates(
@@ -33,10 +33,10 @@ def layer_gates(
     """
     trace = reference.hidden_states(prompt)
     graphs = SlicedGraphs(folder, target, reference, SLICE, apart=False)
-    asked = [Asked(name, prompt, trace, limit)]
+    asked = [ReferenceCase(name, prompt, trace, limit)]
     for place, compute in (("vision layers", graphs.vision_gates), ("decoder layers", graphs.decoder_gates)):
         try:
-            gates = attempted(place, name, compute, asked)
+            gates = guarded(place, name, compute, asked)
         except BundleError as error:  # a graph that does not load is said by the session of the whole one
             gates = [uncomputed(place, name, error)]
         yield [gate for gate in gates if gate.place == place]
@@ -62,16 +62,16 @@ def graph_gates(
         main, levels = reference.vision(prompt.pixel_values, prompt.image_grid_thw)
         inputs = (prompt.pixel_values, prompt.image_grid_thw)
         if "features" in checks:
-            gates += attempted("image features", name, feature_gates, name, graphs, *inputs, main, levels, limit)
+            gates += guarded("image features", name, feature_gates, name, graphs, *inputs, main, levels, limit)
     mask = prompt.input_ids == reference.image_token_id
     want = merged(reference.embed(prompt.input_ids), mask, main, levels)
     arguments = (prompt.input_ids, main, levels, reference.image_token_id)
     if "embeddings" in checks:
-        gates += attempted("embeddings", name, embedding_gates, name, graphs, arguments, want, limit)
+        gates += guarded("embeddings", name, embedding_gates, name, graphs, arguments, want, limit)
     if "decoder" not in checks:
         return gates, 0.0
     logits = reference.logits(prompt, ())[None]
-    decoded = attempted("decoder prefill", name, decoder_gates, name, graphs, prompt, want, logits, limit)
+    decoded = guarded("decoder prefill", name, decoder_gates, name, graphs, prompt, want, logits, limit)
     return gates + decoded, min(max(gate.measured for gate in decoded), limit) * float(logits.std())
 
 
@@ -85,7 +85,7 @@ def embedding_gates(
     """The merged embeddings and each DeepStack input, from `Graphs.embed(*arguments)`."""
     got = graphs.embed(*arguments)
     return [
-        close("embeddings", f"{name}, {f'level {level - 1}' if level else 'main'}", a, b, limit)
+        compare_close("embeddings", f"{name}, {f'level {level - 1}' if level else 'main'}", a, b, limit)
         for level, (a, b) in enumerate(zip((got[0], *got[1]), (want[0], *want[1]), strict=True))
     ]
 
@@ -101,12 +101,12 @@ def feature_gates(
 ) -> list[Gate]:
     """The vision encoder's main features and each DeepStack level."""
     got, got_levels = graphs.vision(pixels, grid)
-    gates = [close("image features", name, got, main, limit)]
+    gates = [compare_close("image features", name, got, main, limit)]
     if len(got_levels) != len(levels):
         detail = f"{len(got_levels)} levels, expected {len(levels)}"
         return [*gates, Gate("deepstack features", name, float(len(levels)), 0.0, detail)]
     return gates + [
-        close("deepstack features", f"{name}, level {level}", a, b, limit)
+        compare_close("deepstack features", f"{name}, level {level}", a, b, limit)
         for level, (a, b) in enumerate(zip(got_levels, levels, strict=True))
     ]
 
@@ -131,7 +131,7 @@ def decoder_gates(
         pieces = [level[:, part] for level in levels]
         got, past = graphs.decode(embeds[:, part], pieces, prompt.position_ids[:, :, part], mask, past)
         expected = want[:, end - 1 : end] if graphs.packed else want[:, part]
-        gates.append(close(place, f"{name}, tokens {begin}–{end}", got, expected, limit))
+        gates.append(compare_close(place, f"{name}, tokens {begin}–{end}", got, expected, limit))
         show_logits(name, (begin, end), got, expected)
     return gates
 
@@ -164,5 +164,5 @@ def batch_gates(graphs: Graphs, reference: Reference) -> list[Gate]:
         mask = np.ones((2, end), np.int64)
         got, past = graphs.decode(embeds[:, part], pieces, positions[:, :, part], mask, past)
         expected = want[:, end - 1 : end] if graphs.packed else want[:, part]
-        gates.append(close(place, "batch of two", got, expected, FP32))
+        gates.append(compare_close(place, "batch of two", got, expected, FP32))
     return gates

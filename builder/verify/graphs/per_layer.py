@@ -22,11 +22,11 @@ from builder.targets.graphs import GRAPHS
 from builder.verify.graphs.sessions import merged
 from builder.verify.graphs.slices import Values, run_slices, sliced
 from builder.verify.report.exhibits import show_logits
-from builder.verify.report.gates import Gate, close, uncomputed
+from builder.verify.report.gates import Gate, compare_close, uncomputed
 
 
 @dataclass(frozen=True)
-class Asked:
+class ReferenceCase:
     """A question as PyTorch gives it to the model, and what PyTorch made of it.
 
     Args:
@@ -56,7 +56,7 @@ class SlicedGraphs:
         self.levels = len(reference.checkpoint.vision.deepstack)
         self.peak = 0
 
-    def vision_gates(self, asked: Sequence[Asked]) -> list[Gate]:
+    def vision_gates(self, asked: Sequence[ReferenceCase]) -> list[Gate]:
         """The residual stream behind each block, then main and DeepStack features."""
         seen = [one for one in asked if one.prompt.pixel_values is not None and one.prompt.image_grid_thw is not None]
         calls: list[list[Values]] = []
@@ -69,14 +69,14 @@ class SlicedGraphs:
         for one, (values,) in zip(seen, self._run(VISION, calls), strict=True):
             gates += _layers("vision layers", one.name, values, one.trace.vision, slice(None), one.limit)
             main, *levels = zip(self._features(values), one.trace.features, strict=True)
-            gates.append(close("image features", one.name, *main, one.limit))
+            gates.append(compare_close("image features", one.name, *main, one.limit))
             gates += [
-                close("deepstack features", f"{one.name}, level {number}", *level, one.limit)
+                compare_close("deepstack features", f"{one.name}, level {number}", *level, one.limit)
                 for number, level in enumerate(levels)
             ]
         return gates
 
-    def embedding_gates(self, asked: Sequence[Asked]) -> list[Gate]:
+    def embedding_gates(self, asked: Sequence[ReferenceCase]) -> list[Gate]:
         """The lookup (and, in a packed graph, the merge and the scatter)."""
         calls = []
         for one in asked:
@@ -90,16 +90,16 @@ class SlicedGraphs:
             main = self.reference.embed(one.prompt.input_ids)
             levels = [np.zeros_like(main)] * self.levels
             if not self.packed:
-                gates.append(close("embeddings", one.name, got, main, one.limit))
+                gates.append(compare_close("embeddings", one.name, got, main, one.limit))
                 continue
             if self.merges:
                 main, levels = self._merged(one)
             for level, (a, b) in enumerate(zip(self._unpacked(got), (main, *levels), strict=True)):
                 name = f"{one.name}, {f'level {level - 1}' if level else 'main'}"
-                gates.append(close("embeddings", name, a, b, one.limit))
+                gates.append(compare_close("embeddings", name, a, b, one.limit))
         return gates
 
-    def decoder_gates(self, asked: Sequence[Asked]) -> list[Gate]:
+    def decoder_gates(self, asked: Sequence[ReferenceCase]) -> list[Gate]:
         """Prefill, a chunk of four tokens on that past, two single steps: every layer's stream, then the logits."""
         spans = [_spans(one.prompt.input_ids.shape[1]) for one in asked]
         calls = [
@@ -112,11 +112,11 @@ class SlicedGraphs:
                 name, part = f"{one.name}, tokens {begin}–{end}", slice(begin, end)
                 layers += _layers("decoder layers", name, values, [x[0] for x in one.trace.decoder], part, one.limit)
                 want = one.trace.logits[end - 1 : end] if self.packed else one.trace.logits[part]
-                logits.append(close(place, name, values["logits"][0], want, one.limit))
+                logits.append(compare_close(place, name, values["logits"][0], want, one.limit))
                 show_logits(one.name, (begin, end), values["logits"][0], want)
         return layers + logits
 
-    def _decoder_call(self, one: Asked, begin: int, end: int) -> Values:
+    def _decoder_call(self, one: ReferenceCase, begin: int, end: int) -> Values:
         main, levels = self._merged(one)
         part = slice(begin, end)
         call: Values = {
@@ -132,12 +132,12 @@ class SlicedGraphs:
             call["deepstack_embeds"] = np.stack(pieces)
         return call
 
-    def _merged(self, one: Asked) -> tuple[np.ndarray, list[np.ndarray]]:
+    def _merged(self, one: ReferenceCase) -> tuple[np.ndarray, list[np.ndarray]]:
         ids = one.prompt.input_ids
         main, *levels = self._reference_features(one)
         return merged(self.reference.embed(ids), ids == self.reference.image_token_id, main, levels)
 
-    def _reference_features(self, one: Asked) -> list[np.ndarray]:
+    def _reference_features(self, one: ReferenceCase) -> list[np.ndarray]:
         empty = np.zeros((0, self.reference.checkpoint.text.hidden), np.float32)
         return list(one.trace.features) or [empty] * (1 + self.levels)
 
@@ -167,7 +167,7 @@ def _layers(place: str, name: str, values: Values, want: Sequence[np.ndarray], p
         if got is None:
             gates.append(uncomputed(place, case, KeyError(f"the graph has no {RESIDUAL}.{layer}")))
         else:
-            gates.append(close(place, case, got.reshape(-1, got.shape[-1]), stream[part], limit))
+            gates.append(compare_close(place, case, got.reshape(-1, got.shape[-1]), stream[part], limit))
     return gates
 
 

@@ -19,7 +19,7 @@ import onnx_ir as ir
 from builder.checkpoint.parts import DECODER, EMBEDDINGS, VISION
 from builder.graph.ports import RESIDUAL
 from builder.targets.graphs import GRAPHS
-from builder.verify.graphs.per_layer import Asked, SlicedGraphs
+from builder.verify.graphs.per_layer import ReferenceCase, SlicedGraphs
 from builder.verify.report.gates import Gate
 from builder.verify.self_test.edits import (
     DOWN,
@@ -82,7 +82,9 @@ def sites(target: str, levels: int, blocks: int, layers: int) -> tuple[Site, ...
     )
 
 
-def survivor(site: Site, folder: Path, target: str, asked: Asked, graphs: Callable[[Path], SlicedGraphs]) -> Survivor:
+def survivor(
+    site: Site, folder: Path, target: str, asked: ReferenceCase, graphs: Callable[[Path], SlicedGraphs]
+) -> Survivor:
     """What one gate lets live.
 
     Args:
@@ -97,7 +99,7 @@ def survivor(site: Site, folder: Path, target: str, asked: Asked, graphs: Callab
         place = as_output if value.is_graph_output() else behind
         place(graph, value, ir.node("Mul", [value, factor]))
     opened = graphs(folder)
-    compute: Mapping[str, Callable[[Sequence[Asked]], list[Gate]]] = {
+    compute: Mapping[str, Callable[[Sequence[ReferenceCase]], list[Gate]]] = {
         VISION: opened.vision_gates,
         EMBEDDINGS: opened.embedding_gates,
         DECODER: opened.decoder_gates,
