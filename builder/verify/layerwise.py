@@ -27,7 +27,8 @@ from builder.util import peak_memory
 from builder.util.errors import CasesError
 from builder.util.progress import progress
 from builder.util.units import size
-from builder.verify.graphs.per_layer import ReferenceCase, SlicedGraphs
+from builder.verify.graphs.compare import in_order, logit_error
+from builder.verify.graphs.per_layer import ReferenceCase, SlicedGraphs, TraceComparison
 from builder.verify.image_preprocessor import preprocessor_gates
 from builder.verify.memory_budget import SLICE, VERIFY_MEMORY
 from builder.verify.report.exhibits import collecting, show_case
@@ -71,15 +72,16 @@ def verify_sliced(
             gates += compared
             advance()
         gates += preprocessor_gates(folder, target, reference)
-        graphs = SlicedGraphs(folder, target, reference, slice_budget(limit))
+        graphs = SlicedGraphs(folder, target, reference.checkpoint.text.hidden, slice_budget(limit))
+        comparison = TraceComparison(graphs, reference)
         ended = False
         for place, compute in (
-            ("vision layers", graphs.vision_gates),
-            ("embeddings", graphs.embedding_gates),
-            ("decoder layers", graphs.decoder_gates),
+            ("vision layers", comparison.vision_gates),
+            ("embeddings", comparison.embedding_gates),
+            ("decoder layers", comparison.decoder_gates),
         ):
             ended = ended or (fail_fast and not all(gate.ok for gate in gates))
-            gates += [] if ended else guarded(place, "in slices", compute, asked)
+            gates += [] if ended else guarded(place, "in slices", in_order, compute, asked)
             advance()
         not_run: dict[str, str] = {}
         if not (fail_fast and not all(gate.ok for gate in gates)):
@@ -156,7 +158,7 @@ def _tokens(
             told.append(Gate("tokens", one.name, float("inf"), 0.0, tokens))
             continue
         logits = reference.hidden_states(one.prompt, tokens[:-1], keep=len(tokens)).logits
-        error = _logit_error(gates, one)
+        error = logit_error(gates, one.limit, float(one.trace.logits.std()))
         gate, near = forced(
             f"{one.name}, {len(tokens)} tokens", tokens, logits, error, eos_token_ids(reference.checkpoint)
         )
@@ -187,11 +189,6 @@ def forced(
             return Gate("tokens", name, float(len(tokens) - position), 0.0, said), ties
         ties.append(said)
     return Gate("tokens", name, 0.0, 0.0), ties
-
-
-def _logit_error(gates: Sequence[Gate], one: ReferenceCase) -> float:
-    measured = [gate.measured for gate in gates if gate.place.startswith("decoder ") and gate.place != "decoder layers"]
-    return min(max(measured, default=0.0), one.limit) * float(one.trace.logits.std())
 
 
 def _played(folder: Path, target: str, cases: Sequence[Case]) -> list[tuple[int, ...] | str]:

@@ -31,7 +31,7 @@ from builder.util.json_files import read_json
 from builder.util.progress import progress
 from builder.util.versions import version
 from builder.verify.golden.file import Golden, GoldenCase, read_golden
-from builder.verify.golden.graphs import SessionsWithLayerOutputs, graph_gates
+from builder.verify.golden.graphs import graph_gates
 from builder.verify.golden.record import (
     MADE_WITH,
     TASK_TOKENS,
@@ -43,6 +43,7 @@ from builder.verify.golden.record import (
     pixel_digests,
     task_digest,
 )
+from builder.verify.graphs.sessions import Graphs
 from builder.verify.image_preprocessor import golden_preprocessor_gates
 from builder.verify.report.context import of_bundle
 from builder.verify.report.gates import Gate, Report, compare_exact, guarded
@@ -76,8 +77,8 @@ def verify_golden(bundle: Path, path: Path, more: Sequence[Path] = (), reference
     with TemporaryDirectory() as drawn:
         cases = placed(read_cases((SUITE, *more)), Limits(*golden.limits), Path(drawn))
         _check_cases(golden, path, cases)
-        tapped = SessionsWithLayerOutputs.load(bundle, GRAPHS[target].packed, golden.hidden)
-        report = _report(target, golden, cases, runner, tapped, checkpoint)
+        graphs = Graphs.load(bundle, GRAPHS[target].packed, golden.hidden, layer_outputs=True)
+        report = _report(target, golden, cases, runner, graphs, checkpoint)
     return replace(report, gates=(*report.gates, *golden_preprocessor_gates(bundle, target, runner.vision)))
 
 
@@ -111,7 +112,7 @@ def _report(
     golden: Golden,
     cases: Sequence[Case],
     runner: Runner,
-    tapped: SessionsWithLayerOutputs,
+    graphs: Graphs,
     checkpoint: Checkpoint | None,
 ) -> Report:
     gates: list[Gate] = []
@@ -121,7 +122,7 @@ def _report(
     tasks = held_out(checkpoint) if checkpoint else ()
     with progress(f"verify {target} by a golden", len(cases) + len(tasks)) as advance:
         for case in cases:
-            compared, near, why = case_gates(case, wanted[case.name], golden, runner, tapped)
+            compared, near, why = case_gates(case, wanted[case.name], golden, runner, graphs)
             gates += compared
             ties += near
             not_run |= {f"case {case.name}": why} if why else {}
@@ -144,7 +145,7 @@ def _report(
 
 
 def case_gates(
-    case: Case, want: GoldenCase, golden: Golden, runner: Runner, tapped: SessionsWithLayerOutputs
+    case: Case, want: GoldenCase, golden: Golden, runner: Runner, graphs: Graphs
 ) -> tuple[list[Gate], list[NearTies], str]:
     """The gates of one case, its near ties, and why the rest of it was not run ("" where all was)."""
     gates = decoded_gates(case, want, golden)
@@ -154,7 +155,7 @@ def case_gates(
     gates += guarded("token ids", case.name, _input_gates, case, want, runner, golden, kept)
     if not kept or not all(gate.ok for gate in gates):
         return gates, [], "its inputs differ, so that all that follows does"
-    computed, logit_error = graph_gates(tapped, golden, want, kept[0], case.limit)
+    computed, logit_error = graph_gates(graphs, golden, want, kept[0], case.limit)
     gates += computed
     ties = []
     if want.tokens and runner.not_run is None:

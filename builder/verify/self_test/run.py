@@ -29,7 +29,7 @@ from builder.util.files import link, write_text
 from builder.util.json_files import read_json
 from builder.util.progress import progress
 from builder.verify.graphs.fp32_copy import write_twins
-from builder.verify.graphs.per_layer import ReferenceCase, SlicedGraphs
+from builder.verify.graphs.per_layer import ReferenceCase, SlicedGraphs, TraceComparison
 from builder.verify.layerwise import slice_budget, verify_sliced
 from builder.verify.memory_budget import SLICE, verify_mode
 from builder.verify.quantized import LossLimits, weight_gates
@@ -145,7 +145,7 @@ class _Ways:
 
     reference: Reference
     compare: Callable[[Path], Report]
-    graphs: Callable[[Path], SlicedGraphs]
+    graphs: Callable[[Path], TraceComparison]
 
 
 def self_test(
@@ -207,19 +207,19 @@ def failed(done: SelfTest, folder: Path) -> VerificationError:
 
 def _ways(checkpoint: Checkpoint, target: str, limit: int | None, store: Path) -> _Ways:
     chosen = tuple(case for case in shipped_cases() if case.name in CASES)
-    memory = machine.memory_limit() if limit is None else limit
+    memory, hidden = machine.memory_limit() if limit is None else limit, checkpoint.text.hidden
     if verify_mode(checkpoint, memory) == "whole":
         whole, suite = Reference(checkpoint), Suite(chosen, tokens=TOKENS)
         return _Ways(
             whole,
             lambda folder: verify(folder, target, whole, suite, fail_fast=True),
-            lambda folder: SlicedGraphs(folder, target, whole, SLICE, apart=False),
+            lambda folder: TraceComparison(SlicedGraphs(folder, target, hidden, SLICE, apart=False), whole),
         )
     streamed = Reference(checkpoint, streamed=True)
     return _Ways(
         streamed,
         lambda folder: verify_sliced(folder, target, streamed, memory, store, chosen, fail_fast=True),
-        lambda folder: SlicedGraphs(folder, target, streamed, slice_budget(memory)),
+        lambda folder: TraceComparison(SlicedGraphs(folder, target, hidden, slice_budget(memory)), streamed),
     )
 
 
