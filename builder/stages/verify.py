@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from builder.graph.external_data import DIGESTS
 from builder.quantization.activation_ranges import MAGNITUDES
 from builder.util.json_files import read_json
-from builder.verify.quantized import Terms
+from builder.verify.quantized import LossLimits
 from builder.verify.report.context import _STAGES, Context, _costs, _manifest_facts, _manifest_tables
 from builder.verify.report.write import write
 from builder.verify.whole import STORE, comparison, failed
@@ -23,7 +23,7 @@ def run(build: Build, out: Path) -> Mapping[str, object]:
     """Verifies every target; the report of one that fails stays in the stage's `.part` folder for reading."""
     facts: dict[str, object] = {}
     recipe = build.recipe
-    terms = None if recipe.limits is None else Terms(recipe.precision, recipe.provider, recipe.limits)
+    terms = None if recipe.limits is None else LossLimits(recipe.precision, recipe.provider, recipe.limits)
     compared = comparison(build.checkpoint, build.memory, build.output / STORE, terms=terms)
     for target in build.recipe.targets:
         report = compared(build.folder("configure") / target.runtime, target.runtime)

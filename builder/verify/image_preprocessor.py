@@ -21,7 +21,7 @@ from builder.reference.model import Reference
 from builder.targets.clients import pipeline
 from builder.targets.image_preprocessor import NAME, Preprocess, in_onnxruntime
 from builder.targets.runners.registry import RUNTIMES
-from builder.verify.report.gates import Gate, attempted
+from builder.verify.report.gates import Gate, guarded
 
 Array = npt.NDArray[Any]
 Size = tuple[int, int]
@@ -40,7 +40,7 @@ def preprocessor_gates(folder: Path, target: str, reference: Reference, sizes: S
     if path is None:
         return []
     std = reference.checkpoint.preprocessor["image_std"]
-    return attempted(PLACE, NAME, compared, path, target, upstream(reference), std, sizes)
+    return guarded(PLACE, NAME, compared, path, target, upstream(reference), std, sizes)
 
 
 def golden_preprocessor_gates(folder: Path, target: str, vision: pipeline.ImageSettings) -> list[Gate]:
@@ -53,7 +53,7 @@ def golden_preprocessor_gates(folder: Path, target: str, vision: pipeline.ImageS
     def ours(picture: Array) -> tuple[Array, Array]:
         return pipeline.preprocess([Image.fromarray(picture)], vision)
 
-    return attempted(PLACE, NAME, compared, path, target, ours, vision.std, SIZES)
+    return guarded(PLACE, NAME, compared, path, target, ours, vision.std, SIZES)
 
 
 def preprocessor_file(folder: Path) -> Path | None:

@@ -27,12 +27,13 @@ from builder.util import peak_memory
 from builder.util.errors import CasesError
 from builder.util.progress import progress
 from builder.util.units import size
-from builder.verify.graphs.per_layer import Asked, SlicedGraphs
+from builder.verify.graphs.compare import in_order, logit_error
+from builder.verify.graphs.per_layer import ReferenceCase, SlicedGraphs, TraceComparison
 from builder.verify.image_preprocessor import preprocessor_gates
 from builder.verify.memory_budget import SLICE, VERIFY_MEMORY
 from builder.verify.report.exhibits import collecting, show_case
-from builder.verify.report.gates import Gate, Report, attempted
-from builder.verify.tokens import TIE, Ties, counted, input_gates
+from builder.verify.report.gates import Gate, Report, guarded
+from builder.verify.tokens import TIE, NearTies, counted, input_gates
 
 TOKENS = 16
 TWICE = 2  # a slice's peak over its weights: ONNX Runtime packs some while it still holds those that it read
@@ -47,7 +48,7 @@ def verify_sliced(
     store: Path,
     cases: Sequence[Case] | None = None,
     *,
-    until_failure: bool = False,
+    fail_fast: bool = False,
 ) -> Report:
     """All gates of one folder.
 
@@ -55,7 +56,7 @@ def verify_sliced(
         memory: bytes that a process may use.
         store: where the reference's outputs are kept.
         cases: what to compare; the shipped cases tagged "layerwise" if None.
-        until_failure: stop behind the first place that fails.
+        fail_fast: stop after the first place that fails.
 
     Raises:
         BundleError: a graph or a setting that its runtime cannot open.
@@ -70,18 +71,19 @@ def verify_sliced(
             gates += compared
             advance()
         gates += preprocessor_gates(folder, target, reference)
-        graphs = SlicedGraphs(folder, target, reference, slice_budget(memory))
+        graphs = SlicedGraphs(folder, target, reference.checkpoint.text.hidden, slice_budget(memory))
+        comparison = TraceComparison(graphs, reference)
         ended = False
         for place, compute in (
-            ("vision layers", graphs.vision_gates),
-            ("embeddings", graphs.embedding_gates),
-            ("decoder layers", graphs.decoder_gates),
+            ("vision layers", comparison.vision_gates),
+            ("embeddings", comparison.embedding_gates),
+            ("decoder layers", comparison.decoder_gates),
         ):
-            ended = ended or (until_failure and not all(gate.ok for gate in gates))
-            gates += [] if ended else attempted(place, "in slices", compute, asked)
+            ended = ended or (fail_fast and not all(gate.ok for gate in gates))
+            gates += [] if ended else guarded(place, "in slices", in_order, compute, asked)
             advance()
         not_run: dict[str, str] = {}
-        if not (until_failure and not all(gate.ok for gate in gates)):
+        if not (fail_fast and not all(gate.ok for gate in gates)):
             told, not_run = _tokens(folder, target, reference, chosen, asked, gates, memory)
             gates += told
         advance()
@@ -92,7 +94,7 @@ def verify_sliced(
         "cases": [one.name for one in asked],
     }
     if "tokens" not in not_run:
-        facts["tokens"] = {**counted([(gates, Ties(TOKENS * len(asked), ()))]), "cases": len(asked)}
+        facts["tokens"] = {**counted([(gates, NearTies(TOKENS * len(asked), ()))]), "cases": len(asked)}
     return Report(target, reference.checkpoint.name, tuple(gates), facts, not_run, exhibits())
 
 
@@ -119,13 +121,13 @@ def slice_budget(memory: int) -> int:
     return min(SLICE, max(1, (memory - VERIFY_MEMORY) // TWICE))
 
 
-def _asked(case: Case, folder: Path, reference: Reference, store: Path) -> tuple[Asked, list[Gate]]:
+def _asked(case: Case, folder: Path, reference: Reference, store: Path) -> tuple[ReferenceCase, list[Gate]]:
     """The case, and its inputs as the bundle's own preprocessing gives them against PyTorch's."""
     settings, vision = read_settings(folder / "pipeline.json"), read_image_settings(folder / "vision_processor.json")
     inputs = prepare(case.prompt, case.images, load_tokenizer(folder / "tokenizer.json"), settings, vision)
     prompt = reference.prepare(case.prompt, case.images)
     show_case(case.name, case.prompt, case.images)
-    return Asked(case.name, prompt, traced(reference, prompt, store), case.limit), input_gates(
+    return ReferenceCase(case.name, prompt, traced(reference, prompt, store), case.limit), input_gates(
         case.name, inputs, prompt
     )
 
@@ -135,7 +137,7 @@ def _tokens(
     target: str,
     reference: Reference,
     cases: Sequence[Case],
-    asked: Sequence[Asked],
+    asked: Sequence[ReferenceCase],
     gates: Sequence[Gate],
     memory: int,
 ) -> tuple[list[Gate], dict[str, str]]:
@@ -154,13 +156,13 @@ def _tokens(
             told.append(Gate("tokens", one.name, float("inf"), 0.0, tokens))
             continue
         logits = reference.hidden_states(one.prompt, tokens[:-1], keep=len(tokens)).logits
-        error = _logit_error(gates, one)
+        error = logit_error(gates, one.limit, float(one.trace.logits.std()))
         gate, near = forced(
             f"{one.name}, {len(tokens)} tokens", tokens, logits, error, eos_token_ids(reference.checkpoint)
         )
         told.append(gate)
         ties += near
-    return [*told, Ties(TOKENS * len(asked), tuple(ties)).gate(allowed=True)], {}
+    return [*told, NearTies(TOKENS * len(asked), tuple(ties)).gate(allowed=True)], {}
 
 
 def forced(
@@ -185,11 +187,6 @@ def forced(
             return Gate("tokens", name, float(len(tokens) - position), 0.0, said), ties
         ties.append(said)
     return Gate("tokens", name, 0.0, 0.0), ties
-
-
-def _logit_error(gates: Sequence[Gate], one: Asked) -> float:
-    measured = [gate.measured for gate in gates if gate.place.startswith("decoder ") and gate.place != "decoder layers"]
-    return min(max(measured, default=0.0), one.limit) * float(one.trace.logits.std())
 
 
 def _played(folder: Path, target: str, cases: Sequence[Case]) -> list[tuple[int, ...] | str]:

@@ -33,7 +33,7 @@ NO_BF16 = "onnxruntime's CPU provider has no bf16 MatMul: this bundle was checke
 
 
 @dataclass(frozen=True)
-class Terms:
+class LossLimits:
     """What a bundle promises: see `builder.targets.recipe.Recipe`."""
 
     precision: str
@@ -41,7 +41,7 @@ class Terms:
     limits: Limits
 
     @classmethod
-    def of(cls, recipe: Mapping[str, Any]) -> Terms | None:
+    def of(cls, recipe: Mapping[str, Any]) -> LossLimits | None:
         """From a manifest's "recipe"; None where the bundle has to be exact.
 
         Raises:
@@ -64,7 +64,7 @@ def verify_lossy(
     folder: Path,
     target: str,
     reference: Reference,
-    terms: Terms,
+    terms: LossLimits,
     suite: Suite,
     exact: Callable[[Path, Checkpoint, Suite], Report],
     scratch: Path,
@@ -97,7 +97,7 @@ def verify_lossy(
     return Report(target, checkpoint.name, tuple(gates), facts, not_run, report.exhibits)
 
 
-def _not_run(terms: Terms, target: str) -> dict[str, str]:
+def _not_run(terms: LossLimits, target: str) -> dict[str, str]:
     """What this machine cannot show."""
     why = RUNTIMES[target].missing()
     found = {} if terms.precision != "bf16" else dict.fromkeys(("KL divergence", "generated tokens"), NO_BF16)

@@ -20,14 +20,14 @@ from builder.targets.clients.pipeline import Inputs
 from builder.targets.runners.protocol import OwnProcessor, Runner
 from builder.util.errors import BuildError
 from builder.verify.report.exhibits import show_answers, show_pixels
-from builder.verify.report.gates import Gate, exact, uncomputed
+from builder.verify.report.gates import Gate, compare_exact, uncomputed
 
 TIE = 4.0  # a lead below this multiple of the measured logit error is no lead
 TIES_EVERY = 1000  # tokens, of which one may be a near tie
 
 
 @dataclass(frozen=True)
-class Ties:
+class NearTies:
     """How many tokens were compared, and what were near ties."""
 
     compared: int
@@ -39,7 +39,7 @@ class Ties:
         return Gate("tokens", "near ties", float(len(self.found)), limit, "; ".join(self.found))
 
 
-def counted(played: Sequence[tuple[Sequence[Gate], Ties]]) -> dict[str, int]:
+def counted(played: Sequence[tuple[Sequence[Gate], NearTies]]) -> dict[str, int]:
     """Over all cases of which tokens were compared: how many, and how many tokens came before one that differs."""
     some = [(gates, ties) for gates, ties in played if ties.compared]
     equal = 0.0
@@ -51,10 +51,10 @@ def counted(played: Sequence[tuple[Sequence[Gate], Ties]]) -> dict[str, int]:
 
 def input_gates(name: str, inputs: Inputs, prompt: Prompt) -> list[Gate]:
     """Our own preprocessing against upstream's: token ids, pixel values, positions, all bit for bit."""
-    gates = [exact("token ids", name, inputs.input_ids, prompt.input_ids)]
+    gates = [compare_exact("token ids", name, inputs.input_ids, prompt.input_ids)]
     if prompt.pixel_values is not None:
         assert inputs.pixel_values is not None
-        gates.append(exact("pixel values", name, inputs.pixel_values, prompt.pixel_values))
+        gates.append(compare_exact("pixel values", name, inputs.pixel_values, prompt.pixel_values))
         show_pixels(
             "preprocessing of the bundle",
             inputs.pixel_values,
@@ -62,12 +62,12 @@ def input_gates(name: str, inputs: Inputs, prompt: Prompt) -> list[Gate]:
             inputs.image_grid_thw,
             prompt.image_grid_thw,
         )
-    return [*gates, exact("position ids", name, inputs.position_ids, prompt.position_ids)]
+    return [*gates, compare_exact("position ids", name, inputs.position_ids, prompt.position_ids)]
 
 
 def token_gates(
     case: Case, prompt: Prompt, runner: Runner, reference: Reference, logit_error: float, tokens: int = TOKENS
-) -> tuple[list[Gate], Ties]:
+) -> tuple[list[Gate], NearTies]:
     """Greedy tokens from the picture files on, and from the runtime's own processor where it has one.
 
     Args:
@@ -78,7 +78,7 @@ def token_gates(
     ties: list[str] = []
     ways = []
     if runner.not_run is not None:
-        return [], Ties(0, ())
+        return [], NearTies(0, ())
     tokens = min(tokens, case.max_new_tokens)
     if "tokens" in case.checks:
         ways.append(("tokens", partial(file_gates, case, prompt, runner, reference, logit_error, tokens)))
@@ -93,7 +93,7 @@ def token_gates(
         except Exception as error:  # each runtime throws errors of its own for what its graphs cannot take
             more, near = [uncomputed(place, case.name, error)], []
         gates, ties = gates + more, ties + near
-    return gates, Ties(tokens * len(ways), tuple(ties))
+    return gates, NearTies(tokens * len(ways), tuple(ties))
 
 
 def takes(own: OwnProcessor, case: Case) -> bool:
@@ -144,9 +144,9 @@ def runtime_gates(
     if all(own.at_target_size(path) for path in case.images):
         assert inputs.pixel_values is not None
         assert prompt.pixel_values is not None
-        gates.append(exact("runtime's pixel values", case.name, inputs.pixel_values, prompt.pixel_values))
+        gates.append(compare_exact("runtime's pixel values", case.name, inputs.pixel_values, prompt.pixel_values))
     fed = reference.with_pixels(case.prompt, len(case.images), inputs.pixel_values, inputs.image_grid_thw)
-    gates.append(exact("token ids", f"{case.name}, runtime's tokenizer", inputs.input_ids, fed.input_ids))
+    gates.append(compare_exact("token ids", f"{case.name}, runtime's tokenizer", inputs.input_ids, fed.input_ids))
     want = reference.generate(fed, tokens, tokens)
     again = answer_from(runner, inputs, want)
 

@@ -29,19 +29,19 @@ from builder.verify.graphs.sessions import Graphs
 from builder.verify.image_preprocessor import preprocessor_gates
 from builder.verify.layerwise import for_slices, verify_sliced
 from builder.verify.memory_budget import verify_mode
-from builder.verify.quantized import Terms, verify_lossy
+from builder.verify.quantized import LossLimits, verify_lossy
 from builder.verify.report.context import of_bundle
 from builder.verify.report.exhibits import collecting, show_answers, show_case
-from builder.verify.report.gates import Gate, Report, attempted
+from builder.verify.report.gates import Gate, Report, guarded
 from builder.verify.report.write import write
-from builder.verify.tokens import Ties, counted, input_gates, takes, token_gates
+from builder.verify.tokens import NearTies, counted, input_gates, takes, token_gates
 
 STORE = "reference"
 RUNNING = ("torch", "transformers", "onnxruntime", "onnxruntime-genai", "tokenizers", "pillow", "numpy")
 
 
 def comparison(
-    checkpoint: Checkpoint, memory: int | None, store: Path, more: Sequence[Path] = (), terms: Terms | None = None
+    checkpoint: Checkpoint, memory: int | None, store: Path, more: Sequence[Path] = (), terms: LossLimits | None = None
 ) -> Callable[[Path, str], Report]:
     """(folder, target) → its report: whole where PyTorch and ONNX Runtime fit in memory together, else sliced.
 
@@ -101,7 +101,7 @@ def verify_bundle(
             return verify_bundle(bundle, reference, memory, Path(passing), more)
     target, evidence = check_bundle(bundle), own_evidence(bundle)
     check_target(bundle, target)
-    terms = Terms.of(read_json(bundle / MANIFEST).get("recipe", {}))
+    terms = LossLimits.of(read_json(bundle / MANIFEST).get("recipe", {}))
     report = comparison(reference, memory, store, more, terms)(bundle, target)
     write(report, evidence, of_bundle(bundle))
     return report
@@ -120,13 +120,13 @@ def failed(report: Report, folder: Path) -> VerificationError:
 
 
 def verify(
-    folder: Path, target: str, reference: Reference, suite: Suite | None = None, *, until_failure: bool = False
+    folder: Path, target: str, reference: Reference, suite: Suite | None = None, *, fail_fast: bool = False
 ) -> Report:
     """All gates of one folder.
 
     Args:
         suite: what to ask; the whole suite if None.
-        until_failure: stop behind the first comparison with a gate that fails.
+        fail_fast: stop behind the first comparison with a gate that fails.
 
     Raises:
         BundleError: a graph or a setting that its runtime cannot open.
@@ -135,7 +135,7 @@ def verify(
     if suite is None:
         with TemporaryDirectory() as drawn:
             whole = whole_suite(checkpoint, Path(drawn))
-            return verify(folder, target, reference, whole, until_failure=until_failure)
+            return verify(folder, target, reference, whole, fail_fast=fail_fast)
     gates: list[Gate] = []
     versions = {name: version(name) for name in RUNNING} | dict(RUNTIMES[target].versions())
     facts: dict[str, object] = {"versions": versions}
@@ -143,7 +143,7 @@ def verify(
     with progress(f"verify {target}", total) as advance, collecting(checkpoint.vision) as exhibits:
         for compared in _compared(folder, target, reference, suite, facts, advance):
             gates += compared
-            if until_failure and not all(gate.ok for gate in compared):
+            if fail_fast and not all(gate.ok for gate in compared):
                 break
     return Report(target, checkpoint.name, tuple(gates), facts, unplayed(target, bool(suite.tasks)), exhibits())
 
@@ -164,7 +164,7 @@ def _compared(
         show_case(case.name, case.prompt, case.images)
         asked.append((case, reference.prepare(case.prompt, case.images, lifted=case.lifted)))
         if "inputs" in case.checks:
-            yield attempted("token ids", case.name, _input_gates, *asked[-1], runner)
+            yield guarded("token ids", case.name, _input_gates, *asked[-1], runner)
         advance()
     yield preprocessor_gates(folder, target, reference)
     # Before the sessions of whole graphs are there, so that no more than one slice is held beside PyTorch.
@@ -174,10 +174,10 @@ def _compared(
         if case == located:
             yield from layer_gates(folder, target, reference, case.name, prompt, case.limit)
     graphs = Graphs.load(folder, GRAPHS[target].packed, reference.checkpoint.text.hidden)
-    yield attempted("image features", "grids", geometry_gates, graphs, reference)
-    yield attempted("decoder prefill", "batch of two", batch_gates, graphs, reference)
+    yield guarded("image features", "grids", geometry_gates, graphs, reference)
+    yield guarded("decoder prefill", "batch of two", batch_gates, graphs, reference)
     advance()
-    answered: list[tuple[list[Gate], Ties]] = []
+    answered: list[tuple[list[Gate], NearTies]] = []
     for case, prompt in asked:
         show_case(case.name, case.prompt, case.images)
         computed, logit_error = graph_gates(case.name, graphs, reference, prompt, case.checks, case.limit)
@@ -192,9 +192,9 @@ def _compared(
         return
     facts["tokens"] = counted(answered)
     found = tuple(one for _, near in answered for one in near.found)
-    yield [Ties(sum(near.compared for _, near in answered), found).gate(allowed=not suite.tasks)]
+    yield [NearTies(sum(near.compared for _, near in answered), found).gate(allowed=not suite.tasks)]
     if suite.tasks:
-        yield attempted("task", "held-out answers", task_gates, suite.tasks, runner, reference, facts, advance)
+        yield guarded("task", "held-out answers", task_gates, suite.tasks, runner, reference, facts, advance)
 
 
 def unplayed(target: str, tasks: bool) -> dict[str, str]:

@@ -18,7 +18,7 @@ from builder.verify.report.context import Context
 from builder.verify.report.exhibits import Exhibit
 from builder.verify.report.gates import Gate, Report
 from builder.verify.report.write import write
-from builder.verify.tokens import Ties, counted
+from builder.verify.tokens import NearTies, counted
 from tests.helpers.bundles import edit_manifest, small_bundle
 from tests.helpers.processes import python
 from tests.helpers.runtimes import require
@@ -97,11 +97,11 @@ def test_what_is_no_bundle_or_was_never_verified_is_refused(tmp_path: Path) -> N
 
 
 def test_tokens_are_counted_up_to_the_first_that_differs() -> None:
-    right = ([Gate("tokens", "a", 0, 0), Gate("token ids", "a", 3, 0)], Ties(64, ()))
-    wrong = ([Gate("tokens", "b", 60, 0)], Ties(64, ()))
-    tied = ([Gate("tokens", "c", 0, 0)], Ties(64, ("token 3 …",)))
-    thrown = ([Gate("tokens", "d", float("inf"), 0)], Ties(64, ()))
-    nothing: tuple[list[Gate], Ties] = ([], Ties(0, ()))
+    right = ([Gate("tokens", "a", 0, 0), Gate("token ids", "a", 3, 0)], NearTies(64, ()))
+    wrong = ([Gate("tokens", "b", 60, 0)], NearTies(64, ()))
+    tied = ([Gate("tokens", "c", 0, 0)], NearTies(64, ("token 3 …",)))
+    thrown = ([Gate("tokens", "d", float("inf"), 0)], NearTies(64, ()))
+    nothing: tuple[list[Gate], NearTies] = ([], NearTies(0, ()))
     assert counted([right, wrong, tied, thrown, nothing]) == {"cases": 4, "compared": 256, "equal": 64 + 4 + 63}
 
 

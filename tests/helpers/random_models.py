@@ -18,7 +18,7 @@ from builder.checkpoint.load import Checkpoint
 from builder.reference.case_file import FP32
 from builder.targets.clients.pipeline import Settings, position_ids
 from builder.verify.graphs.sessions import Past, merged
-from builder.verify.report.gates import Gate, close
+from builder.verify.report.gates import Gate, compare_close
 
 if TYPE_CHECKING:
     from builder.reference.model import Reference
@@ -195,13 +195,17 @@ def compared(graphs: Computed, checkpoint: Checkpoint, given: Input, want: Wante
     for name, pixels, grid, (main, levels) in sides:
         got, got_levels = graphs.vision(pixels, grid)
         assert len(got_levels) == len(levels)
-        gates.append(close("image features", name, got, main, FP32))
+        gates.append(compare_close("image features", name, got, main, FP32))
         pairs = zip(got_levels, levels, strict=True)
-        gates += [close("deepstack features", f"{name}, level {n}", a, b, FP32) for n, (a, b) in enumerate(pairs)]
+        gates += [
+            compare_close("deepstack features", f"{name}, level {n}", a, b, FP32) for n, (a, b) in enumerate(pairs)
+        ]
     main, levels = want.pictures
     embeds, inputs = graphs.embed(given.input_ids, main, levels, checkpoint.image_token_id)
     pairs = zip((embeds, *inputs), (want.inputs[0], *want.inputs[1]), strict=True)
-    gates += [close("embeddings", f"level {n - 1}" if n else "main", a, b, FP32) for n, (a, b) in enumerate(pairs)]
+    gates += [
+        compare_close("embeddings", f"level {n - 1}" if n else "main", a, b, FP32) for n, (a, b) in enumerate(pairs)
+    ]
     places, past, ends = positions(checkpoint, given), None, (*given.cuts, given.input_ids.shape[1])
     for begin, end in zip((0, *given.cuts), ends, strict=True):
         part, mask = slice(begin, end), np.ones((1, end), np.int64)
@@ -210,5 +214,5 @@ def compared(graphs: Computed, checkpoint: Checkpoint, given: Input, want: Wante
         expected = want.logits[:, end - 1 : end] if graphs.packed else want.logits[:, part]
         # Of all logits: those of a single position can lie closer together.
         scale = float(want.logits.std() / expected.std())
-        gates.append(close("decoder prefill", f"tokens {begin}–{end}", got, expected, FP32 * max(1.0, scale)))
+        gates.append(compare_close("decoder prefill", f"tokens {begin}–{end}", got, expected, FP32 * max(1.0, scale)))
     return gates

@@ -20,7 +20,7 @@ from builder.targets.recipe_file import load_recipe
 from builder.util.errors import BundleError
 from builder.util.json_files import read_json
 from builder.verify import quantized, whole
-from builder.verify.quantized import Terms, weight_gates
+from builder.verify.quantized import LossLimits, weight_gates
 from builder.verify.report.gates import PLACES, Report
 from builder.verify.self_test.mutations import deepstack_levels_swapped
 from builder.verify.self_test.quantized_mutations import nibbles_swapped, scales_shifted, zero_points_shifted
@@ -131,7 +131,7 @@ def test_what_is_broken_is_named_first(
 def test_an_added_case_reaches_the_fp32_copy(
     finished: Callable[[str], Path], reference: Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    terms = Terms("fp32", "cpu", Limits(**LIMITS))
+    terms = LossLimits("fp32", "cpu", Limits(**LIMITS))
     (tmp_path / "mine.toml").write_text('[[case]]\nname = "mine"\nprompt = "What?"\nchecks = ["inputs"]\n')
     compared: list[str] = []
 
@@ -152,7 +152,7 @@ def test_what_this_machine_cannot_compute_is_said(built: Built, reference: Refer
     recipe = load_recipe("bf16")
     folder = built(MINIATURE, recipe) / "genai"
     assert recipe.limits is not None
-    terms = Terms(recipe.precision, recipe.provider, recipe.limits)
+    terms = LossLimits(recipe.precision, recipe.provider, recipe.limits)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(whole, "whole_suite", lambda checkpoint, folder, more=(): SUITE)
         report = whole.comparison(reference.checkpoint, None, tmp_path / "store", terms=terms)(folder, "genai")

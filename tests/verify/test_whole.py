@@ -22,7 +22,7 @@ from builder.util.files import sha256
 from builder.verify import whole
 from builder.verify.graphs.per_graph import graph_gates
 from builder.verify.graphs.sessions import Graphs
-from builder.verify.report.gates import Gate, attempted
+from builder.verify.report.gates import Gate, guarded
 from builder.verify.self_test.mutations import patch_size_changed, rotary_axes_swapped
 from tests.helpers.edits import edit_json, edit_tensors
 from tests.helpers.openings import count_openings
@@ -188,8 +188,8 @@ def test_a_user_error_within_a_gate_stays_one() -> None:
         raise error
 
     with pytest.raises(BundleError):
-        attempted("tokens", "any", throw, BundleError("not a bundle"))
-    (gate,) = attempted("tokens", "any", throw, RuntimeError("wrong shape\nin the kernel"))
+        guarded("tokens", "any", throw, BundleError("not a bundle"))
+    (gate,) = guarded("tokens", "any", throw, RuntimeError("wrong shape\nin the kernel"))
     assert not gate.ok
     assert gate.detail == "RuntimeError: wrong shape"
 

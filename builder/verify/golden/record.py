@@ -28,6 +28,7 @@ from builder.util.files import sha256, write_text
 from builder.util.progress import progress
 from builder.util.units import size
 from builder.verify.golden.file import FORMAT, Golden, GoldenCase, Made, PictureMark, Sample, Task, text
+from builder.verify.graphs.compare import ENDS
 from builder.verify.memory_budget import verify_memory, verify_mode
 
 if TYPE_CHECKING:
@@ -38,8 +39,7 @@ SAMPLES = 64  # of a tensor; of a layer's residual stream, half of it
 TOP = 8  # largest logits of a position
 TOKENS, TASK_TOKENS = 32, 16  # greedy tokens of a case, at most, and of a held-out answer
 MADE_WITH = ("torch", "transformers", "numpy", "pillow", "tokenizers")
-# What is compared of logits: the last position of each call of builder/verify/graphs/per_graph.py's `decoder_gates`.
-POSITIONS = (-7, -3, -2, -1)
+POSITIONS = tuple(end - 1 for end in ENDS)  # of which logits are compared: the last of each call of the decoder
 
 
 def write_golden(reference: Reference, output: Path, more: Sequence[Path] = ()) -> Golden:

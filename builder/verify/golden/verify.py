@@ -31,7 +31,7 @@ from builder.util.json_files import read_json
 from builder.util.progress import progress
 from builder.util.versions import version
 from builder.verify.golden.file import Golden, GoldenCase, read_golden
-from builder.verify.golden.graphs import Tapped, graph_gates
+from builder.verify.golden.graphs import graph_gates
 from builder.verify.golden.record import (
     MADE_WITH,
     TASK_TOKENS,
@@ -43,11 +43,12 @@ from builder.verify.golden.record import (
     pixel_digests,
     task_digest,
 )
+from builder.verify.graphs.sessions import Graphs
 from builder.verify.image_preprocessor import golden_preprocessor_gates
 from builder.verify.report.context import of_bundle
-from builder.verify.report.gates import Gate, Report, attempted, exact
+from builder.verify.report.gates import Gate, Report, compare_exact, guarded
 from builder.verify.report.write import write
-from builder.verify.tokens import Ties, answer_from, compare
+from builder.verify.tokens import NearTies, answer_from, compare
 from builder.verify.whole import failed as verify_failed
 from builder.verify.whole import unplayed
 
@@ -75,8 +76,8 @@ def verify_golden(bundle: Path, path: Path, more: Sequence[Path] = (), checkpoin
     with TemporaryDirectory() as drawn:
         cases = placed(read_cases((SUITE, *more)), SizeLimits(*golden.limits), Path(drawn))
         _check_cases(golden, path, cases)
-        tapped = Tapped.load(bundle, GRAPHS[target].packed, golden.hidden)
-        report = _report(target, golden, cases, runner, tapped, checkpoint)
+        graphs = Graphs.load(bundle, GRAPHS[target].packed, golden.hidden, layer_outputs=True)
+        report = _report(target, golden, cases, runner, graphs, checkpoint)
     return replace(report, gates=(*report.gates, *golden_preprocessor_gates(bundle, target, runner.vision)))
 
 
@@ -112,26 +113,26 @@ def _report(
     golden: Golden,
     cases: Sequence[Case],
     runner: Runner,
-    tapped: Tapped,
+    graphs: Graphs,
     checkpoint: Checkpoint | None,
 ) -> Report:
     gates: list[Gate] = []
-    ties: list[Ties] = []
+    ties: list[NearTies] = []
     not_run = unplayed(target, golden.task is not None)
     wanted = {case.name: case for case in golden.cases}
     tasks = held_out(checkpoint) if checkpoint else ()
     with progress(f"verify {target} by a golden", len(cases) + len(tasks)) as advance:
         for case in cases:
-            compared, near, why = case_gates(case, wanted[case.name], golden, runner, tapped)
+            compared, near, why = case_gates(case, wanted[case.name], golden, runner, graphs)
             gates += compared
             ties += near
             not_run |= {f"case {case.name}": why} if why else {}
             advance()
         found = tuple(one for near in ties for one in near.found)
         if runner.not_run is None:
-            gates.append(Ties(sum(near.compared for near in ties), found).gate(allowed=golden.task is None))
+            gates.append(NearTies(sum(near.compared for near in ties), found).gate(allowed=golden.task is None))
         if golden.task is not None and tasks and runner.not_run is None:
-            gates += attempted("task", "held-out answers", _task_gates, tasks, golden, runner)
+            gates += guarded("task", "held-out answers", _task_gates, tasks, golden, runner)
     if golden.task is not None and not tasks and runner.not_run is None:
         not_run["task"] = "the held-out set lies beside the checkpoint: give --reference CHECKPOINT"
     if runner.own is not None:
@@ -145,25 +146,25 @@ def _report(
 
 
 def case_gates(
-    case: Case, want: GoldenCase, golden: Golden, runner: Runner, tapped: Tapped
-) -> tuple[list[Gate], list[Ties], str]:
+    case: Case, want: GoldenCase, golden: Golden, runner: Runner, graphs: Graphs
+) -> tuple[list[Gate], list[NearTies], str]:
     """The gates of one case, its near ties, and why the rest of it was not run ("" where all was)."""
     gates = decoded_gates(case, want, golden)
     if not all(gate.ok for gate in gates):
         return gates, [], "its picture is decoded in another way here, so that all that follows differs"
     kept: list[Inputs] = []
-    gates += attempted("token ids", case.name, _input_gates, case, want, runner, golden, kept)
+    gates += guarded("token ids", case.name, _input_gates, case, want, runner, golden, kept)
     if not kept or not all(gate.ok for gate in gates):
         return gates, [], "its inputs differ, so that all that follows does"
-    computed, logit_error = graph_gates(tapped, golden, want, kept[0], case.limit)
+    computed, logit_error = graph_gates(graphs, golden, want, kept[0], case.limit)
     gates += computed
     ties = []
     if want.tokens and runner.not_run is None:
-        found: list[Ties] = []
-        gates += attempted("tokens", case.name, _token_gates, case, want, runner, kept[0], logit_error, found)
+        found: list[NearTies] = []
+        gates += guarded("tokens", case.name, _token_gates, case, want, runner, kept[0], logit_error, found)
         ties = found
     if runner.own is not None and case.images and "runtime" in case.checks:
-        gates += attempted("runtime's pixel values", case.name, _runtime_gates, case, want, runner.own)
+        gates += guarded("runtime's pixel values", case.name, _runtime_gates, case, want, runner.own)
     return gates, ties, ""
 
 
@@ -183,7 +184,7 @@ def _input_gates(case: Case, want: GoldenCase, runner: Runner, golden: Golden, k
     inputs = _lifted(case, runner) if case.lifted else runner.prepare(case.prompt, case.images)
     kept.append(inputs)
     ids = np.array([want.input_ids], np.int64)
-    gates = [exact("token ids", case.name, inputs.input_ids, ids)]
+    gates = [compare_exact("token ids", case.name, inputs.input_ids, ids)]
     if inputs.pixel_values is not None and inputs.image_grid_thw is not None:
         gates.append(_pixel_gate("pixel values", case, want, inputs, golden))
     off = float(digest(inputs.position_ids) != want.position_ids)
@@ -219,12 +220,12 @@ def _lifted(case: Case, runner: Runner) -> Inputs:
 
 
 def _token_gates(
-    case: Case, want: GoldenCase, runner: Runner, inputs: Inputs, logit_error: float, found: list[Ties]
+    case: Case, want: GoldenCase, runner: Runner, inputs: Inputs, logit_error: float, found: list[NearTies]
 ) -> list[Gate]:
     answer = Answer(want.tokens, tuple(floats(want.margins).tolist()))
     play = answer_from(runner, inputs, answer)
     gate, ties = compare(f"{case.name}, {len(want.tokens)} tokens", play, answer, logit_error)
-    found.append(Ties(len(want.tokens), tuple(ties)))
+    found.append(NearTies(len(want.tokens), tuple(ties)))
     return [gate]
 
 
@@ -236,7 +237,7 @@ def _runtime_gates(case: Case, want: GoldenCase, own: OwnProcessor) -> list[Gate
     ids = np.array([want.input_ids], np.int64)
     return [
         _pixel_gate("runtime's pixel values", case, want, inputs),
-        exact("token ids", f"{case.name}, runtime's tokenizer", inputs.input_ids, ids),
+        compare_exact("token ids", f"{case.name}, runtime's tokenizer", inputs.input_ids, ids),
     ]
 
 

@@ -1,13 +1,12 @@
-"""The three graphs of a folder on PyTorch's own inputs, compared behind every layer.
+"""The three graphs of a folder on PyTorch's own inputs, in whole sessions or slice by slice.
 
-In: a configured folder (or a bundle), and what PyTorch went through. Out: gates in the order of the computation: vision
-layers, features, embeddings, decoder layers, logits. Guaranteed: every graph is fed what PyTorch computed, so that an
-error of one is not one of the next; the first layer whose residual stream leaves the tolerance has a gate of its own.
+Every graph is fed what PyTorch computed, so that an error of one is not an error of the next; the first layer whose
+residual stream leaves the tolerance has a gate of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,22 +14,31 @@ import numpy as np
 
 from builder.bundle.layout import graph_files
 from builder.checkpoint.parts import DECODER, EMBEDDINGS, VISION
-from builder.graph.ports import RESIDUAL
 from builder.reference.case_file import FP32
 from builder.reference.model import Prompt, Reference, Trace
 from builder.targets.graphs import GRAPHS
-from builder.verify.graphs.sessions import merged
-from builder.verify.graphs.slices import Values, run_slices, sliced
+from builder.verify.graphs.compare import (
+    GraphRunner,
+    Span,
+    decoder_calls,
+    decoder_gates,
+    embedding_gates,
+    spans,
+    vision_gates,
+)
+from builder.verify.graphs.sessions import Array, Values, merged, unpacked
+from builder.verify.graphs.slices import run_slices, sliced
 from builder.verify.report.exhibits import show_logits
-from builder.verify.report.gates import Gate, close, uncomputed
+from builder.verify.report.gates import Gate, compare_close
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A question as PyTorch gives it to the model, and what PyTorch made of it.
+class ReferenceCase:
+    """A prompt, and what PyTorch computed for it: an `Expected`.
 
     Args:
         name: of the case, for the gates.
+        trace: a part of it may be empty, and then is not compared.
         limit: see `builder.reference.cases.Case`.
         more: inputs that a graph has been given besides those of builder/graph/ports.py.
     """
@@ -39,139 +47,113 @@ class Asked:
     prompt: Prompt
     trace: Trace
     limit: float = FP32
-    more: Mapping[str, np.ndarray] = field(default_factory=dict)
+    more: Mapping[str, Array] = field(default_factory=dict)
+
+    @property
+    def vision(self) -> tuple[Array, ...]:
+        return self.trace.vision
+
+    @property
+    def features(self) -> tuple[Array, ...]:
+        return self.trace.features
+
+    def gate(self, place: str, case: str, got: Array, want: Array) -> Gate:
+        return compare_close(place, case, got, want, self.limit)
+
+    def decoder_layers(
+        self, row: Sequence[Span], calls: Sequence[Values]
+    ) -> Iterator[tuple[str, Values, Sequence[Array]]]:
+        """The streams of each call."""
+        for (_, begin, end), values in zip(row, calls, strict=True):
+            yield f"{self.name}, tokens {begin}–{end}", values, [layer[:, begin:end] for layer in self.trace.decoder]
+
+    def logits_gate(self, span: Span, logits: Array, packed: bool) -> Gate:
+        place, begin, end = span
+        want = self.trace.logits[end - 1 if packed else begin : end]
+        show_logits(self.name, (begin, end), logits, want)
+        return self.gate(place, f"{self.name}, tokens {begin}–{end}", logits, want)
 
 
 class SlicedGraphs:
-    """The three graphs of a folder, run slice by slice on the reference's own inputs.
+    """A `GraphRunner` that runs the graphs of a folder slice by slice.
 
     Args:
         budget: bytes of weights in one slice.
         apart: each slice in a process of its own, which gives its memory back.
     """
 
-    def __init__(self, folder: Path, target: str, reference: Reference, budget: int, apart: bool = True) -> None:
-        self.folder, self.reference, self.budget, self.apart = folder, reference, budget, apart
+    def __init__(self, folder: Path, target: str, hidden: int, budget: int, apart: bool = True) -> None:
+        self.folder, self.hidden, self.budget, self.apart = folder, hidden, budget, apart
         self.packed, self.merges = GRAPHS[target].packed, GRAPHS[target].merges
-        self.levels = len(reference.checkpoint.vision.deepstack)
         self.peak = 0
 
-    def vision_gates(self, asked: Sequence[Asked]) -> list[Gate]:
-        """The residual stream behind each block, then main and DeepStack features."""
-        seen = [one for one in asked if one.prompt.pixel_values is not None and one.prompt.image_grid_thw is not None]
-        calls: list[list[Values]] = []
-        for one in seen:
-            assert one.prompt.pixel_values is not None
-            assert one.prompt.image_grid_thw is not None
-            inputs = {"pixel_values": one.prompt.pixel_values, "image_grid_thw": one.prompt.image_grid_thw}
-            calls.append([{**inputs, **one.more}])
-        gates = []
-        for one, (values,) in zip(seen, self._run(VISION, calls), strict=True):
-            gates += _layers("vision layers", one.name, values, one.trace.vision, slice(None), one.limit)
-            main, *levels = zip(self._features(values), one.trace.features, strict=True)
-            gates.append(close("image features", one.name, *main, one.limit))
-            gates += [
-                close("deepstack features", f"{one.name}, level {number}", *level, one.limit)
-                for number, level in enumerate(levels)
-            ]
-        return gates
-
-    def embedding_gates(self, asked: Sequence[Asked]) -> list[Gate]:
-        """The lookup (and, in a packed graph, the merge and the scatter)."""
-        calls = []
-        for one in asked:
-            call: Values = {"input_ids": one.prompt.input_ids, **one.more}
-            if self.merges:
-                call["image_features"] = np.concatenate(self._reference_features(one), axis=-1)
-            calls.append([call])
-        gates = []
-        for one, (values,) in zip(asked, self._run(EMBEDDINGS, calls), strict=True):
-            got = values["inputs_embeds"]
-            main = self.reference.embed(one.prompt.input_ids)
-            levels = [np.zeros_like(main)] * self.levels
-            if not self.packed:
-                gates.append(close("embeddings", one.name, got, main, one.limit))
-                continue
-            if self.merges:
-                main, levels = self._merged(one)
-            for level, (a, b) in enumerate(zip(self._unpacked(got), (main, *levels), strict=True)):
-                name = f"{one.name}, {f'level {level - 1}' if level else 'main'}"
-                gates.append(close("embeddings", name, a, b, one.limit))
-        return gates
-
-    def decoder_gates(self, asked: Sequence[Asked]) -> list[Gate]:
-        """Prefill, a chunk of four tokens on that past, two single steps: every layer's stream, then the logits."""
-        spans = [_spans(one.prompt.input_ids.shape[1]) for one in asked]
-        calls = [
-            [self._decoder_call(one, begin, end) for _, begin, end in row]
-            for one, row in zip(asked, spans, strict=True)
-        ]
-        layers, logits = [], []
-        for one, row, results in zip(asked, spans, self._run(DECODER, calls), strict=True):
-            for (place, begin, end), values in zip(row, results, strict=True):
-                name, part = f"{one.name}, tokens {begin}–{end}", slice(begin, end)
-                layers += _layers("decoder layers", name, values, [x[0] for x in one.trace.decoder], part, one.limit)
-                want = one.trace.logits[end - 1 : end] if self.packed else one.trace.logits[part]
-                logits.append(close(place, name, values["logits"][0], want, one.limit))
-                show_logits(one.name, (begin, end), values["logits"][0], want)
-        return layers + logits
-
-    def _decoder_call(self, one: Asked, begin: int, end: int) -> Values:
-        main, levels = self._merged(one)
-        part = slice(begin, end)
-        call: Values = {
-            "attention_mask": np.ones((1, end), np.int64),
-            "position_ids": one.prompt.position_ids[:, :, part],
-            "inputs_embeds": main[:, part],
-            **one.more,
-        }
-        pieces = [level[:, part] for level in levels]
-        if self.packed:
-            call["inputs_embeds"] = np.concatenate([main[:, part], *pieces], axis=-1)
-        elif pieces:
-            call["deepstack_embeds"] = np.stack(pieces)
-        return call
-
-    def _merged(self, one: Asked) -> tuple[np.ndarray, list[np.ndarray]]:
-        ids = one.prompt.input_ids
-        main, *levels = self._reference_features(one)
-        return merged(self.reference.embed(ids), ids == self.reference.image_token_id, main, levels)
-
-    def _reference_features(self, one: Asked) -> list[np.ndarray]:
-        empty = np.zeros((0, self.reference.checkpoint.text.hidden), np.float32)
-        return list(one.trace.features) or [empty] * (1 + self.levels)
-
-    def _features(self, values: Values) -> list[np.ndarray]:
-        if not self.packed:
-            return [values["pooled_embeds"], *(values["deepstack_features"] if self.levels else ())]
-        return self._unpacked(values["image_features"])
-
-    def _unpacked(self, packed: np.ndarray) -> list[np.ndarray]:
-        return np.split(packed, 1 + self.levels, axis=-1)
-
-    def _run(self, name: str, calls: list[list[Values]]) -> list[list[Values]]:
-        if not calls:
+    def run(self, graph: str, conversations: Sequence[Sequence[Values]]) -> list[list[Values]]:
+        """See `builder.verify.graphs.compare.GraphRunner`; `peak` becomes the largest peak of a slice's process."""
+        if not conversations:
             return []
-        path = graph_files(self.folder)[name]
-        results, peak = run_slices(sliced(path, self.budget), path.parent, calls, apart=self.apart)
+        path = graph_files(self.folder)[graph]
+        results, peak = run_slices(sliced(path, self.budget), path.parent, conversations, apart=self.apart)
         self.peak = max(self.peak, peak)
         return results
 
 
-def _layers(place: str, name: str, values: Values, want: Sequence[np.ndarray], part: slice, limit: float) -> list[Gate]:
-    """The residual stream behind each layer; a graph that does not name one cannot be compared there."""
-    gates = []
-    for layer, stream in enumerate(want):
-        got = values.get(f"{RESIDUAL}.{layer}")
-        case = f"{name}, layer {layer}"
-        if got is None:
-            gates.append(uncomputed(place, case, KeyError(f"the graph has no {RESIDUAL}.{layer}")))
-        else:
-            gates.append(close(place, case, got.reshape(-1, got.shape[-1]), stream[part], limit))
-    return gates
+@dataclass(frozen=True)
+class TraceComparison:
+    """Graphs that are fed what PyTorch computed, against what it computed next; a list of gates for each case."""
 
+    runner: GraphRunner
+    reference: Reference
 
-def _spans(seq: int) -> list[tuple[str, int, int]]:
-    cuts = [0, seq - 6, seq - 2, seq - 1, seq]
-    places = ("decoder prefill", "decoder chunk", "decoder step", "decoder step")
-    return list(zip(places, cuts, cuts[1:], strict=False))
+    def vision_gates(self, cases: Sequence[ReferenceCase]) -> list[list[Gate]]:
+        """The residual stream after each block, then main and DeepStack features; of cases with images."""
+        seen, calls = [], []
+        for case in cases:
+            if case.prompt.pixel_values is not None and case.prompt.image_grid_thw is not None:
+                inputs = {"pixel_values": case.prompt.pixel_values, "image_grid_thw": case.prompt.image_grid_thw}
+                seen.append(case)
+                calls.append([{**inputs, **case.more}])
+        results = zip(seen, self.runner.run(VISION, calls), strict=True)
+        return [vision_gates(case, self.runner, values) for case, (values,) in results]
+
+    def embedding_gates(self, cases: Sequence[ReferenceCase]) -> list[list[Gate]]:
+        """The embeddings graph's own output: a lookup or, in a graph that merges, `merged_embeddings`."""
+        calls = []
+        for case in cases:
+            call: Values = {"input_ids": case.prompt.input_ids, **case.more}
+            if self.runner.merges:
+                call["image_features"] = np.concatenate(self.features(case), axis=-1)
+            calls.append([call])
+        results = zip(cases, self.runner.run(EMBEDDINGS, calls), strict=True)
+        return [self._lookup_gates(case, values["inputs_embeds"]) for case, (values,) in results]
+
+    def decoder_gates(self, cases: Sequence[ReferenceCase]) -> list[list[Gate]]:
+        """Prefill, a chunk of four tokens on that past, two single steps: every layer's stream, then the logits."""
+        rows = [spans(case.prompt.input_ids.shape[1]) for case in cases]
+        calls = []
+        for case, row in zip(cases, rows, strict=True):
+            parts = self.merged_embeddings(case)
+            found = decoder_calls(self.runner, parts, case.prompt.position_ids, row)
+            calls.append([{**call, **case.more} for call in found])
+        results = zip(cases, rows, self.runner.run(DECODER, calls), strict=True)
+        return [decoder_gates(case, self.runner, row, values) for case, row, values in results]
+
+    def features(self, case: ReferenceCase) -> list[Array]:
+        """PyTorch's main features and DeepStack levels, [0, H] each without images."""
+        checkpoint = self.reference.checkpoint
+        empty = np.zeros((0, checkpoint.text.hidden), np.float32)
+        return list(case.trace.features) or [empty] * (1 + len(checkpoint.vision.deepstack))
+
+    def merged_embeddings(self, case: ReferenceCase) -> list[Array]:
+        """PyTorch's embeddings with the features merged, then each DeepStack input."""
+        ids, (main, *levels) = case.prompt.input_ids, self.features(case)
+        embeds, spread = merged(self.reference.embed(ids), ids == self.reference.image_token_id, main, levels)
+        return [embeds, *spread]
+
+    def _lookup_gates(self, case: ReferenceCase, got: Array) -> list[Gate]:
+        if self.runner.merges:
+            return embedding_gates(case, unpacked(got, self.runner.hidden), self.merged_embeddings(case))
+        want = self.reference.embed(case.prompt.input_ids)
+        if not self.runner.packed:
+            return [case.gate("embeddings", case.name, got, want)]
+        blank = [np.zeros_like(want)] * len(self.reference.checkpoint.vision.deepstack)
+        return embedding_gates(case, unpacked(got, self.runner.hidden), [want, *blank])

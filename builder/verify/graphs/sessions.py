@@ -7,20 +7,24 @@ ports.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 
 from builder.bundle.layout import graph_files
-from builder.graph.ports import PACKED_FEATURES, ROLES
+from builder.checkpoint.parts import DECODER, EMBEDDINGS, VISION
+from builder.graph.ports import PACKED_FEATURES, RESIDUAL, ROLES
 from builder.util.onnx_session import does_not_load, open_session
 
 Array = npt.NDArray[Any]
-Past = dict[str, Array]
+Values = dict[str, Array]
+Past = Values
+PAST, PRESENT = "past_key_values.", "present."
 
 
 @dataclass(frozen=True)
@@ -34,27 +38,44 @@ class Graphs:
     hidden: int
 
     @classmethod
-    def load(cls, folder: Path, packed: bool, hidden: int) -> Graphs:
+    def load(cls, folder: Path, packed: bool, hidden: int, *, layer_outputs: bool = False) -> Graphs:
         """Opens the sessions on the CPU.
+
+        Args:
+            layer_outputs: give every `residual.N` as an output as well.
 
         Raises:
             BundleError: ONNX Runtime does not accept a graph.
         """
         files, sessions = graph_files(folder), []
         for name in ROLES:
+            path = files[name]
             try:
-                sessions.append(open_session(files[name]))
+                sessions.append(open_session(_with_layer_outputs(path) if layer_outputs else path, path.parent))
             except Exception as error:
                 again = "build it again: qwen3vl-onnx build --force export"
-                raise does_not_load(files[name], error, next=again) from error
+                raise does_not_load(path, error, next=again) from error
         vision_encoder, embeddings, model = sessions
         return cls(vision_encoder, embeddings, model, packed, hidden)
+
+    def run(self, graph: str, conversations: Sequence[Sequence[Values]]) -> Iterator[list[Values]]:
+        """See `builder.verify.graphs.compare.GraphRunner`."""
+        session = {VISION: self.vision_encoder, EMBEDDINGS: self.embeddings, DECODER: self.model}[graph]
+        names = [port.name for port in session.get_outputs()]
+        for calls in conversations:
+            past = self.empty_past(1) if graph == DECODER else {}
+            results = []
+            for call in calls:
+                values = dict(zip(names, session.run(names, {**call, **past}), strict=True))
+                past = {name: values.pop(PRESENT + name.removeprefix(PAST)) for name in past}
+                results.append(values)
+            yield results
 
     def vision(self, pixels: Array, grid: Array) -> tuple[Array, list[Array]]:
         """Main features [tokens, H] and D levels [tokens, H]."""
         main, *rest = self.vision_encoder.run(None, {"pixel_values": pixels, "image_grid_thw": grid})
         if self.packed:
-            first, *levels = self._unpacked(main)
+            first, *levels = unpacked(main, self.hidden)
             return first, levels
         return main, list(rest[0]) if rest else []
 
@@ -62,10 +83,11 @@ class Graphs:
         """inputs_embeds [batch, seq, H] with the features merged, and D DeepStack inputs [batch, seq, H]."""
         if self.packed and self.merges:
             features = np.concatenate([main, *levels], axis=1)
-            first, *rest = self._unpacked(self.embeddings.run(None, {"input_ids": ids, PACKED_FEATURES: features})[0])
+            (found,) = self.embeddings.run(None, {"input_ids": ids, PACKED_FEATURES: features})
+            first, *rest = unpacked(found, self.hidden)
             return first, rest
         (found,) = self.embeddings.run(None, {"input_ids": ids})
-        embeds, *blank = self._unpacked(found)  # behind a lookup's own columns, those of DeepStack are 0
+        embeds, *blank = unpacked(found, self.hidden)  # behind a lookup's own columns, those of DeepStack are 0
         first, rest = merged(embeds, ids == image_token_id, main, levels)
         return first, [a + b for a, b in zip(rest, blank, strict=True)] if self.packed else rest
 
@@ -86,18 +108,29 @@ class Graphs:
         self, embeds: Array, levels: Sequence[Array], positions: Array, mask: Array, past: Past
     ) -> dict[str, Array]:
         """The decoder's inputs, by name."""
-        feed = {"attention_mask": mask, "position_ids": positions, **past}
-        if self.packed:
-            return {**feed, "inputs_embeds": np.concatenate([embeds, *levels], axis=-1)}
-        return {**feed, "inputs_embeds": embeds, **({"deepstack_embeds": np.stack(levels)} if levels else {})}
+        return {**decoder_call(self.packed, [embeds, *levels], positions, mask), **past}
 
     def empty_past(self, batch: int) -> Past:
         """past_key_values.N.key and .value, [batch, kv_heads, 0, head_dim] each."""
         ports = [port for port in self.model.get_inputs() if port.name.startswith("past_key_values.")]
         return {port.name: np.zeros((batch, port.shape[1], 0, port.shape[3]), np.float32) for port in ports}
 
-    def _unpacked(self, packed: Array) -> list[Array]:
-        return [packed[..., i : i + self.hidden] for i in range(0, packed.shape[-1], self.hidden)]
+
+def unpacked(packed: Array, hidden: int) -> list[Array]:
+    """Main and DeepStack parts [..., hidden] of an array [..., parts · hidden]."""
+    return [packed[..., i : i + hidden] for i in range(0, packed.shape[-1], hidden)]
+
+
+def decoder_call(packed: bool, parts: Sequence[Array], positions: Array, mask: Array) -> Values:
+    """The decoder's inputs except its past, by name.
+
+    Args:
+        parts: embeddings, then each DeepStack input, [batch, seq, H] each.
+    """
+    feed, (main, *levels) = {"attention_mask": mask, "position_ids": positions}, parts
+    if packed:
+        return {**feed, "inputs_embeds": np.concatenate(parts, axis=-1)}
+    return {**feed, "inputs_embeds": main, **({"deepstack_embeds": np.stack(levels)} if levels else {})}
 
 
 def merged(embeds: Array, mask: Array, main: Array, levels: Sequence[Array]) -> tuple[Array, list[Array]]:
@@ -107,3 +140,11 @@ def merged(embeds: Array, mask: Array, main: Array, levels: Sequence[Array]) -> 
     for target, level in zip(spread, levels, strict=True):
         target[mask] = level
     return out, spread
+
+
+def _with_layer_outputs(path: Path) -> bytes:
+    model = onnx.load(path, load_external_data=False)
+    made = [value for node in model.graph.node for value in node.output if value.startswith(f"{RESIDUAL}.")]
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in made)
+    serialized: bytes = model.SerializeToString()
+    return serialized

@@ -135,7 +135,7 @@ def relative_error(got: npt.NDArray[Any], want: npt.NDArray[Any]) -> float:
     return float(np.abs(got.astype(np.float64) - want).max() / scale)
 
 
-def close(place: str, case: str, got: npt.NDArray[Any], want: npt.NDArray[Any], limit: float) -> Gate:
+def compare_close(place: str, case: str, got: npt.NDArray[Any], want: npt.NDArray[Any], limit: float) -> Gate:
     """A gate on `relative_error`."""
     detail = f"shape {got.shape}, expected {want.shape}" if got.shape != want.shape else ""
     error = relative_error(got, want)
@@ -145,7 +145,9 @@ def close(place: str, case: str, got: npt.NDArray[Any], want: npt.NDArray[Any], 
     return Gate(place, case, error, limit, detail)
 
 
-def exact(place: str, case: str, got: npt.NDArray[Any] | Sequence[Any], want: npt.NDArray[Any] | Sequence[Any]) -> Gate:
+def compare_exact(
+    place: str, case: str, got: npt.NDArray[Any] | Sequence[Any], want: npt.NDArray[Any] | Sequence[Any]
+) -> Gate:
     """A gate on the number of values that differ, bit for bit."""
     a, b = np.asarray(got), np.asarray(want)
     if a.shape != b.shape:
@@ -160,7 +162,7 @@ def exact(place: str, case: str, got: npt.NDArray[Any] | Sequence[Any], want: np
     return Gate(place, case, float(differ.sum()), 0.0, f"first at {list(at)}: {a[at]}, expected {b[at]}")
 
 
-def attempted(place: str, case: str, compute: Callable[..., list[Gate]], *arguments: Any) -> list[Gate]:
+def guarded(place: str, case: str, compute: Callable[..., list[Gate]], *arguments: Any) -> list[Gate]:
     """The gates that `compute(*arguments)` gives, or one that fails and says why there are none."""
     try:
         return compute(*arguments)

@@ -32,10 +32,10 @@ from builder.util.files import link, write_text
 from builder.util.json_files import read_json
 from builder.util.progress import progress
 from builder.verify.graphs.fp32_copy import write_twins
-from builder.verify.graphs.per_layer import Asked, SlicedGraphs
+from builder.verify.graphs.per_layer import ReferenceCase, SlicedGraphs, TraceComparison
 from builder.verify.layerwise import slice_budget, verify_sliced
 from builder.verify.memory_budget import SLICE, verify_mode
-from builder.verify.quantized import Terms, weight_gates
+from builder.verify.quantized import LossLimits, weight_gates
 from builder.verify.report.gates import Gate, Report
 from builder.verify.self_test.edits import InapplicableError
 from builder.verify.self_test.mutants import MUTANTS, Mutant
@@ -147,7 +147,7 @@ class _Ways:
 
     reference: Reference
     compare: Callable[[Path], Report]
-    graphs: Callable[[Path], SlicedGraphs]
+    graphs: Callable[[Path], TraceComparison]
 
 
 def self_test(
@@ -172,7 +172,7 @@ def self_test(
     evidence.mkdir(exist_ok=True)
     for left in evidence.glob(f"{PASSING}*"):  # by a self-test that was killed
         rmtree(left, ignore_errors=True)
-    terms = Terms.of(read_json(bundle / MANIFEST).get("recipe", {}))
+    terms = LossLimits.of(read_json(bundle / MANIFEST).get("recipe", {}))
     # Hard links need the file system that the bundle is on.
     with TemporaryDirectory(prefix=PASSING, dir=evidence) as passing:
         kept = Path(passing) / "store" if store is None else store
@@ -208,23 +208,23 @@ def failed(done: SelfTest, folder: Path) -> VerificationError:
 
 def _ways(checkpoint: Checkpoint, target: str, memory: int | None, store: Path) -> _Ways:
     chosen = tuple(case for case in shipped_cases() if "self-test" in case.tags)
-    available = machine.memory_limit() if memory is None else memory
+    available, hidden = machine.memory_limit() if memory is None else memory, checkpoint.text.hidden
     if verify_mode(checkpoint, available) == "whole":
         whole, suite = Reference(checkpoint), Suite(chosen, tokens=TOKENS)
         return _Ways(
             whole,
-            lambda folder: verify(folder, target, whole, suite, until_failure=True),
-            lambda folder: SlicedGraphs(folder, target, whole, SLICE, apart=False),
+            lambda folder: verify(folder, target, whole, suite, fail_fast=True),
+            lambda folder: TraceComparison(SlicedGraphs(folder, target, hidden, SLICE, apart=False), whole),
         )
     streamed = Reference(checkpoint, streamed=True)
     return _Ways(
         streamed,
-        lambda folder: verify_sliced(folder, target, streamed, available, store, chosen, until_failure=True),
-        lambda folder: SlicedGraphs(folder, target, streamed, slice_budget(available)),
+        lambda folder: verify_sliced(folder, target, streamed, available, store, chosen, fail_fast=True),
+        lambda folder: TraceComparison(SlicedGraphs(folder, target, hidden, slice_budget(available)), streamed),
     )
 
 
-def _weights_first(ways: _Ways, target: str, checkpoint: Checkpoint, terms: Terms, folder: Path) -> Report:
+def _weights_first(ways: _Ways, target: str, checkpoint: Checkpoint, terms: LossLimits, folder: Path) -> Report:
     """A quantized bundle's weights against the checkpoint's, then its graphs against PyTorch on its own weights."""
     with TemporaryDirectory(dir=folder.parent) as passing:
         errors = write_dequantized(folder, checkpoint, terms.precision, Path(passing))
@@ -250,7 +250,7 @@ def _tested(bundle: Path, target: str, ways: _Ways, mutants: Sequence[Mutant], f
                 advance()
             case = next(case for case in shipped_cases() if "self-test" in case.tags)
             prompt = ways.reference.prepare(case.prompt, case.images)
-            asked = Asked(case.name, prompt, ways.reference.hidden_states(prompt))
+            asked = ReferenceCase(case.name, prompt, ways.reference.hidden_states(prompt))
             for site in scaled:
                 with _copied(bundle, folder):
                     survivors.append(survivor(site, folder, target, asked, ways.graphs))

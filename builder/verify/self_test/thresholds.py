@@ -19,7 +19,7 @@ import onnx_ir as ir
 from builder.checkpoint.parts import DECODER, EMBEDDINGS, VISION
 from builder.graph.ports import RESIDUAL
 from builder.targets.graphs import GRAPHS
-from builder.verify.graphs.per_layer import Asked, SlicedGraphs
+from builder.verify.graphs.per_layer import ReferenceCase, TraceComparison
 from builder.verify.report.gates import Gate
 from builder.verify.self_test.edits import (
     DOWN,
@@ -82,7 +82,9 @@ def sites(target: str, levels: int, blocks: int, layers: int) -> tuple[Site, ...
     )
 
 
-def survivor(site: Site, folder: Path, target: str, asked: Asked, graphs: Callable[[Path], SlicedGraphs]) -> Survivor:
+def survivor(
+    site: Site, folder: Path, target: str, asked: ReferenceCase, graphs: Callable[[Path], TraceComparison]
+) -> Survivor:
     """What one gate lets live.
 
     Args:
@@ -97,7 +99,7 @@ def survivor(site: Site, folder: Path, target: str, asked: Asked, graphs: Callab
         place = as_output if value.is_graph_output() else behind
         place(graph, value, ir.node("Mul", [value, factor]))
     opened = graphs(folder)
-    compute: Mapping[str, Callable[[Sequence[Asked]], list[Gate]]] = {
+    compute: Mapping[str, Callable[[Sequence[ReferenceCase]], list[list[Gate]]]] = {
         VISION: opened.vision_gates,
         EMBEDDINGS: opened.embedding_gates,
         DECODER: opened.decoder_gates,
@@ -105,9 +107,8 @@ def survivor(site: Site, folder: Path, target: str, asked: Asked, graphs: Callab
 
     def holds(errors: Sequence[float]) -> list[bool]:
         factors = [np.asarray(1 + error, np.float32) for error in errors]
-        many = [replace(asked, name=str(i), more={FACTOR: factor}) for i, factor in enumerate(factors)]
-        gates = [gate for gate in compute[site.graph](many) if gate.place == site.place]
-        rows = [[gate.ok for gate in gates if gate.case.partition(",")[0] == one.name] for one in many]
+        many = [replace(asked, more={FACTOR: factor}) for factor in factors]
+        rows = [[gate.ok for gate in gates if gate.place == site.place] for gates in compute[site.graph](many)]
         return [bool(row) and all(row) for row in rows]
 
     return Survivor(site.place, site.what, *edge(holds))

@@ -21,7 +21,7 @@ from builder.targets.clients.pipeline import load_image
 from builder.util.errors import CheckpointError, GoldenError, ResourceError
 from builder.verify.golden import record, verify
 from builder.verify.golden.file import GoldenCase, read_golden
-from builder.verify.golden.graphs import near
+from builder.verify.golden.graphs import compare_sampled
 from builder.verify.golden.record import floats, golden_case, sampled
 from builder.verify.report.gates import Report
 from builder.verify.self_test import mutations
@@ -111,17 +111,17 @@ def test_samples_are_spread_and_keep_every_bit() -> None:
 def test_a_sample_tells_what_is_off() -> None:
     tensor = np.random.default_rng(0).standard_normal((6, 32), np.float32)
     want = sampled(tensor, "seed")
-    assert near("embeddings", "case", tensor, want).measured == 0
-    assert near("embeddings", "case", tensor + np.float32(5e-5), want).ok
-    assert not near("embeddings", "case", tensor + np.float32(2e-4), want).ok
-    assert not near("embeddings", "case", np.roll(tensor, 1, axis=0), want).ok
-    assert not near("embeddings", "case", tensor[:5], want).ok
+    assert compare_sampled("embeddings", "case", tensor, want).measured == 0
+    assert compare_sampled("embeddings", "case", tensor + np.float32(5e-5), want).ok
+    assert not compare_sampled("embeddings", "case", tensor + np.float32(2e-4), want).ok
+    assert not compare_sampled("embeddings", "case", np.roll(tensor, 1, axis=0), want).ok
+    assert not compare_sampled("embeddings", "case", tensor[:5], want).ok
     holed = tensor.copy()
     holed.reshape(-1)[next(at for at in range(192) if at not in want.at)] = np.nan
-    assert not near("embeddings", "case", holed, want).ok
+    assert not compare_sampled("embeddings", "case", holed, want).ok
     one_row = tensor.copy()
     one_row[3] += 1
-    gate = near("embeddings", "case", one_row, want)
+    gate = compare_sampled("embeddings", "case", one_row, want)
     assert not gate.ok
     assert "at [3, " in gate.detail
 

@@ -12,8 +12,8 @@ import pytest
 
 from builder.reference.model import Answer
 from builder.targets.clients.pipeline import Inputs
-from builder.verify.report.gates import PLACES, Gate, Report, close, exact, relative_error
-from builder.verify.tokens import TIE, TIES_EVERY, Ties, compare, extended
+from builder.verify.report.gates import PLACES, Gate, Report, compare_close, compare_exact, relative_error
+from builder.verify.tokens import TIE, TIES_EVERY, NearTies, compare, extended
 from tests.helpers.shown import shown
 from tests.helpers.small_graphs import Array, drawn
 
@@ -63,7 +63,7 @@ def test_half_precision_does_not_overflow_in_the_comparison() -> None:
     ],
 )
 def test_what_cannot_be_compared_fails(got: Array, want: Array) -> None:
-    gate = close("embeddings", "text", got, want, 1e-4)
+    gate = compare_close("embeddings", "text", got, want, 1e-4)
     assert not gate.ok
     assert not math.isfinite(gate.measured)
     if got.shape != want.shape:
@@ -72,19 +72,21 @@ def test_what_cannot_be_compared_fails(got: Array, want: Array) -> None:
 
 def test_nothing_equals_nothing() -> None:
     empty = np.zeros((0, 8), np.float32)
-    assert close("image features", "text", empty, empty, 1e-4).ok
-    assert exact("token ids", "text", empty, empty).ok
+    assert compare_close("image features", "text", empty, empty, 1e-4).ok
+    assert compare_exact("token ids", "text", empty, empty).ok
 
 
 def test_close_says_where_and_by_how_much() -> None:
     got = WANT.copy()
     got[1, 7] += 0.5
-    gate = close("decoder prefill", "text", got, WANT, 1e-4)
+    gate = compare_close("decoder prefill", "text", got, WANT, 1e-4)
     assert not gate.ok
     assert gate.measured == pytest.approx(0.5 / WANT.std(), rel=1e-4)
     assert "at [1, 7]" in gate.detail
     assert f"PyTorch {WANT[1, 7]:.6g}" in gate.detail
-    assert close("decoder prefill", "text", got, WANT, 1.0) == Gate("decoder prefill", "text", gate.measured, 1.0)
+    assert compare_close("decoder prefill", "text", got, WANT, 1.0) == Gate(
+        "decoder prefill", "text", gate.measured, 1.0
+    )
 
 
 def test_the_limit_itself_passes() -> None:
@@ -99,25 +101,25 @@ def test_no_limit_lets_through_what_is_no_number(measured: float) -> None:
 
 def test_exact_counts_and_names_the_first_difference() -> None:
     want = np.arange(12).reshape(3, 4)
-    assert exact("token ids", "text", want, want) == Gate("token ids", "text", 0.0, 0.0)
+    assert compare_exact("token ids", "text", want, want) == Gate("token ids", "text", 0.0, 0.0)
     got = want.copy()
     got[1, 2] = got[2, 3] = -1
-    gate = exact("token ids", "text", got, want)
+    gate = compare_exact("token ids", "text", got, want)
     assert (gate.measured, gate.ok, gate.detail) == (2, False, "first at [1, 2]: -1, expected 6")
 
 
 def test_exact_allows_no_last_bit_and_no_nan() -> None:
     want = np.array([1, 2, 3], np.float32)
-    assert not exact("pixel values", "text", np.nextafter(want, np.float32(9)), want).ok
+    assert not compare_exact("pixel values", "text", np.nextafter(want, np.float32(9)), want).ok
     unknown = np.array([1, 2, np.nan], np.float32)
-    assert not exact("pixel values", "text", unknown, unknown).ok
+    assert not compare_exact("pixel values", "text", unknown, unknown).ok
 
 
 @pytest.mark.parametrize(
     ("got", "want", "count"), [([], [1, 2], 2), ([1, 2, 3], [1, 2], 3), ([[1], [2]], [1, 2], 2), (7, [7], 1)]
 )
 def test_exact_fails_on_another_shape(got: Sequence[int], want: Sequence[int], count: int) -> None:
-    gate = exact("token ids", "text", got, want)
+    gate = compare_exact("token ids", "text", got, want)
     assert (gate.ok, gate.measured) == (False, count)
     assert gate.detail.startswith("shape ")
 
@@ -265,13 +267,13 @@ def test_tokens_missing_behind_a_near_tie_fail() -> None:
     [(64, 0, True), (64, 1, True), (64, 2, False), (TIES_EVERY, 1, True), (TIES_EVERY, 2, False), (1001, 2, True)],
 )
 def test_one_token_in_a_thousand_may_be_a_near_tie(compared: int, found: int, ok: bool) -> None:
-    gate = Ties(compared, ("told",) * found).gate(allowed=True)
+    gate = NearTies(compared, ("told",) * found).gate(allowed=True)
     assert (gate.place, gate.case, gate.measured, gate.ok) == ("tokens", "near ties", found, ok)
 
 
 def test_where_none_are_allowed_the_first_near_tie_fails_and_is_told() -> None:
-    assert Ties(5000, ()).gate(allowed=False).ok
-    gate = Ties(5000, ("text: token 2", "text: token 9")).gate(allowed=False)
+    assert NearTies(5000, ()).gate(allowed=False).ok
+    gate = NearTies(5000, ("text: token 2", "text: token 9")).gate(allowed=False)
     assert (gate.ok, gate.limit, gate.detail) == (False, 0.0, "text: token 2; text: token 9")
 
 

@@ -100,7 +100,7 @@ def test_wrong_positions_fail_as_that(
         return positions + np.array([0, 1, 0]).reshape(3, 1, 1), delta
 
     monkeypatch.setattr(pipeline, "position_ids", off)
-    report = whole.verify(bundle(target), target, reference, SMALL, until_failure=True)
+    report = whole.verify(bundle(target), target, reference, SMALL, fail_fast=True)
     assert report.first_failure is not None
     assert report.first_failure.place == "position ids"
 
