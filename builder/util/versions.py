@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+from importlib import metadata
 
 MISSING = "not installed"
 

@@ -27,8 +27,8 @@ from builder.util import peak_memory
 from builder.util.errors import CasesError
 from builder.util.progress import progress
 from builder.util.units import size
-from builder.verify.graphs.compare import in_order, logit_error
-from builder.verify.graphs.per_layer import ReferenceCase, SlicedGraphs, TraceComparison
+from builder.verify.graphs.compare import ReferenceCase, TraceCase, in_order, logit_error
+from builder.verify.graphs.per_layer import SlicedGraphs, TraceComparison
 from builder.verify.image_preprocessor import preprocessor_gates
 from builder.verify.memory_budget import SLICE, VERIFY_MEMORY
 from builder.verify.report.exhibits import collecting, show_case
@@ -121,7 +121,7 @@ def slice_budget(memory: int) -> int:
     return min(SLICE, max(1, (memory - VERIFY_MEMORY) // TWICE))
 
 
-def _asked(case: Case, folder: Path, reference: Reference, store: Path) -> tuple[ReferenceCase, list[Gate]]:
+def _asked(case: Case, folder: Path, reference: Reference, store: Path) -> tuple[TraceCase, list[Gate]]:
     """The case, and its inputs as the bundle's own preprocessing gives them against PyTorch's."""
     settings, vision = read_settings(folder / "pipeline.json"), read_image_settings(folder / "vision_processor.json")
     inputs = prepare(case.prompt, case.images, load_tokenizer(folder / "tokenizer.json"), settings, vision)
@@ -137,7 +137,7 @@ def _tokens(
     target: str,
     reference: Reference,
     cases: Sequence[Case],
-    asked: Sequence[ReferenceCase],
+    asked: Sequence[TraceCase],
     gates: Sequence[Gate],
     memory: int,
 ) -> tuple[list[Gate], dict[str, str]]:
@@ -156,7 +156,7 @@ def _tokens(
             told.append(Gate("tokens", one.name, float("inf"), 0.0, tokens))
             continue
         logits = reference.hidden_states(one.prompt, tokens[:-1], keep=len(tokens)).logits
-        error = logit_error(gates, one.limit, float(one.trace.logits.std()))
+        error = logit_error(gates, one.limit, float(one.expected.logits.std()))
         gate, near = forced(
             f"{one.name}, {len(tokens)} tokens", tokens, logits, error, eos_token_ids(reference.checkpoint)
         )

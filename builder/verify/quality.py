@@ -60,18 +60,17 @@ class Sides:
     """The bundle in plain sessions and in its own runtime, and PyTorch."""
 
     graphs: Graphs
-    outputs: Sequence[str]
     runner: Runner
     reference: Reference
 
     @classmethod
     def open(cls, folder: Path, target: str, reference: Reference) -> Sides:
-        graphs, outputs = shipped_graphs(folder, target, reference.checkpoint.text.hidden)
-        return cls(graphs, outputs, open_runner(folder, target), reference)
+        graphs = shipped_graphs(folder, target, reference.checkpoint.text.hidden)
+        return cls(graphs, open_runner(folder, target), reference)
 
     def forced(self, prompt: Prompt, answer: Sequence[int]) -> tuple[Array, list[Array]]:
         """The bundle's logits [seq, vocab], and its residual streams, [seq, H] each."""
-        return forced(self.graphs, self.outputs, prompt, answer, self.reference.image_token_id)
+        return forced(self.graphs, prompt, answer, self.reference.image_token_id)
 
 
 def quality_gates(

@@ -156,7 +156,7 @@ def test_a_layer_that_is_kept_wide_stays_finite(loud: Path, outputs: Path, monke
     wide = half(loud, outputs, "fp16-loud")
     (case,) = [case for case in shipped_cases() if case.name == "one picture"]
     prompt = reference.prepare(case.prompt, case.images)
-    got, streams = forced(*shipped_graphs(wide, "genai", opened.text.hidden), prompt, (), opened.image_token_id)
+    got, streams = forced(shipped_graphs(wide, "genai", opened.text.hidden), prompt, (), opened.image_token_id)
     assert len(streams) == opened.text.layers
     want = reference.logits(prompt, ())
     assert float(np.abs(got - want).mean() / want.std()) < 0.1

@@ -12,6 +12,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
+import numpy.typing as npt
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked
 
@@ -108,6 +110,11 @@ class Golden:
     hidden: int
     cases: Annotated[tuple[GoldenCase, ...], Field(min_length=1)]
     task: Task | None
+
+
+def floats(text: str) -> npt.NDArray[np.float64]:
+    """float64 values of hex floats with spaces between."""
+    return np.array([float.fromhex(one) for one in text.split()], np.float64)
 
 
 def read_golden(path: Path) -> Golden:

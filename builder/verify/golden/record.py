@@ -184,11 +184,6 @@ def _hex(value: float) -> str:
     return f"{whole}{'.' if digits else ''}{digits}p{exponent}" if exponent else mantissa
 
 
-def floats(text: str) -> Array:
-    """float64 values of hex floats with spaces between."""
-    return np.array([float.fromhex(one) for one in text.split()], np.float64)
-
-
 def digest(array: Array) -> str:
     """SHA-256 (hex) of an array's type, shape and bytes."""
     head = f"{array.dtype.str} {tuple(array.shape)} ".encode()

@@ -30,14 +30,13 @@ from builder.util.errors import GoldenError, VerificationError
 from builder.util.json_files import read_json
 from builder.util.progress import progress
 from builder.util.versions import version
-from builder.verify.golden.file import Golden, GoldenCase, read_golden
+from builder.verify.golden.file import Golden, GoldenCase, floats, read_golden
 from builder.verify.golden.graphs import graph_gates
 from builder.verify.golden.record import (
     MADE_WITH,
     TASK_TOKENS,
     case_digest,
     digest,
-    floats,
     made_from,
     picture_marks,
     pixel_digests,

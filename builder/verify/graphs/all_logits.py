@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from builder.bundle.layout import graph_files
 from builder.checkpoint.parts import DECODER
@@ -20,9 +19,8 @@ from builder.reference.model import Prompt
 from builder.targets.graphs import GRAPHS
 from builder.util.onnx_session import does_not_load, open_session
 from builder.verify.graphs.fp32_copy import decoder_with_all_logits
-from builder.verify.graphs.sessions import Graphs
+from builder.verify.graphs.sessions import Array, Graphs, decoder_call
 
-Array = npt.NDArray[Any]
 TYPES = {"tensor(float16)": np.float16, "tensor(float)": np.float32, "tensor(int64)": np.int64}
 
 
@@ -36,6 +34,9 @@ class FloatSession:
     def get_inputs(self) -> Any:
         return self._session.get_inputs()
 
+    def get_outputs(self) -> Any:
+        return self._session.get_outputs()
+
     def run(self, outputs: Sequence[str] | None, feed: dict[str, Array]) -> list[Array]:
         """As onnxruntime's, all outputs where `outputs` is None."""
         cast = {name: value.astype(self._types[name], copy=False) for name, value in feed.items()}
@@ -45,14 +46,13 @@ class FloatSession:
         ]
 
 
-def shipped_graphs(folder: Path, target: str, hidden: int) -> tuple[Graphs, list[str]]:
-    """The three sessions on the CPU, and the names of the decoder's outputs.
+def shipped_graphs(folder: Path, target: str, hidden: int) -> Graphs:
+    """The three sessions on the CPU.
 
     Raises:
         BundleError: ONNX Runtime does not load a graph.
     """
     files, sessions = graph_files(folder), []
-    outputs: list[str] = []
     for name in ROLES:
         path = files[name]
         model = decoder_with_all_logits(path) if name == DECODER else path
@@ -63,14 +63,11 @@ def shipped_graphs(folder: Path, target: str, hidden: int) -> tuple[Graphs, list
             expected = "a graph of a precision that the CPU provider computes in"
             raise does_not_load(path, error, expected=expected) from error
         sessions.append(FloatSession(session))
-        outputs = [port.name for port in session.get_outputs()]
     vision, embeddings, decoder = sessions
-    return Graphs(vision, embeddings, decoder, GRAPHS[target].packed, hidden), outputs
+    return Graphs(vision, embeddings, decoder, GRAPHS[target].packed, hidden)
 
 
-def forced(
-    graphs: Graphs, outputs: Sequence[str], prompt: Prompt, answer: Sequence[int], image_token_id: int
-) -> tuple[Array, list[Array]]:
+def forced(graphs: Graphs, prompt: Prompt, answer: Sequence[int], image_token_id: int) -> tuple[Array, list[Array]]:
     """One pass over a prompt and a given answer, from pixels on.
 
     Returns:
@@ -84,8 +81,8 @@ def forced(
     if prompt.pixel_values is not None and prompt.image_grid_thw is not None:
         main, levels = graphs.vision(prompt.pixel_values, prompt.image_grid_thw)
     embeds, spread = graphs.embed(ids, main, levels, image_token_id)
-    feed = graphs.decoder_feed(embeds, spread, positions, np.ones((1, ids.shape[1]), np.int64), graphs.empty_past(1))
-    values = dict(zip(outputs, graphs.model.run(None, feed), strict=True))
+    call = decoder_call(graphs.packed, [embeds, *spread], positions, np.ones((1, ids.shape[1]), np.int64))
+    ((values,),) = graphs.run(DECODER, [[call]])
     streams = sorted((name for name in values if name.startswith(f"{RESIDUAL}.")), key=_layer)
     return values["logits"][0], [values[name][0] for name in streams]
 

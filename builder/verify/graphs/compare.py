@@ -1,26 +1,57 @@
 """Compare the three graphs of a bundle with PyTorch, place by place.
 
-A `GraphRunner` runs the graphs, in whole sessions or slice by slice; an `Expected` compares an array at a named place,
-with a live trace or with a golden's samples. Gates come in the order of the computation.
+A `GraphRunner` runs the graphs, in whole sessions or slice by slice; an `Expected` is what PyTorch computed, a live
+trace or a golden's samples. Gates come in the order of the computation.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol, TypeVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 
 from builder.graph.ports import PACKED_FEATURES, PLAIN_FEATURES, RESIDUAL
+from builder.reference.case_file import FP32
+from builder.reference.model import Prompt, Trace
+from builder.verify.golden.file import GoldenCase, Sample, floats
 from builder.verify.graphs.sessions import Array, Values, decoder_call, unpacked
-from builder.verify.report.gates import Gate, uncomputed
+from builder.verify.report.exhibits import show_logits
+from builder.verify.report.gates import Gate, compare_close, uncomputed
 
 # The calls of a decoder, as ends counted from the last token: prefill, a chunk on that past, two single steps.
 ENDS = (-6, -2, -1, 0)
 LOGITS = ("decoder prefill", "decoder chunk", "decoder step")
-T = TypeVar("T")
 Span = tuple[str, int, int]  # the place, begin and end of the tokens of one call
+Expected = TypeVar("Expected", bound=Trace | GoldenCase, covariant=True)  # where it is empty, nothing is compared
+
+
+@dataclass(frozen=True)
+class ReferenceCase(Generic[Expected]):
+    """A prompt, and what PyTorch computed for it.
+
+    Args:
+        limit: see `builder.reference.cases.Case`.
+        more: inputs that a graph has been given besides those of builder/graph/ports.py.
+    """
+
+    name: str
+    prompt: Prompt
+    expected: Expected
+    limit: float = FP32
+    more: Mapping[str, Array] = field(default_factory=dict)
+
+    def gate(self, place: str, case: str, got: Array, want: Array | Sample) -> Gate:
+        """A computed array against an array, or a sample of it."""
+        if isinstance(want, Sample):
+            return compare_sampled(place, case, got, want, self.limit)
+        return compare_close(place, case, got, want, self.limit)
+
+
+TraceCase = ReferenceCase[Trace]
+AnyCase = ReferenceCase[Trace | GoldenCase]
 
 
 class GraphRunner(Protocol):
@@ -37,33 +68,6 @@ class GraphRunner(Protocol):
 
         A call has the graph's inputs except past_key_values, which is the present of the call before it.
         """
-        ...
-
-
-class Expected(Protocol):
-    """What PyTorch computed for one case: arrays, or samples of them. Nothing is compared where there are none."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def limit(self) -> float: ...
-    @property
-    def vision(self) -> Sequence[Any]: ...
-    @property
-    def features(self) -> Sequence[Any]: ...
-    def gate(self, place: str, case: str, got: Array, want: Any) -> Gate:
-        """One array against one of those expected."""
-        ...
-
-    def decoder_layers(
-        self, spans: Sequence[Span], calls: Sequence[Values]
-    ) -> Iterable[tuple[str, Values, Sequence[Any]]]:
-        """(case, values with the residual streams, what is expected of each layer)."""
-        ...
-
-    def logits_gate(self, span: Span, logits: Array, packed: bool) -> Gate:
-        """The logits [tokens (packed: 1), vocab] of one call."""
-        ...
 
 
 def spans(seq: int) -> list[Span]:
@@ -72,7 +76,7 @@ def spans(seq: int) -> list[Span]:
     return list(zip((*LOGITS, LOGITS[-1]), [0, *ends], ends, strict=False))
 
 
-def decoder_calls(runner: GraphRunner, parts: Sequence[Array], positions: Array, row: Sequence[Span]) -> list[Values]:
+def decoder_calls(packed: bool, parts: Sequence[Array], positions: Array, row: Sequence[Span]) -> list[Values]:
     """Those calls.
 
     Args:
@@ -83,7 +87,7 @@ def decoder_calls(runner: GraphRunner, parts: Sequence[Array], positions: Array,
     for _, begin, end in row:
         mask = np.ones((len(parts[0]), end), np.int64)
         pieces = [part[:, begin:end] for part in parts]
-        calls.append(decoder_call(runner.packed, pieces, positions[:, :, begin:end], mask))
+        calls.append(decoder_call(packed, pieces, positions[:, :, begin:end], mask))
     return calls
 
 
@@ -94,55 +98,85 @@ def features(runner: GraphRunner, values: Values) -> list[Array]:
     return [values[PLAIN_FEATURES], *values.get("deepstack_features", ())]
 
 
-def vision_gates(expected: Expected, runner: GraphRunner, values: Values) -> list[Gate]:
+def compare_sampled(place: str, case: str, got: Array, want: Sample, limit: float = FP32) -> Gate:
+    """A gate on the sampled values: the largest difference over the standard deviation of PyTorch's whole tensor."""
+    if tuple(got.shape) != want.shape:
+        return Gate(place, case, math.inf, limit, f"shape {got.shape}, expected {want.shape}")
+    if not np.isfinite(got).all():
+        return Gate(place, case, math.inf, limit, "a value is not finite")
+    if not want.at:
+        return Gate(place, case, 0.0, limit)
+    expected = floats(want.values)
+    off = np.abs(got.reshape(-1)[list(want.at)] - expected)
+    error = float(off.max() / (float.fromhex(want.std) or 1.0))
+    if error <= limit:
+        return Gate(place, case, error, limit)
+    worst = int(off.argmax())
+    at = [int(one) for one in np.unravel_index(want.at[worst], got.shape)]
+    value = got.reshape(-1)[want.at[worst]]
+    detail = f"{error:.1e} of a standard deviation at {at}: {value:.6g}, PyTorch {expected[worst]:.6g}"
+    return Gate(place, case, error, limit, detail)
+
+
+def vision_gates(case: AnyCase, runner: GraphRunner, values: Values) -> list[Gate]:
     """The residual stream after each block, then main and DeepStack features."""
-    gates = layer_gates(expected, "vision layers", expected.name, values, expected.vision)
-    if not expected.features:
+    gates = _layer_gates(case, "vision layers", case.name, values, case.expected.vision)
+    if not case.expected.features:
         return gates
-    main, *levels = features(runner, values)
-    gates.append(expected.gate("image features", expected.name, main, expected.features[0]))
-    return gates + _level_gates(expected, "deepstack features", levels, expected.features[1:])
+    (main, *levels), (want, *wanted) = features(runner, values), case.expected.features
+    gates.append(case.gate("image features", case.name, main, want))
+    return gates + _level_gates(case, "deepstack features", levels, wanted)
 
 
-def embedding_gates(expected: Expected, got: Sequence[Array], want: Sequence[Any]) -> list[Gate]:
+def embedding_gates(case: AnyCase, got: Sequence[Array], want: Sequence[Array | Sample]) -> list[Gate]:
     """The merged embeddings, then each DeepStack input."""
-    main = expected.gate("embeddings", f"{expected.name}, main", got[0], want[0])
-    return [main, *_level_gates(expected, "embeddings", got[1:], want[1:])]
+    main = case.gate("embeddings", f"{case.name}, main", got[0], want[0])
+    return [main, *_level_gates(case, "embeddings", got[1:], want[1:])]
 
 
-def decoder_gates(expected: Expected, runner: GraphRunner, row: Sequence[Span], calls: Sequence[Values]) -> list[Gate]:
-    """Every layer's residual stream, then the logits of every call."""
-    layers = expected.decoder_layers(row, calls)
-    gates = [gate for layer in layers for gate in layer_gates(expected, "decoder layers", *layer)]
-    logits = zip(row, calls, strict=True)
-    return gates + [expected.logits_gate(span, values["logits"][0], runner.packed) for span, values in logits]
+def decoder_gates(case: AnyCase, packed: bool, row: Sequence[Span], calls: Sequence[Values]) -> list[Gate]:
+    """Every layer's residual stream, then the logits of every call; a golden has the last position's alone."""
+    layers, logits, expected = [], [], case.expected
+    for number, ((place, begin, end), values) in enumerate(zip(row, calls, strict=True)):
+        name, got = f"{case.name}, tokens {begin}–{end}", values["logits"][0]
+        if isinstance(expected, GoldenCase):
+            logits.append(case.gate(place, name, got[-1], expected.logits[number]))
+            continue
+        want = expected.logits[end - 1 if packed else begin : end]
+        layers += _layer_gates(case, "decoder layers", name, values, [x[:, begin:end] for x in expected.decoder])
+        logits.append(case.gate(place, name, got, want))
+        show_logits(case.name, (begin, end), got, want)
+    if isinstance(expected, GoldenCase):  # a sample is of the whole prompt
+        names = [name for name in calls[0] if name.startswith(f"{RESIDUAL}.")]
+        whole = {name: np.concatenate([call[name] for call in calls], axis=-2) for name in names}
+        layers = _layer_gates(case, "decoder layers", case.name, whole, expected.decoder)
+    return layers + logits
 
 
-def layer_gates(expected: Expected, place: str, case: str, values: Values, want: Sequence[Any]) -> list[Gate]:
+def _layer_gates(case: AnyCase, place: str, name: str, values: Values, want: Sequence[Array | Sample]) -> list[Gate]:
     """The residual stream after each layer; a layer whose stream the graph does not name fails."""
     gates = []
     for layer, stream in enumerate(want):
-        name, got = f"{case}, layer {layer}", values.get(f"{RESIDUAL}.{layer}")
+        got, at = values.get(f"{RESIDUAL}.{layer}"), f"{name}, layer {layer}"
         if got is None:
-            gates.append(uncomputed(place, name, KeyError(f"the graph has no {RESIDUAL}.{layer}")))
+            gates.append(uncomputed(place, at, KeyError(f"the graph has no {RESIDUAL}.{layer}")))
         else:
             shape = (*(1,) * (len(stream.shape) - 2), -1, got.shape[-1])
-            gates.append(expected.gate(place, name, got.reshape(shape), stream))
-    found = sum(name.startswith(f"{RESIDUAL}.") for name in values)
+            gates.append(case.gate(place, at, got.reshape(shape), stream))
+    found = sum(key.startswith(f"{RESIDUAL}.") for key in values)
     if want and found > len(want):
-        gates.append(Gate(place, case, math.inf, expected.limit, f"{found} layers, expected {len(want)}"))
+        gates.append(Gate(place, name, math.inf, case.limit, f"{found} layers, expected {len(want)}"))
     return gates
 
 
-def _level_gates(expected: Expected, place: str, got: Sequence[Array], want: Sequence[Any]) -> list[Gate]:
+def _level_gates(case: AnyCase, place: str, got: Sequence[Array], want: Sequence[Array | Sample]) -> list[Gate]:
     if len(got) != len(want):
-        detail = f"{len(got)} levels, expected {len(want)}"
-        return [Gate(place, expected.name, math.inf, expected.limit, detail)]
+        return [Gate(place, case.name, math.inf, case.limit, f"{len(got)} levels, expected {len(want)}")]
     pairs = enumerate(zip(got, want, strict=True))
-    return [expected.gate(place, f"{expected.name}, level {level}", *pair) for level, pair in pairs]
+    return [case.gate(place, f"{case.name}, level {level}", *pair) for level, pair in pairs]
 
 
-def in_order(compute: Callable[[Sequence[T]], Iterable[list[Gate]]], cases: Sequence[T]) -> list[Gate]:
+def in_order(compute: Callable[[Sequence[TraceCase]], Iterable[list[Gate]]], cases: Sequence[TraceCase]) -> list[Gate]:
     """The gates of several cases: the logits of all of them last."""
     return sorted((gate for gates in compute(cases) for gate in gates), key=lambda gate: gate.place in LOGITS)
 

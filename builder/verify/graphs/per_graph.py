@@ -15,8 +15,8 @@ from builder.reference.case_file import FP32
 from builder.reference.cases import CHECKS
 from builder.reference.model import Prompt, Reference, Trace
 from builder.util.errors import BundleError
-from builder.verify.graphs.compare import embedding_gates, in_order, logit_error
-from builder.verify.graphs.per_layer import ReferenceCase, SlicedGraphs, TraceComparison
+from builder.verify.graphs.compare import ReferenceCase, TraceCase, embedding_gates, in_order, logit_error
+from builder.verify.graphs.per_layer import SlicedGraphs, TraceComparison
 from builder.verify.graphs.sessions import Graphs
 from builder.verify.memory_budget import SLICE
 from builder.verify.report.gates import Gate, compare_close, guarded, uncomputed
@@ -66,19 +66,19 @@ def graph_gates(
     if "decoder" not in checks:
         return gates, 0.0
     logits = reference.logits(prompt, ())
-    case = replace(case, trace=replace(case.trace, logits=logits))
+    case = replace(case, expected=replace(case.expected, logits=logits))
     gates += guarded("decoder prefill", name, in_order, comparison.decoder_gates, [case])
     return gates, logit_error(gates, limit, float(logits.std()))
 
 
-def _with_features(case: ReferenceCase, reference: Reference) -> ReferenceCase:
+def _with_features(case: TraceCase, reference: Reference) -> TraceCase:
     assert case.prompt.pixel_values is not None
     assert case.prompt.image_grid_thw is not None
     main, levels = reference.vision(case.prompt.pixel_values, case.prompt.image_grid_thw)
-    return replace(case, trace=replace(case.trace, features=(main, *levels)))
+    return replace(case, expected=replace(case.expected, features=(main, *levels)))
 
 
-def _embedding_gates(graphs: Graphs, comparison: TraceComparison, case: ReferenceCase) -> list[Gate]:
+def _embedding_gates(graphs: Graphs, comparison: TraceComparison, case: TraceCase) -> list[Gate]:
     """What the decoder is fed, whether the graph or the client merges."""
     main, *levels = comparison.features(case)
     got, spread = graphs.embed(case.prompt.input_ids, main, levels, comparison.reference.image_token_id)

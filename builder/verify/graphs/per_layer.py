@@ -6,20 +6,19 @@ residual stream leaves the tolerance has a gate of its own.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from builder.bundle.layout import graph_files
 from builder.checkpoint.parts import DECODER, EMBEDDINGS, VISION
-from builder.reference.case_file import FP32
-from builder.reference.model import Prompt, Reference, Trace
+from builder.reference.model import Reference
 from builder.targets.graphs import GRAPHS
 from builder.verify.graphs.compare import (
     GraphRunner,
-    Span,
+    TraceCase,
     decoder_calls,
     decoder_gates,
     embedding_gates,
@@ -28,50 +27,7 @@ from builder.verify.graphs.compare import (
 )
 from builder.verify.graphs.sessions import Array, Values, merged, unpacked
 from builder.verify.graphs.slices import run_slices, sliced
-from builder.verify.report.exhibits import show_logits
-from builder.verify.report.gates import Gate, compare_close
-
-
-@dataclass(frozen=True)
-class ReferenceCase:
-    """A prompt, and what PyTorch computed for it: an `Expected`.
-
-    Args:
-        name: of the case, for the gates.
-        trace: a part of it may be empty, and then is not compared.
-        limit: see `builder.reference.cases.Case`.
-        more: inputs that a graph has been given besides those of builder/graph/ports.py.
-    """
-
-    name: str
-    prompt: Prompt
-    trace: Trace
-    limit: float = FP32
-    more: Mapping[str, Array] = field(default_factory=dict)
-
-    @property
-    def vision(self) -> tuple[Array, ...]:
-        return self.trace.vision
-
-    @property
-    def features(self) -> tuple[Array, ...]:
-        return self.trace.features
-
-    def gate(self, place: str, case: str, got: Array, want: Array) -> Gate:
-        return compare_close(place, case, got, want, self.limit)
-
-    def decoder_layers(
-        self, row: Sequence[Span], calls: Sequence[Values]
-    ) -> Iterator[tuple[str, Values, Sequence[Array]]]:
-        """The streams of each call."""
-        for (_, begin, end), values in zip(row, calls, strict=True):
-            yield f"{self.name}, tokens {begin}–{end}", values, [layer[:, begin:end] for layer in self.trace.decoder]
-
-    def logits_gate(self, span: Span, logits: Array, packed: bool) -> Gate:
-        place, begin, end = span
-        want = self.trace.logits[end - 1 if packed else begin : end]
-        show_logits(self.name, (begin, end), logits, want)
-        return self.gate(place, f"{self.name}, tokens {begin}–{end}", logits, want)
+from builder.verify.report.gates import Gate
 
 
 class SlicedGraphs:
@@ -104,7 +60,7 @@ class TraceComparison:
     runner: GraphRunner
     reference: Reference
 
-    def vision_gates(self, cases: Sequence[ReferenceCase]) -> list[list[Gate]]:
+    def vision_gates(self, cases: Sequence[TraceCase]) -> list[list[Gate]]:
         """The residual stream after each block, then main and DeepStack features; of cases with images."""
         seen, calls = [], []
         for case in cases:
@@ -115,7 +71,7 @@ class TraceComparison:
         results = zip(seen, self.runner.run(VISION, calls), strict=True)
         return [vision_gates(case, self.runner, values) for case, (values,) in results]
 
-    def embedding_gates(self, cases: Sequence[ReferenceCase]) -> list[list[Gate]]:
+    def embedding_gates(self, cases: Sequence[TraceCase]) -> list[list[Gate]]:
         """The embeddings graph's own output: a lookup or, in a graph that merges, `merged_embeddings`."""
         calls = []
         for case in cases:
@@ -126,30 +82,30 @@ class TraceComparison:
         results = zip(cases, self.runner.run(EMBEDDINGS, calls), strict=True)
         return [self._lookup_gates(case, values["inputs_embeds"]) for case, (values,) in results]
 
-    def decoder_gates(self, cases: Sequence[ReferenceCase]) -> list[list[Gate]]:
+    def decoder_gates(self, cases: Sequence[TraceCase]) -> list[list[Gate]]:
         """Prefill, a chunk of four tokens on that past, two single steps: every layer's stream, then the logits."""
         rows = [spans(case.prompt.input_ids.shape[1]) for case in cases]
         calls = []
         for case, row in zip(cases, rows, strict=True):
             parts = self.merged_embeddings(case)
-            found = decoder_calls(self.runner, parts, case.prompt.position_ids, row)
+            found = decoder_calls(self.runner.packed, parts, case.prompt.position_ids, row)
             calls.append([{**call, **case.more} for call in found])
         results = zip(cases, rows, self.runner.run(DECODER, calls), strict=True)
-        return [decoder_gates(case, self.runner, row, values) for case, row, values in results]
+        return [decoder_gates(case, self.runner.packed, row, values) for case, row, values in results]
 
-    def features(self, case: ReferenceCase) -> list[Array]:
+    def features(self, case: TraceCase) -> list[Array]:
         """PyTorch's main features and DeepStack levels, [0, H] each without images."""
         checkpoint = self.reference.checkpoint
         empty = np.zeros((0, checkpoint.text.hidden), np.float32)
-        return list(case.trace.features) or [empty] * (1 + len(checkpoint.vision.deepstack))
+        return list(case.expected.features) or [empty] * (1 + len(checkpoint.vision.deepstack))
 
-    def merged_embeddings(self, case: ReferenceCase) -> list[Array]:
+    def merged_embeddings(self, case: TraceCase) -> list[Array]:
         """PyTorch's embeddings with the features merged, then each DeepStack input."""
         ids, (main, *levels) = case.prompt.input_ids, self.features(case)
         embeds, spread = merged(self.reference.embed(ids), ids == self.reference.image_token_id, main, levels)
         return [embeds, *spread]
 
-    def _lookup_gates(self, case: ReferenceCase, got: Array) -> list[Gate]:
+    def _lookup_gates(self, case: TraceCase, got: Array) -> list[Gate]:
         if self.runner.merges:
             return embedding_gates(case, unpacked(got, self.runner.hidden), self.merged_embeddings(case))
         want = self.reference.embed(case.prompt.input_ids)

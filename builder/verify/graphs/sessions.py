@@ -101,18 +101,13 @@ class Graphs:
     ) -> tuple[Array, Past]:
         """logits [batch, seq, vocab] (packed: [batch, 1, vocab], the last position's) and the next past."""
         past = self.empty_past(embeds.shape[0]) if past is None else past
-        logits, *present = self.model.run(None, self.decoder_feed(embeds, levels, positions, mask, past))
+        call = decoder_call(self.packed, [embeds, *levels], positions, mask)
+        logits, *present = self.model.run(None, {**call, **past})
         return logits, dict(zip(past, present, strict=True))
-
-    def decoder_feed(
-        self, embeds: Array, levels: Sequence[Array], positions: Array, mask: Array, past: Past
-    ) -> dict[str, Array]:
-        """The decoder's inputs, by name."""
-        return {**decoder_call(self.packed, [embeds, *levels], positions, mask), **past}
 
     def empty_past(self, batch: int) -> Past:
         """past_key_values.N.key and .value, [batch, kv_heads, 0, head_dim] each."""
-        ports = [port for port in self.model.get_inputs() if port.name.startswith("past_key_values.")]
+        ports = [port for port in self.model.get_inputs() if port.name.startswith(PAST)]
         return {port.name: np.zeros((batch, port.shape[1], 0, port.shape[3]), np.float32) for port in ports}
 
 

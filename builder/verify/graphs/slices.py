@@ -16,18 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 
 from builder.graph.ports import RESIDUAL
 from builder.util import peak_memory
 from builder.util.errors import BundleError
 from builder.util.onnx_session import open_session
+from builder.verify.graphs.sessions import PAST, PRESENT, Values
 
-Array = npt.NDArray[Any]
-Values = dict[str, Array]
 Pasts = list[list[tuple[int, int]]]  # of each call of each conversation: the batch, the tokens in its past
-PAST, PRESENT, MASK = "past_key_values.", "present.", "attention_mask"
+MASK = "attention_mask"
 
 
 @dataclass(frozen=True)

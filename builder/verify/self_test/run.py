@@ -31,8 +31,9 @@ from builder.util.errors import BundleError, VerificationError
 from builder.util.files import link, write_text
 from builder.util.json_files import read_json
 from builder.util.progress import progress
+from builder.verify.graphs.compare import ReferenceCase
 from builder.verify.graphs.fp32_copy import write_twins
-from builder.verify.graphs.per_layer import ReferenceCase, SlicedGraphs, TraceComparison
+from builder.verify.graphs.per_layer import SlicedGraphs, TraceComparison
 from builder.verify.layerwise import slice_budget, verify_sliced
 from builder.verify.memory_budget import SLICE, verify_mode
 from builder.verify.quantized import LossLimits, weight_gates

@@ -19,7 +19,8 @@ import onnx_ir as ir
 from builder.checkpoint.parts import DECODER, EMBEDDINGS, VISION
 from builder.graph.ports import RESIDUAL
 from builder.targets.graphs import GRAPHS
-from builder.verify.graphs.per_layer import ReferenceCase, TraceComparison
+from builder.verify.graphs.compare import TraceCase
+from builder.verify.graphs.per_layer import TraceComparison
 from builder.verify.report.gates import Gate
 from builder.verify.self_test.edits import (
     DOWN,
@@ -83,7 +84,7 @@ def sites(target: str, levels: int, blocks: int, layers: int) -> tuple[Site, ...
 
 
 def survivor(
-    site: Site, folder: Path, target: str, asked: ReferenceCase, graphs: Callable[[Path], TraceComparison]
+    site: Site, folder: Path, target: str, asked: TraceCase, graphs: Callable[[Path], TraceComparison]
 ) -> Survivor:
     """What one gate lets live.
 
@@ -99,7 +100,7 @@ def survivor(
         place = as_output if value.is_graph_output() else behind
         place(graph, value, ir.node("Mul", [value, factor]))
     opened = graphs(folder)
-    compute: Mapping[str, Callable[[Sequence[ReferenceCase]], list[list[Gate]]]] = {
+    compute: Mapping[str, Callable[[Sequence[TraceCase]], list[list[Gate]]]] = {
         VISION: opened.vision_gates,
         EMBEDDINGS: opened.embedding_gates,
         DECODER: opened.decoder_gates,

@@ -20,9 +20,9 @@ from builder.reference.cases import SUITE, read_cases, shipped_cases
 from builder.targets.clients.pipeline import load_image
 from builder.util.errors import CheckpointError, GoldenError, ResourceError
 from builder.verify.golden import record, verify
-from builder.verify.golden.file import GoldenCase, read_golden
-from builder.verify.golden.graphs import compare_sampled
-from builder.verify.golden.record import floats, golden_case, sampled
+from builder.verify.golden.file import GoldenCase, floats, read_golden
+from builder.verify.golden.record import golden_case, sampled
+from builder.verify.graphs.compare import compare_sampled
 from builder.verify.report.gates import Report
 from builder.verify.self_test import mutations
 from builder.verify.self_test.mutants import Mutation

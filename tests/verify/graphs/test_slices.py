@@ -16,7 +16,8 @@ from builder.checkpoint.parts import DECODER, EMBEDDINGS, VISION
 from builder.graph.ports import RESIDUAL
 from builder.util.errors import BundleError
 from builder.verify.graphs import slices
-from builder.verify.graphs.slices import PAST, PRESENT, Values, run_slices, sliced
+from builder.verify.graphs.sessions import PAST, PRESENT, Values
+from builder.verify.graphs.slices import run_slices, sliced
 
 pytestmark = pytest.mark.torch  # the fixture builds
 
