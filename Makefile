@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 CHECKPOINT := builder/miniature/checkpoint
 BUNDLES := outputs/miniature-fp32/8-bundle
 NPM := builder/targets/runners/js
-PICTURE := builder/miniature/heldout/pic002.png
+IMAGE := builder/miniature/heldout/pic002.png
 # Results of `test-full`, on their way into docs/test-full.md.
 RESULTS := outputs/test-full.xml
 SIZE ?= 2b 4b
@@ -33,9 +33,9 @@ node: .node/.installed ## npm packages of exact versions into .node, to play bun
 	cd .node && ONNXRUNTIME_NODE_INSTALL=skip npm ci --no-audit --no-fund
 	@touch $@
 
-build: setup ## build the miniature, verify it, ask it about a picture
+build: setup ## build the miniature, verify it, ask it about an image
 	$(CLI) build
-	$(CLI) run $(BUNDLES)/genai --image $(PICTURE) --prompt "Read the number."
+	$(CLI) run $(BUNDLES)/genai --image $(IMAGE) --prompt "Read the number."
 
 explain: setup ## which stages of the miniature's build would run, and why
 	$(CLI) explain

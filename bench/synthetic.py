@@ -34,7 +34,7 @@ BLOCK = 4 << 20  # elements that are made and written at a time
 # matrix are equal (they would tie) and that layers differ. The pool's length is a prime, hence no multiple of a row's,
 # so that rows never come around to the same place; and white noise is unlike itself at any other place.
 POOL = (1 << 23) - 15
-# What Qwen3-VL's own settings say: the miniature's pictures are smaller.
+# What Qwen3-VL's own settings say: the miniature's images are smaller.
 PIXELS = {"shortest_edge": 65536, "longest_edge": 16777216}
 
 

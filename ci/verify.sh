@@ -15,7 +15,7 @@
 #   PYTHON      3.11 or newer; default python3
 #   VENV        default .venv
 #
-# In REPORTS: verdict (passed, sliced, failed, error), log.txt, cache-key (changes when a stage was made anew), and a
+# In REPORTS: verdict (passed, partial, failed, error), log.txt, cache-key (changes when a stage was made anew), and a
 # folder a comparison (genai, genai-golden, …): report.html, report.md, junit.xml, parity.json, parity.txt.
 # Exit codes are the builder's (README, «Exit codes»): 0 every gate holds, 20 one does not, 2 wrong settings; 1 where it
 # could not be installed.
@@ -165,7 +165,7 @@ finish() {
   if ((code == 0)); then
     verdict=passed
     for report in "${decisive[@]:-none}"; do
-      if grep -qs '"verdict": "sliced"' "$report"; then verdict=sliced; fi
+      if grep -qs '"verdict": "partial"' "$report"; then verdict=partial; fi
     done
     # A run that compared nothing must not look like one that passed.
     for report in "${decisive[@]:-none}"; do

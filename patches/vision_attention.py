@@ -20,7 +20,7 @@ from patches.tiny import assert_close, tiny_model
 
 TARGET = f"{MODELING}:Qwen3VLVisionAttention.forward"
 COVERS = (f"{MODELING}:apply_rotary_pos_emb_vision", f"{MODELING}:eager_attention_forward")
-WHY = "upstream splits by lengths.tolist(), a Python loop whose length depends on the pictures"
+WHY = "upstream splits by lengths.tolist(), a Python loop whose length depends on the images"
 
 
 def _make(original: Callable[..., Any]) -> Callable[..., Any]:

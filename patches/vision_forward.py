@@ -29,7 +29,7 @@ class VisionFeatures(NamedTuple):
 
 
 class Geometry(NamedTuple):
-    """Of each patch: row, column, its picture's height and width in patches, [patches] int64; segments [2, patches]."""
+    """Of each patch: row, column, its image's height and width in patches, [patches] int64; segments [2, patches]."""
 
     row: Tensor
     column: Tensor

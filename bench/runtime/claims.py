@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from bench.runtime.contestants import AS_IT_COMES
-from bench.runtime.figures import DECODE, LOAD, PICTURES, PROMPTS, TEXT_PEAK, Outcome, prefill, vision
+from bench.runtime.figures import DECODE, IMAGES, LOAD, PROMPTS, TEXT_PEAK, Outcome, prefill, vision
 from bench.table import UNKNOWN, Row
 
 THEIRS, LLAMA, SDPA = "onnxruntime-genai's builder", "llama.cpp Q4_0", "PyTorch sdpa float32"
@@ -37,7 +37,7 @@ class Claim:
 
 
 SHORT, LONG = PROMPTS
-SMALL, _ = PICTURES
+SMALL, _ = IMAGES
 CLAIMS = (
     Claim("decode", DECODE, THEIRS, 1.2),
     Claim("decode", DECODE, LLAMA, 0.9),

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from bench.runtime import folders, llama
-from bench.runtime.figures import PICTURE_PEAK, TEXT_PEAK, VISION_PEAK, Measured, process
+from bench.runtime.figures import IMAGE_PEAK, TEXT_PEAK, VISION_PEAK, Measured, process
 from bench.runtime.llama import Llama
 
 AS_IT_COMES = "as it comes"
@@ -53,10 +53,10 @@ def genai(name: str, folder: Path) -> Contestant:
 
 
 def bundle(name: str, folder: Path, threads: int | None) -> Contestant:
-    """A bundle of ours: its text decoder and, where it has them, pictures; its vision encoder alone on `threads`."""
+    """A bundle of ours: its text decoder and, where it has them, images; its vision encoder alone on `threads`."""
     text = genai(name, folder)
     tasks: dict[str, Callable[[], Measured]] = {**text.tasks}
-    tasks |= {"picture": partial(process, _module("genai", "picture", folder), PICTURE_PEAK)}
+    tasks |= {"image": partial(process, _module("genai", "image", folder), IMAGE_PEAK)}
     if threads is not None:
         tasks["vision"] = partial(process, _module("vision", folder, threads), VISION_PEAK)
     return Contestant(name, tasks, text.nbytes, text.step)

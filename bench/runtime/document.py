@@ -21,9 +21,9 @@ from bench.runtime.figures import (
     COLD,
     DECODE,
     DISTURBED,
+    IMAGE_PEAK,
+    IMAGES,
     LOAD,
-    PICTURE_PEAK,
-    PICTURES,
     PROMPTS,
     READ,
     STEPS,
@@ -83,12 +83,12 @@ class Result:
 
 
 def section(result: Result) -> str:
-    """`## size`, text, pictures, and what is wanted."""
+    """`## size`, text, images, and what is wanted."""
     fastest = bandwidth(result.outcomes.values())
     parts = [f"## {result.size}", _about(result, fastest)]
     measured = [(one, result.outcomes.get(one.name, Outcome())) for one in result.contestants]
     parts.append(_text_table(measured, fastest and fastest[1]))
-    parts.append(_picture_table(measured))
+    parts.append(_image_table(measured))
     for recipe in result.ours:
         parts.append(row_table(claims.rows(recipe, result.outcomes, result.threads)).replace("ours", recipe, 1))
     if notes := [f"- {one.name}: {note}" for one, outcome in measured if (note := _note(one, outcome))]:
@@ -139,12 +139,12 @@ def _text_table(measured: Sequence[tuple[Contestant, Outcome]], fastest: float |
     return "\n".join(lines)
 
 
-def _picture_table(measured: Sequence[tuple[Contestant, Outcome]]) -> str:
-    names = [name(picture) for name in (vision, answer) for picture in PICTURES]
-    heads = [f"{what} {picture}" for what in ("encoder", "answer") for picture in PICTURES]
-    lines = [_line("pictures", *heads, "encoder's peak RSS", "peak RSS"), "|---|" + "--:|" * (len(names) + 2)]
+def _image_table(measured: Sequence[tuple[Contestant, Outcome]]) -> str:
+    names = [name(image) for name in (vision, answer) for image in IMAGES]
+    heads = [f"{what} {image}" for what in ("encoder", "answer") for image in IMAGES]
+    lines = [_line("images", *heads, "encoder's peak RSS", "peak RSS"), "|---|" + "--:|" * (len(names) + 2)]
     for one, outcome in measured:
-        values = [shown(name, outcome.typical(name)) for name in (*names, VISION_PEAK, PICTURE_PEAK)]
+        values = [shown(name, outcome.typical(name)) for name in (*names, VISION_PEAK, IMAGE_PEAK)]
         if any(value != UNKNOWN for value in values):
             lines.append(_line(one.name, *values))
     return "\n".join(lines)

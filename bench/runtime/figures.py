@@ -19,11 +19,11 @@ from bench.measure import Run, run
 
 PROMPTS = (128, 1024)  # tokens of a text prompt
 STEPS = 64  # tokens that are decoded behind the shorter one
-# Patches (height, width) of a picture that smart_resize makes of one so large: sides are multiples of 32 pixels.
-PICTURES: Mapping[str, tuple[int, int]] = {"640×480": (30, 40), "1280×720": (44, 80)}
+# Patches (height, width) of an image that smart_resize makes of one so large: sides are multiples of 32 pixels.
+IMAGES: Mapping[str, tuple[int, int]] = {"640×480": (30, 40), "1280×720": (44, 80)}
 
 LOAD, COLD, DECODE = "load_s", "cold_s", "decode_tps"
-TEXT_PEAK, PICTURE_PEAK, VISION_PEAK = "text_peak", "picture_peak", "vision_peak"
+TEXT_PEAK, IMAGE_PEAK, VISION_PEAK = "text_peak", "image_peak", "vision_peak"
 READ = "read "  # + the kernel's name: bytes a second
 DISTURBED = 0.1  # cores that others may take
 TRIES = 3
@@ -34,14 +34,14 @@ def prefill(tokens: int) -> str:
     return f"prefill_{tokens}_s"
 
 
-def vision(picture: str) -> str:
+def vision(image: str) -> str:
     """Seconds of the vision encoder alone."""
-    return f"vision_{picture}_s"
+    return f"vision_{image}_s"
 
 
-def answer(picture: str) -> str:
+def answer(image: str) -> str:
     """Seconds from pixel values and token ids to the first token."""
-    return f"picture_{picture}_s"
+    return f"image_{image}_s"
 
 
 @dataclass(frozen=True)

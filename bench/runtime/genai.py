@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from bench.runtime.figures import COLD, DECODE, LOAD, PICTURES, PROMPTS, STEPS, answer, prefill
+from bench.runtime.figures import COLD, DECODE, IMAGES, LOAD, PROMPTS, STEPS, answer, prefill
 
 PATCH = 16  # pixels of a patch's side
-# Ordinary tokens of the tokenizer: no special one, no picture.
+# Ordinary tokens of the tokenizer: no special one, no image.
 FIRST, LAST = 1000, 100000
 
 
@@ -47,17 +47,17 @@ def long(folder: Path) -> dict[str, float]:
     return {prefill(PROMPTS[1]): generate(prompt(PROMPTS[1]), 1)[0]}
 
 
-def picture(folder: Path) -> dict[str, float]:
-    """Our bundle, from pixel values and token ids to the first token; a picture of the smallest size warms it up."""
+def image(folder: Path) -> dict[str, float]:
+    """Our bundle, from pixel values and token ids to the first token; an image of the smallest size warms it up."""
     from builder.targets.runners.genai import GenaiBundle
 
     bundle = GenaiBundle(folder)
     figures = {}
     with TemporaryDirectory() as scratch:
-        for name, (height, width) in {"warm": (16, 16), **PICTURES}.items():
-            file = Path(scratch) / "picture.png"
+        for name, (height, width) in {"warm": (16, 16), **IMAGES}.items():
+            file = Path(scratch) / "image.png"
             _noise(file, height * PATCH, width * PATCH)
-            inputs = bundle.prepare("Describe the picture.", [file])
+            inputs = bundle.prepare("Describe the image.", [file])
             bundle.model  # noqa: B018 - loads it
             begin = time.perf_counter()
             next(bundle.tokens(inputs, 1, 1))
@@ -66,7 +66,7 @@ def picture(folder: Path) -> dict[str, float]:
     return figures
 
 
-TASKS: Mapping[str, Callable[[Path], dict[str, float]]] = {"short": short, "long": long, "picture": picture}
+TASKS: Mapping[str, Callable[[Path], dict[str, float]]] = {"short": short, "long": long, "image": image}
 
 
 def _loaded(folder: Path) -> tuple[float, Callable[[npt.NDArray[np.int32], int], list[float]]]:

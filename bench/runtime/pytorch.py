@@ -19,7 +19,7 @@ from safetensors import safe_open
 from transformers import AutoConfig, Qwen3VLForConditionalGeneration, Qwen3VLVisionModel
 
 from bench.runtime import vision
-from bench.runtime.figures import COLD, DECODE, LOAD, PICTURES, PROMPTS, prefill
+from bench.runtime.figures import COLD, DECODE, IMAGES, LOAD, PROMPTS, prefill
 from bench.runtime.genai import prompt
 
 FEW = 8  # tokens that are decoded: enough for a rate that hardly moves
@@ -46,7 +46,7 @@ def text(asked: Asked) -> dict[str, float]:
     return figures | {prefill(PROMPTS[1]): _generate(model, PROMPTS[1], 1)[0]}
 
 
-def pictures(asked: Asked) -> dict[str, float]:
+def images(asked: Asked) -> dict[str, float]:
     """The vision encoder alone, only its weights loaded."""
     config = AutoConfig.from_pretrained(asked.checkpoint).vision_config
     kind: Any = Qwen3VLVisionModel
@@ -56,11 +56,11 @@ def pictures(asked: Asked) -> dict[str, float]:
         with safe_open(file, "pt") as tensors:
             weights |= {k.removeprefix(PREFIX): tensors.get_tensor(k) for k in tensors.keys() if k.startswith(PREFIX)}  # noqa: SIM118
     encoder.load_state_dict(weights)
-    ready = {picture: [torch.from_numpy(one) for one in vision.inputs(picture)] for picture in PICTURES}
+    ready = {image: [torch.from_numpy(one) for one in vision.inputs(image)] for image in IMAGES}
     return vision.measure(lambda name: encoder(ready[name][0].to(asked.dtype), grid_thw=ready[name][1]))
 
 
-TASKS: Mapping[str, Callable[[Asked], dict[str, float]]] = {"text": text, "vision": pictures}
+TASKS: Mapping[str, Callable[[Asked], dict[str, float]]] = {"text": text, "vision": images}
 
 
 def _generate(model: Any, tokens: int, count: int) -> list[float]:

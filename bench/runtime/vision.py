@@ -1,6 +1,6 @@
 """A vision encoder in ONNX Runtime, alone: `python -m bench.runtime.vision FOLDER THREADS`.
 
-In: a `genai` bundle of ours. Out: one line of JSON on stdout, seconds a picture.
+In: a `genai` bundle of ours. Out: one line of JSON on stdout, seconds an image.
 Guaranteed: the session has the settings that the bundle's genai_config.json gives to it, and so many threads.
 """
 
@@ -17,29 +17,29 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from bench.runtime.figures import PICTURES, vision
+from bench.runtime.figures import IMAGES, vision
 
 CHANNELS = 1536  # of a patch: 3 colours, 2 frames, 16 × 16 pixels
 RUNS = 3
 
 
-def inputs(picture: str) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
-    """`pixel_values` [patches, CHANNELS] and `image_grid_thw` [1, 3] of a picture of noise."""
-    height, width = PICTURES[picture]
+def inputs(image: str) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+    """`pixel_values` [patches, CHANNELS] and `image_grid_thw` [1, 3] of an image of noise."""
+    height, width = IMAGES[image]
     pixels = np.random.default_rng(width).uniform(-1, 1, (height * width, CHANNELS)).astype(np.float32)
     return pixels, np.array([[1, height, width]], np.int64)
 
 
 def measure(encode: Callable[[str], object]) -> dict[str, float]:
-    """Seconds of `encode` for each picture: the median of `RUNS`, one before them that does not count."""
+    """Seconds of `encode` for each image: the median of `RUNS`, one before them that does not count."""
     figures = {}
-    for picture in PICTURES:
+    for image in IMAGES:
         spent = []
         for _ in range(RUNS + 1):
             begin = time.perf_counter()
-            encode(picture)
+            encode(image)
             spent.append(time.perf_counter() - begin)
-        figures[vision(picture)] = median(spent[1:])
+        figures[vision(image)] = median(spent[1:])
     return figures
 
 
@@ -57,12 +57,10 @@ def session(folder: Path, threads: int) -> Any:
 
 
 def main(folder: Path, threads: int) -> dict[str, float]:
-    """Both pictures, once through."""
+    """Both images, once through."""
     encoder = session(folder, threads)
-    ready = {
-        picture: dict(zip(("pixel_values", "image_grid_thw"), inputs(picture), strict=True)) for picture in PICTURES
-    }
-    return measure(lambda picture: encoder.run(None, ready[picture]))
+    ready = {image: dict(zip(("pixel_values", "image_grid_thw"), inputs(image), strict=True)) for image in IMAGES}
+    return measure(lambda image: encoder.run(None, ready[image]))
 
 
 if __name__ == "__main__":

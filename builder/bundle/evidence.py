@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from builder.bundle.format1 import upgraded_parity
 from builder.bundle.layout import EVIDENCE
 from builder.util.errors import CheckpointError
 from builder.util.json_files import read_json
@@ -15,9 +16,9 @@ PARITY = "parity.json"
 
 
 def read_parity(bundle: Path) -> Mapping[str, Any] | None:
-    """parity.json of a bundle; None where it is absent or unreadable."""
+    """parity.json of a bundle, in the names of the present format; None where it is absent or unreadable."""
     try:
-        return read_json(bundle / EVIDENCE / PARITY)
+        return upgraded_parity(read_json(bundle / EVIDENCE / PARITY))
     except CheckpointError:
         return None
 

@@ -1,6 +1,6 @@
-"""Ask a bundle: from a text and picture files to a streamed answer, through our own exact preprocessing.
+"""Ask a bundle: from a text and image files to a streamed answer, through our own exact preprocessing.
 
-In: a bundle, a prompt, picture files. Out: text as it comes, then an `GeneratedText`.
+In: a bundle, a prompt, image files. Out: text as it comes, then an `GeneratedText`.
 Guaranteed: greedy, whatever the bundle's generation settings say; one generator a question.
 A bundle for `onnxruntime` is driven by the pipeline.py that lies in it. That is code: run what you trust.
 """
@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from builder.bundle.layout import check_bundle
-from builder.targets.clients.pipeline import Inputs, PictureError, TextError
+from builder.targets.clients import pipeline
+from builder.targets.clients.pipeline import Inputs
 from builder.targets.runners.protocol import Runner
 from builder.targets.runners.registry import RUNTIMES
 from builder.util.errors import BuildError, BundleError, ImageError, MissingPackageError, PromptError
@@ -43,7 +44,7 @@ def answer(
 
     Raises:
         BundleError: no bundle, or one that its runtime cannot open.
-        ImageError: a file that is no picture, or a picture that the model cannot take.
+        ImageError: a file that is no image, or an image that the model cannot take.
         PromptError: a text that the model cannot take, or with its answer longer than the model takes.
         MissingPackageError: the bundle's runtime is not installed.
     """
@@ -106,9 +107,9 @@ def _in_use(folder: Path, what: str) -> Iterator[None]:
 def _prepare(opened: Runner, prompt: str, images: Sequence[Path]) -> Inputs:
     try:
         inputs = opened.prepare(prompt, images)
-    except PictureError as error:
+    except pipeline.ImageError as error:
         raise ImageError(str(error), next="give another file: PNG, JPEG, WebP …") from error
-    except TextError as error:
+    except pipeline.TextError as error:
         raise PromptError(str(error), next="take it out of the prompt") from error
     if opened.padding is not None and opened.padding in inputs.input_ids:
         token = opened.tokenizer.id_to_token(opened.padding)
@@ -125,7 +126,7 @@ def _check_length(seq: int, max_new_tokens: int, most: int) -> None:
             "prompt and answer can become longer than the model takes",
             expected=f"at most {most} tokens together",
             found=f"{seq} tokens of prompt, {max_new_tokens} of answer",
-            next=f"--max-new-tokens {most - seq}" if seq < most else "give fewer or smaller pictures",
+            next=f"--max-new-tokens {most - seq}" if seq < most else "give fewer or smaller images",
         )
 
 

@@ -23,7 +23,7 @@ NAME = 120  # characters
 
 SHARED = (
     "One prompt and its answer are at most {max_length} tokens together, as the bundle's settings say.",
-    "Pictures only: there is no video.",
+    "Images only: there is no video.",
 )
 OTHERS = Notes("onnx", ("onnxruntime",), (), ())
 

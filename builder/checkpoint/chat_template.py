@@ -1,7 +1,7 @@
 """In: a checkpoint's chat template. Out: one user turn of it, as three strings that any language can join.
 
 Guaranteed: prefix + image * n + text + suffix is what transformers' `apply_chat_template` renders for n
-pictures and a text, with the generation prompt behind them; proven on `PROBES`, else the template is refused.
+images and a text, with the generation prompt behind them; proven on `PROBES`, else the template is refused.
 No torch.
 """
 
@@ -34,7 +34,7 @@ PROBES = (
     "{{ messages }} {% if x %} {# note #} {0} ${x}",
     "<b>&amp;</b> \"double\" 'single' \\n",
     "<think>so</think> <tool_response>so</tool_response>",
-    "user\nassistant\nsystem\nPicture 1: image",
+    "user\nassistant\nsystem\nImage 1: image",
     "",
 )
 MOST_IMAGES = 3
@@ -113,30 +113,30 @@ def split(template: str, image_token: str, variables: Mapping[str, str]) -> dict
     """
     compiled = compile_template(template)
     first = PROBES[0]
-    plain, pictured = (render(compiled, first, images, variables) for images in (0, 1))
+    plain, with_image = (render(compiled, first, images, variables) for images in (0, 1))
     prefix, found, suffix = plain.partition(first)
     if not found or first in suffix:
         raise _not_split("does not write the text exactly once", f"…{first}…", plain)
-    image = pictured.removeprefix(prefix).removesuffix(first + suffix)
+    image = with_image.removeprefix(prefix).removesuffix(first + suffix)
     if image.count(image_token) != 1 or image_token in prefix + suffix:
-        raise _not_split(f"does not write {image_token} exactly once a picture", image_token, pictured)
+        raise _not_split(f"does not write {image_token} exactly once an image", image_token, with_image)
     for text in PROBES:
         for images in range(MOST_IMAGES + 1):
             expected = prefix + image * images + text + suffix
             rendered = render(compiled, text, images, variables)
             if rendered != expected:
                 raise _not_split(
-                    f"treats {images} pictures and the text {text!r} in a way of its own", expected, rendered
+                    f"treats {images} images and the text {text!r} in a way of its own", expected, rendered
                 )
     return {"prefix": prefix, "image": image, "suffix": suffix}
 
 
 def _not_split(why: str, expected: str, found: str) -> PromptError:
     return PromptError(
-        f"the chat template {why}; a bundle can only hold one of the form prefix + pictures + text + suffix",
+        f"the chat template {why}; a bundle can only hold one of the form prefix + images + text + suffix",
         expected=repr(expected),
         found=repr(found),
-        next="give the checkpoint a chat_template.jinja that writes pictures and text as they come",
+        next="give the checkpoint a chat_template.jinja that writes images and text as they come",
     )
 
 
@@ -163,7 +163,7 @@ def compile_template(template: str) -> Any:
 
 
 def render(compiled: Any, text: str, images: int, variables: Mapping[str, str]) -> str:
-    """One user turn: `images` pictures, then the text, then the generation prompt.
+    """One user turn: `images` images, then the text, then the generation prompt.
 
     Raises:
         PromptError: the template fails.
@@ -179,7 +179,7 @@ def render(compiled: Any, text: str, images: int, variables: Mapping[str, str]) 
         return str(compiled.render(**variables, **turn))
     except Exception as error:  # a template can fail as any program can
         raise PromptError(
-            f"the chat template cannot be rendered for {images} pictures and a text",
+            f"the chat template cannot be rendered for {images} images and a text",
             found=f"{type(error).__name__}: {error}",
         ) from error
 

@@ -15,7 +15,7 @@ from builder.checkpoint.config import Vision
 from builder.util.errors import CheckpointError, UnsupportedError
 
 PROCESSORS = ("Qwen2VLImageProcessor", "Qwen2VLImageProcessorFast", "Qwen2VLImageProcessorPil")
-# Every picture is made at least as large as `shortest_edge` says, and has to fit in memory.
+# Every image is made at least as large as `shortest_edge` says, and has to fit in memory.
 MOST_LEAST, MOST_PIXELS, MOST_LEVEL = 2**26, 2**31 - 1, 1e6
 # Every step of upstream's processor, with the only setting that there is here; 3 is bicubic.
 STEPS = {"do_resize": True, "do_rescale": True, "do_normalize": True, "do_convert_rgb": True, "resample": 3}
@@ -74,7 +74,7 @@ def _pixel_counts(settings: dict[str, Any], file: str) -> dict[str, int]:
     low, high = found["shortest_edge"], found["longest_edge"]
     if type(low) is not int or type(high) is not int or not 0 < low <= high <= MOST_PIXELS or low > MOST_LEAST:
         raise CheckpointError(
-            f"{file}: size does not say how many pixels a picture may have",
+            f"{file}: size does not say how many pixels an image may have",
             expected='"size": {"shortest_edge": 65536, "longest_edge": 16777216}, for example',
             found=size,
         )

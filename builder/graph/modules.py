@@ -88,7 +88,7 @@ class TextDecoder(nn.Module):
 
     packed: inputs_embeds is [batch, seq, (1 + D)·H], slice i + 1 is added behind layer i, logits are the last
     position's [batch, 1, vocab]. Else deepstack_embeds is [D, batch, seq, H] and logits are [batch, seq, vocab].
-    bounded: a position beyond the last token's index, which no prompt has (a picture takes fewer positions than it has
+    bounded: a position beyond the last token's index, which no prompt has (an image takes fewer positions than it has
     tokens), is taken for that index.
     """
 

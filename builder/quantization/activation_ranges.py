@@ -1,6 +1,6 @@
 """How large activations get: what decides which layers fp16 can hold.
 
-In: PyTorch in fp32 and cases with pictures of several sizes. Out: the largest magnitude inside each layer, and the
+In: PyTorch in fp32 and cases with images of several sizes. Out: the largest magnitude inside each layer, and the
 layers that come near what fp16 can hold. Guaranteed: every module's output in a layer is seen, and the residual
 stream behind it; the figures are of real inputs, and so no bound: what exceeds a fraction of fp16's range is kept in
 fp32.

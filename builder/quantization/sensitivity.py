@@ -121,12 +121,12 @@ def _key(name: str) -> str:
 def _asked(
     reference: Reference, checkpoint: Checkpoint, positions: int
 ) -> Iterator[tuple[Prompt, tuple[int, ...], int]]:
-    """Prompts with their answers, and how many last positions of each are compared: all behind the last picture."""
+    """Prompts with their answers, and how many last positions of each are compared: all behind the last image."""
     left = positions
     for prompt, answer in calibration_prompts(reference, checkpoint):
         ids = prompt.input_ids[0]
-        pictures = np.flatnonzero(ids == reference.image_token_id)
-        keep = len(ids) + len(answer) - (int(pictures[-1]) + 1 if len(pictures) else 0)
+        images = np.flatnonzero(ids == reference.image_token_id)
+        keep = len(ids) + len(answer) - (int(images[-1]) + 1 if len(images) else 0)
         yield prompt, answer, keep
         left -= keep
         if left <= 0:

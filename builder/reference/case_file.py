@@ -62,8 +62,8 @@ _Side = Annotated[StrictInt, Field(ge=1, le=2**16)]
 
 
 @checked(frozen=True, config=_STRICT)
-class Picture:
-    """A picture that is drawn for a checkpoint: `patches` of it that need no resize, or a size in `pixels`."""
+class SyntheticImage:
+    """An image that is drawn for a checkpoint: `patches` of it that need no resize, or a size in `pixels`."""
 
     draw: Literal["noise"]
     patches: Literal["least"] | Annotated[StrictInt, Field(ge=1, le=2**20)] | None = None
@@ -74,10 +74,10 @@ class Picture:
 
 @dataclass(frozen=True)
 class Drawn:
-    """A picture of this name in its file."""
+    """A synthetic image of this name in its file."""
 
     name: str
-    picture: Picture
+    image: SyntheticImage
 
 
 def _in_order(checks: tuple[Check, ...]) -> tuple[Check, ...]:
@@ -114,7 +114,7 @@ class Written:
 @checked(frozen=True, config=_STRICT)
 class _Document:
     case: Annotated[tuple[Entry, ...], Field(min_length=1)]
-    picture: dict[str, Picture] = field(default_factory=dict)
+    picture: dict[str, SyntheticImage] = field(default_factory=dict)
 
 
 def read_file(path: Path) -> tuple[Written, ...]:
@@ -152,7 +152,7 @@ def read_file(path: Path) -> tuple[Written, ...]:
     return tuple(_written(path, case, document.picture) for case in document.case)
 
 
-def _written(path: Path, case: Entry, pictures: Mapping[str, Picture]) -> Written:
+def _written(path: Path, case: Entry, synthetic: Mapping[str, SyntheticImage]) -> Written:
     where = f"{path}: case {case.name!r}"
     if {"tokens", "runtime"} & set(case.checks) and "decoder" not in case.checks:
         raise CasesError(
@@ -167,13 +167,13 @@ def _written(path: Path, case: Entry, pictures: Mapping[str, Picture]) -> Writte
             found=", ".join(case.checks),
         )
     images = tuple(
-        Drawn(image, pictures[image]) if image in pictures else _inside(path, where, image) for image in case.images
+        Drawn(image, synthetic[image]) if image in synthetic else _inside(path, where, image) for image in case.images
     )
     return Written(path, case, images)
 
 
 def _inside(path: Path, where: str, image: str) -> Path:
-    """A picture's file, links followed, which must lie below the folder of `path`."""
+    """An image's file, links followed, which must lie below the folder of `path`."""
     folder = path.parent.resolve()
     file = (folder / image).resolve() if "\0" not in image else folder
     if Path(image).is_absolute() or not file.is_relative_to(folder):
@@ -181,10 +181,10 @@ def _inside(path: Path, where: str, image: str) -> Path:
             f"{where}: {image!r} leaves the folder of its file",
             expected=f"a file below {path.parent}",
             found=image,
-            next="copy the picture there",
+            next="copy the image there",
         )
     if not file.is_file():
-        raise CasesError(f"{where}: there is no picture {image!r}", expected=f"a file below {path.parent}", found=image)
+        raise CasesError(f"{where}: there is no image {image!r}", expected=f"a file below {path.parent}", found=image)
     return file
 
 
@@ -212,7 +212,7 @@ def _explained(path: Path, error: ValidationError) -> CasesError:
     place = [str(part) for part in problem["loc"]]
     key = ".".join(place)
     if problem["type"] == _UNKNOWN:
-        kind: Any = {"case": Entry, "picture": Picture}[place[0]] if len(place) > 1 else _Document
+        kind: Any = {"case": Entry, "picture": SyntheticImage}[place[0]] if len(place) > 1 else _Document
         known = [one.name for one in fields(kind)]
         near = nearest(place[-1], known)
         return CasesError(

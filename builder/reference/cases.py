@@ -21,8 +21,8 @@ from builder.util.errors import CasesError
 MAX_PATCHES = 2500  # patches: a case of ten thousand costs minutes and adds the few positions of its question
 
 SUITE = Path(__file__).parents[1] / "suite"
-PICTURES = SUITE / "pictures"
-__all__ = ["CHECKS", "PICTURES", "SUITE", "TOKENS", "Case", "Suite", "held_out", "read_cases", "shipped_cases"]
+IMAGES = SUITE / "images"
+__all__ = ["CHECKS", "IMAGES", "SUITE", "TOKENS", "Case", "Suite", "held_out", "read_cases", "shipped_cases"]
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,9 @@ class Case:
 
     @property
     def unchecked(self) -> tuple[str, ...]:
-        """What is not compared, and could be: without pictures there are no features."""
-        pictures = ("features", "runtime") if not self.images else ()
-        return tuple(check for check in CHECKS if check not in (*self.checks, *pictures))
+        """What is not compared, and could be: without images there are no features."""
+        images = ("features", "runtime") if not self.images else ()
+        return tuple(check for check in CHECKS if check not in (*self.checks, *images))
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def whole_suite(checkpoint: Checkpoint, folder: Path, more: Sequence[Path] = ())
     """Every shipped case, those of the files `more`, and the checkpoint's held-out set.
 
     Args:
-        folder: where pictures are drawn.
+        folder: where images are drawn.
         more: files, or folders of them.
 
     Raises:
@@ -122,10 +122,10 @@ def read_cases(paths: Sequence[Path]) -> tuple[Written, ...]:
 
 
 def placed(written: Sequence[Written], limits: SizeLimits, folder: Path) -> tuple[Case, ...]:
-    """The same with every picture in a file: what is drawn is drawn into `folder`.
+    """The same with every image in a file: what is drawn is drawn into `folder`.
 
     Raises:
-        CasesError: a picture of more patches than the checkpoint takes.
+        CasesError: an image of more patches than the checkpoint takes.
     """
     cases = []
     for case in written:
@@ -142,7 +142,7 @@ def layerwise(cases: Sequence[Case]) -> tuple[Case, ...]:
 
 
 def shipped_cases() -> tuple[Case, ...]:
-    """Those shipped cases that are the same for every checkpoint: all but the ones with drawn pictures."""
+    """Those shipped cases that are the same for every checkpoint: all but the ones with drawn images."""
     same = [case for case in read_cases((SUITE,)) if all(isinstance(image, Path) for image in case.images)]
     return placed(same, SizeLimits(1, 1, 1, 1), SUITE)
 

@@ -30,7 +30,7 @@ class Prompt:
 
     Args:
         input_ids: [1, seq] int64.
-        pixel_values: [patches, channels·temporal·patch²] float32, or None without pictures.
+        pixel_values: [patches, channels·temporal·patch²] float32, or None without images.
         image_grid_thw: [images, 3] int64, or None.
         position_ids: [3, 1, seq] int64.
     """
@@ -54,8 +54,8 @@ class Trace:
     """What one forward pass went through, fp32.
 
     Args:
-        vision: [patches, vision hidden] behind each vision block; empty without pictures.
-        features: [tokens, H]: the main features, then each DeepStack level; empty without pictures.
+        vision: [patches, vision hidden] behind each vision block; empty without images.
+        features: [tokens, H]: the main features, then each DeepStack level; empty without images.
         decoder: [1, seq, H] behind each decoder layer and the DeepStack addition that follows it: what the next
             layer (or the final norm) is given.
         logits: [positions, vocab].
@@ -113,10 +113,10 @@ class Reference:
         return Qwen2VLImageProcessorPil.from_pretrained(self.checkpoint.folder)
 
     def prepare(self, prompt: str, images: Sequence[Path], *, lifted: bool = False) -> Prompt:
-        """Chat template, pictures from their files, token ids, position ids: upstream's path.
+        """Chat template, images from their files, token ids, position ids: upstream's path.
 
         Args:
-            lifted: pictures may have any number of pixels, whatever the checkpoint allows.
+            lifted: images may have any number of pixels, whatever the checkpoint allows.
         """
         from transformers.image_utils import load_image
 
@@ -124,8 +124,8 @@ class Reference:
         if images:
             least = self.checkpoint.preprocessor["size"]["shortest_edge"]
             size = {"size": {"shortest_edge": least, "longest_edge": ANY_SIZE}} if lifted else {}
-            pictures = [load_image(str(path)) for path in images]
-            features = self.image_processor(images=pictures, return_tensors="np", **size)
+            loaded = [load_image(str(path)) for path in images]
+            features = self.image_processor(images=loaded, return_tensors="np", **size)
             pixels, grid = features["pixel_values"], features["image_grid_thw"]
         return self.with_pixels(prompt, len(images), pixels, grid)
 

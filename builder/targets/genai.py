@@ -122,13 +122,13 @@ NOTES = Notes(
     ("onnxruntime-genai",),
     (),
     (
-        "The runtime's own processor is bit-equal to transformers' for pictures that need no resize. Where it must "
+        "The runtime's own processor is bit-equal to transformers' for images that need no resize. Where it must "
         "resize, its grid can differ (sides ≡ 16 mod 64) and so can single pixels; resize first, or hand over "
         "`pixel_values`, as `qwen3vl-onnx run` does.",
-        "The runtime's JPEG decoder differs from PIL's, and it does not turn pictures by their EXIF orientation.",
+        "The runtime's JPEG decoder differs from PIL's, and it does not turn images by their EXIF orientation.",
         "A padded batch is silently wrong in this runtime (0.18): use prompts of equal length.",
-        "A second turn with a picture on one generator is silently wrong in this runtime (0.18): use a new "
-        "generator for each conversation with pictures.",
+        "A second turn with an image on one generator is silently wrong in this runtime (0.18): use a new "
+        "generator for each conversation with images.",
         "The runtime masks every padding token of a prompt; so `pad_token_id` is the video token, which no prompt "
         "here holds.",
         "Logits are the last position's only.",
@@ -146,7 +146,7 @@ prompt = words["prefix"] + words["image"] + "What is this?" + words["suffix"]
 params = og.GeneratorParams(model)
 params.set_search_options(do_sample=False)
 generator = og.Generator(model, params)
-generator.set_inputs(processor(prompt, images=og.Images.open("picture.png")))
+generator.set_inputs(processor(prompt, images=og.Images.open("image.png")))
 stream = processor.create_stream()
 while not generator.is_done():
     generator.generate_next_token()

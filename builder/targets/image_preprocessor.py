@@ -25,7 +25,7 @@ NAME, OPSET = "image_preprocessor", 18
 
 Array = npt.NDArray[Any]
 Preprocess = Callable[[Array], tuple[Array, Array]]
-"""A picture, uint8 [height, width, 3] → pixel_values and image_grid_thw."""
+"""An image, uint8 [height, width, 3] → pixel_values and image_grid_thw."""
 
 
 def image_preprocessor_graph(checkpoint: Checkpoint, recipe: Any) -> Mapping[str, ModelProto]:
@@ -41,8 +41,8 @@ def in_onnxruntime(path: Path) -> Preprocess:
     """The graph in a plain session, on one thread: thousands of its nodes are smaller than what starts one."""
     session = open_session(path, intra_op_num_threads=1)
 
-    def run(picture: Array) -> tuple[Array, Array]:
-        pixels, grid = session.run(["pixel_values", "image_grid_thw"], {"image": np.ascontiguousarray(picture)})
+    def run(image: Array) -> tuple[Array, Array]:
+        pixels, grid = session.run(["pixel_values", "image_grid_thw"], {"image": np.ascontiguousarray(image)})
         return pixels, grid
 
     return run

@@ -36,11 +36,11 @@ def _programs() -> Mapping[str, str]:
 NOTES = Notes(
     "onnx",
     ("onnxruntime", "numpy", "pillow", "tokenizers"),
-    ('python pipeline.py --prompt "What is this?" --image picture.png',),
+    ('python pipeline.py --prompt "What is this?" --image image.png',),
     (
         "`pipeline.py` is code, and the reference for ports: read it before you run a copy that somebody gave you.",
         "`image_preprocessor.onnx` makes `pixel_values` and `image_grid_thw` of RGB bytes [height, width, 3], bit for "
-        "bit as transformers does, for clients without a preprocessor. Decode the file, turn the picture by its EXIF "
+        "bit as transformers does, for clients without a preprocessor. Decode the file, turn the image by its EXIF "
         "orientation, and refuse one that is more than 200 times as long as wide before.",
         "Attention scores are computed in blocks of query rows; memory grows with the number of patches.",
     ),

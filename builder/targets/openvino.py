@@ -40,7 +40,7 @@ def _programs() -> Mapping[str, str]:
 NOTES = Notes(
     "openvino",
     ("openvino", "numpy", "pillow", "tokenizers"),
-    ('python openvino_pipeline.py --prompt "What is this?" --image picture.png',),
+    ('python openvino_pipeline.py --prompt "What is this?" --image image.png',),
     (
         "`openvino_pipeline.py` and `pipeline.py` are code: read them before you run a copy that somebody gave you.",
         "It was verified with products in float32 (`INFERENCE_PRECISION_HINT=f32`, no dynamic quantization). "

@@ -119,8 +119,8 @@ NOTES = Notes(
         "The library's own processor is equal to transformers' for RGB PNGs that need no resize. Where it must resize, "
         "grid and pixels differ; `onnx/image_preprocessor.onnx` gives both as transformers does, for any size (see "
         "`demo/worker.mjs`; in browsers it needs the build of onnxruntime-web that has float64, as there).",
-        "The library's own processor takes one picture a question: further ones become frames of one film.",
-        "Without a picture the library (4.3.1) gives the tokens of an answer positions far behind the prompt; the "
+        "The library's own processor takes one image a question: further ones become frames of one film.",
+        "Without an image the library (4.3.1) gives the tokens of an answer positions far behind the prompt; the "
         "decoder here puts them right, and takes no position beyond the number of tokens.",
         "Logits are the last position's only.",
         "On WebGPU it was run with a software adapter, in fp32 and int4; in fp16, or on a graphics processor, not.",
@@ -136,7 +136,7 @@ const processor = await AutoProcessor.from_pretrained(folder);
 const model = await Qwen3VLForConditionalGeneration.from_pretrained(folder);
 const question = [{ type: "image" }, { type: "text", text: "What is this?" }];
 const prompt = processor.apply_chat_template([{ role: "user", content: question }], { add_generation_prompt: true });
-const inputs = await processor(prompt, await RawImage.read("picture.png"));
+const inputs = await processor(prompt, await RawImage.read("image.png"));
 const streamer = new TextStreamer(processor.tokenizer, { skip_prompt: true });
 await model.generate({ ...inputs, max_new_tokens: 64, do_sample: false, streamer });
 """,

@@ -114,7 +114,7 @@ class PassError(BuildError):
 
 
 class ImageError(BuildError):
-    """A file that is no picture, or a picture the model cannot take."""
+    """A file that is no image, or an image the model cannot take."""
 
     exit_code = 18
     otherwise = "give another file: PNG, JPEG, WebP …"

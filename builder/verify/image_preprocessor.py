@@ -1,7 +1,7 @@
 """The image preprocessor of a bundle, in the bundle's runtime, against transformers' own.
 
-In: a bundle's folder, and what makes pixel values of a picture. Out: a gate a picture. Guaranteed: the pictures are the
-same every time; grids must be equal; a figure is the largest difference of a value, in levels of 1/255 of the picture's
+In: a bundle's folder, and what makes pixel values of an image. Out: a gate an image. Guaranteed: the images are the
+same every time; grids must be equal; a figure is the largest difference of a value, in levels of 1/255 of the image's
 range, and 0 only where all values are equal bit for bit.
 """
 
@@ -35,7 +35,7 @@ SIZES: tuple[Size, ...] = (
 
 
 def preprocessor_gates(folder: Path, target: str, reference: Reference, sizes: Sequence[Size] = SIZES) -> list[Gate]:
-    """A gate a picture; none where the bundle has no such graph."""
+    """A gate an image; none where the bundle has no such graph."""
     path = preprocessor_file(folder)
     if path is None:
         return []
@@ -50,8 +50,8 @@ def golden_preprocessor_gates(folder: Path, target: str, vision: pipeline.ImageS
     if path is None:
         return []
 
-    def ours(picture: Array) -> tuple[Array, Array]:
-        return pipeline.preprocess([Image.fromarray(picture)], vision)
+    def ours(image: Array) -> tuple[Array, Array]:
+        return pipeline.preprocess([Image.fromarray(image)], vision)
 
     return guarded(PLACE, NAME, compared, path, target, ours, vision.std, SIZES)
 
@@ -65,8 +65,8 @@ def preprocessor_file(folder: Path) -> Path | None:
 def upstream(reference: Reference) -> Preprocess:
     """transformers' processor."""
 
-    def run(picture: Array) -> tuple[Array, Array]:
-        made: Mapping[str, Array] = reference.image_processor(images=[Image.fromarray(picture)], return_tensors="np")
+    def run(image: Array) -> tuple[Array, Array]:
+        made: Mapping[str, Array] = reference.image_processor(images=[Image.fromarray(image)], return_tensors="np")
         return made["pixel_values"], made["image_grid_thw"]
 
     return run
@@ -80,13 +80,13 @@ def compared(
     here = runtime.missing() is None
     run = runtime.preprocessor(path) if here else in_onnxruntime(path)
     limit = runtime.tolerance if here else 0.0
-    return [picture_gate(size, run, expected, std, limit) for size in sizes]
+    return [image_gate(size, run, expected, std, limit) for size in sizes]
 
 
-def picture_gate(size: Size, run: Preprocess, expected: Preprocess, std: Sequence[float], limit: float) -> Gate:
-    """One picture of that height and width."""
-    picture = drawn(*size)
-    (pixels, grid), (want, want_grid) = run(picture), expected(picture)
+def image_gate(size: Size, run: Preprocess, expected: Preprocess, std: Sequence[float], limit: float) -> Gate:
+    """One image of that height and width."""
+    image = drawn(*size)
+    (pixels, grid), (want, want_grid) = run(image), expected(image)
     name = f"{size[0]} × {size[1]}, levels of 1/255"
     if grid.tolist() != want_grid.tolist() or pixels.shape != want.shape:
         told = f"grid {grid.tolist()}, expected {want_grid.tolist()}"
@@ -102,7 +102,7 @@ def deviation(got: Array, want: Array, std: Sequence[float]) -> float:
 
 
 def drawn(height: int, width: int) -> Array:
-    """A picture of noise, half of it black and white, which takes a filter's sums past either end of a byte."""
+    """An image of noise, half of it black and white, which takes a filter's sums past either end of a byte."""
     rng = np.random.default_rng((height, width))
     levels = rng.integers(0, 256, (height, width, 3), np.uint8)
     return np.where(rng.random((height, width, 1)) < 0.5, (levels // 128) * np.uint8(255), levels)

@@ -40,7 +40,7 @@ TWICE = 2  # a slice's peak over its weights: ONNX Runtime packs some while it s
 RUNNING = 1.25  # a whole bundle's peak over its data files (2B: 9.9 GB over 8.5 GB)
 
 
-def verify_sliced(
+def verify_layerwise(
     folder: Path,
     target: str,
     reference: Reference,

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from builder.checkpoint.config import Vision
     from builder.checkpoint.safetensors import Tensor
 
-Mode = Literal["whole", "sliced"]
+Mode = Literal["whole", "layerwise"]
 ITEM = 4  # bytes of an element in PyTorch: fp32
 LAYERS = EMBEDDING_MATRIX.removesuffix("embed_tokens.weight") + "layers."
 SLICE = 10**9  # bytes of weights in one slice, if the memory allows as much; chosen
@@ -49,4 +49,4 @@ def verify_memory(checkpoint: Sizes) -> tuple[int, int]:
 
 def verify_mode(checkpoint: Sizes, memory: int) -> Mode:
     """Whole where that fits in `memory` bytes."""
-    return "whole" if verify_memory(checkpoint)[0] <= memory else "sliced"
+    return "whole" if verify_memory(checkpoint)[0] <= memory else "layerwise"

@@ -1,8 +1,8 @@
 """What a bundle that is not exact loses: its answers beside those of PyTorch in fp32.
 
 In: the bundle as it ships, and the reference of the checkpoint. Out: gates with the recipe's limits, and the figures.
-Guaranteed: both sides are given the same tokens (teacher forcing), and each makes its own picture features; every
-position behind the last picture is compared; no margin excuses anything. The figures: KL divergence of the next
+Guaranteed: both sides are given the same tokens (teacher forcing), and each makes its own image features; every
+position behind the last image is compared; no margin excuses anything. The figures: KL divergence of the next
 token's distribution (nats), the share of positions with the same likeliest token, the ratio of perplexities on
 builder/suite/prose.txt, how far the residual stream behind each layer has drifted, the score on the held-out cases,
 and, of tokens that are generated freely, the largest lead of PyTorch's own choice over one of them.
@@ -124,9 +124,9 @@ def _compared(case: Case, prompt: Prompt, sides: Sides) -> Compared:
     else:
         tokens = reference.generate(prompt, ANSWER, 0 if free else ANSWER).tokens
     ids = prompt.input_ids[0]
-    (pictures,) = np.nonzero(ids == reference.image_token_id)
+    (images,) = np.nonzero(ids == reference.image_token_id)
     seq = len(ids) + len(tokens) - 1
-    keep = seq - (int(pictures[-1]) + 1 if len(pictures) else 0)
+    keep = seq - (int(images[-1]) + 1 if len(images) else 0)
     got, streams = sides.forced(prompt, tokens[:-1])
     trace = reference.hidden_states(prompt, tokens[:-1], keep)
     q, p = log_softmax(got[-keep:]), log_softmax(trace.logits)
@@ -151,7 +151,7 @@ def _position_gates(found: dict[str, float | int], limits: Limits) -> Iterator[G
     name = f"{found['positions']} positions"
     yield Gate("KL divergence", f"mean of {name}", found["kl mean"], limits.kl_mean)
     yield Gate("KL divergence", f"99th percentile of {name}", found["kl p99"], limits.kl_p99)
-    yield Gate("other top-1", f"share of {name}", 1 - found["same top-1"], round(1 - limits.same_top, 6))
+    yield Gate("top-1 disagreement", f"share of {name}", 1 - found["same top-1"], round(1 - limits.same_top, 6))
 
 
 def _perplexity(sides: Sides, limits: Limits, facts: dict[str, Any]) -> Gate:
@@ -181,4 +181,4 @@ def _task(compared: Sequence[Compared], sides: Sides, limits: Limits, facts: dic
             lost.append(f"{case.name} {case.prompt!r}: {got!r}, PyTorch {want!r}")
     facts["task"] = {key: f"{value}/{len(compared)}" for key, value in score.items()} | {"lost": len(lost)}
     name = f"lost of {score['PyTorch']} right answers; right: {score['ONNX']} of {len(compared)}"
-    return Gate("task", name, float(len(lost)), float(limits.task_lost), "; ".join(lost[:3]))
+    return Gate("held-out accuracy", name, float(len(lost)), float(limits.task_lost), "; ".join(lost[:3]))

@@ -101,7 +101,7 @@ def _not_run(terms: LossLimits, target: str) -> dict[str, str]:
     """What this machine cannot show."""
     why = RUNTIMES[target].missing()
     found = {} if terms.precision != "bf16" else dict.fromkeys(("KL divergence", "generated tokens"), NO_BF16)
-    found = (dict.fromkeys(("generated tokens", "task"), why) if why else {}) | found
+    found = (dict.fromkeys(("generated tokens", "held-out accuracy"), why) if why else {}) | found
     if terms.provider != "cpu":
         found[f"the provider {terms.provider}"] = (
             "no such device here: its kernels are looked up (builder/targets/providers.py), "

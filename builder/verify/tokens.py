@@ -68,7 +68,7 @@ def input_gates(name: str, inputs: Inputs, prompt: Prompt) -> list[Gate]:
 def token_gates(
     case: Case, prompt: Prompt, runner: Runner, reference: Reference, logit_error: float, tokens: int = TOKENS
 ) -> tuple[list[Gate], NearTies]:
-    """Greedy tokens from the picture files on, and from the runtime's own processor where it has one.
+    """Greedy tokens from the image files on, and from the runtime's own processor where it has one.
 
     Args:
         logit_error: largest absolute difference of a logit in this case's decoder gates.
@@ -97,7 +97,7 @@ def token_gates(
 
 
 def takes(own: OwnProcessor, case: Case) -> bool:
-    """Whether the runtime's own processor takes as many pictures as the case has."""
+    """Whether the runtime's own processor takes as many images as the case has."""
     return own.most_images is None or len(case.images) <= own.most_images
 
 

@@ -27,7 +27,7 @@ from builder.util.progress import progress
 from builder.verify.graphs.per_graph import batch_gates, geometry_gates, graph_gates, layer_gates
 from builder.verify.graphs.sessions import Graphs
 from builder.verify.image_preprocessor import preprocessor_gates
-from builder.verify.layerwise import for_slices, verify_sliced
+from builder.verify.layerwise import for_slices, verify_layerwise
 from builder.verify.memory_budget import verify_mode
 from builder.verify.quantized import LossLimits, verify_lossy
 from builder.verify.report.context import of_bundle
@@ -58,13 +58,13 @@ def comparison(
     def exact(folder: Path, target: str, wanted: Reference, suite: Suite, kept: Path) -> Report:
         if whole:
             return verify(folder, target, wanted, suite)
-        return verify_sliced(folder, target, wanted, available, kept, suite.cases)
+        return verify_layerwise(folder, target, wanted, available, kept, suite.cases)
 
     def compared(folder: Path, target: str) -> Report:
         if terms is None and not more:
             if whole:
                 return verify(folder, target, reference)
-            return verify_sliced(folder, target, reference, available, store)
+            return verify_layerwise(folder, target, reference, available, store)
         with TemporaryDirectory() as drawn:
             suite = whole_suite(checkpoint, Path(drawn), more)
             suite = suite if whole else replace(suite, cases=for_slices(suite))
@@ -158,7 +158,7 @@ def _compared(
 ) -> Iterator[list[Gate]]:
     """The gates of each comparison: inputs of every case, layers of one, then graph by graph and case by case."""
     runner = open_runner(folder, target)
-    facts |= {"not checked": unchecked(suite), "not asked": unasked(suite, runner.own)}
+    facts |= {"not checked": unchecked(suite), "skipped": unasked(suite, runner.own)}
     asked: list[tuple[Case, Prompt]] = []
     for case in suite.cases:
         show_case(case.name, case.prompt, case.images)
@@ -194,13 +194,13 @@ def _compared(
     found = tuple(one for _, near in answered for one in near.found)
     yield [NearTies(sum(near.compared for _, near in answered), found).gate(allowed=not suite.tasks)]
     if suite.tasks:
-        yield guarded("task", "held-out answers", task_gates, suite.tasks, runner, reference, facts, advance)
+        yield guarded("held-out accuracy", "held-out set", task_gates, suite.tasks, runner, reference, facts, advance)
 
 
 def unplayed(target: str, tasks: bool) -> dict[str, str]:
     """Place → why it was not compared, where the runtime cannot be played on this machine."""
     why = RUNTIMES[target].missing()
-    return dict.fromkeys(("tokens", "task") if tasks else ("tokens",), why) if why else {}
+    return dict.fromkeys(("tokens", "held-out accuracy") if tasks else ("tokens",), why) if why else {}
 
 
 def unchecked(suite: Suite) -> dict[str, list[str]]:
@@ -212,7 +212,7 @@ def unasked(suite: Suite, own: OwnProcessor | None) -> dict[str, str]:
     """Cases that a runtime's own processor cannot be asked, and why; ours is asked all."""
     if own is None:
         return {}
-    why = f"not asked of the runtime's own processor, which takes {own.most_images} picture a question"
+    why = f"not asked of the runtime's own processor, which takes {own.most_images} image a question"
     return {case.name: why for case in suite.cases if "runtime" in case.checks and not takes(own, case)}
 
 
@@ -237,4 +237,4 @@ def task_gates(
         advance()
     facts["task"] = {key: f"{value}/{len(cases)}" for key, value in score.items()}
     name = f"{len(cases)} held-out answers, right: PyTorch {score['PyTorch']}, ONNX {score['ONNX']}"
-    return [Gate("task", name, float(len(different)), 0.0, "; ".join(different[:3]))]
+    return [Gate("held-out accuracy", name, float(len(different)), 0.0, "; ".join(different[:3]))]

@@ -1,8 +1,8 @@
-// A bundle for `onnxruntime`, asked from JavaScript: from token ids and a picture's RGB bytes to tokens, without Python.
+// A bundle for `onnxruntime`, asked from JavaScript: from token ids and an image's RGB bytes to tokens, without Python.
 //
-//     node qwen3vl.mjs BUNDLE --ids 4060,4057,12 --image picture.png --max-new-tokens 16
+//     node qwen3vl.mjs BUNDLE --ids 4060,4057,12 --image image.png --max-new-tokens 16
 //
-// In: the bundle's folder; a prompt's token ids, which hold the image token once a picture; PNG files, or any decoder's
+// In: the bundle's folder; a prompt's token ids, which hold the image token once an image; PNG files, or any decoder's
 // RGB bytes. Out: greedy tokens as they come, the stop token that ends them included.
 // Guaranteed: token for token what pipeline.py in the bundle gives, which is the longer explanation of each step.
 // Axis names: batch (always 1), seq, past, total, patches, images, tokens, hidden; D DeepStack layers.
@@ -37,7 +37,7 @@ export class Bundle {
     return bundle;
   }
 
-  /** A picture → its features: main [tokens, hidden], DeepStack [D, tokens, hidden]; and its grid in tokens. */
+  /** An image → its features: main [tokens, hidden], DeepStack [D, tokens, hidden]; and its grid in tokens. */
   async see({ rgb, height, width }) {
     if (Math.max(height, width) > 200 * Math.min(height, width)) throw new Error(`${width} x ${height}: too long`);
     const image = new ort.Tensor("uint8", rgb, [height, width, 3]);
@@ -55,30 +55,30 @@ export class Bundle {
 
   /**
    * Everything that the decoder takes of a prompt: inputs_embeds [1, seq, hidden], deepstack_embeds [D, 1, seq, hidden],
-   * position_ids [3, 1, seq], and the position behind them. `ids` hold the image token once a picture.
+   * position_ids [3, 1, seq], and the position behind them. `ids` hold the image token once an image.
    */
-  async prepare(ids, pictures = []) {
+  async prepare(ids, images = []) {
     const { hidden, deepstack, image_token_id: imageToken } = this.settings;
     const seen = [];
-    for (const picture of pictures) seen.push(await this.see(picture));
+    for (const image of images) seen.push(await this.see(image));
     const tokens = seen.map((one) => one.height * one.width);
     let nth = 0;
     const spread = ids.flatMap((id) => (id === imageToken ? Array(tokens[nth++]).fill(id) : [id]));
-    if (nth !== pictures.length) throw new Error(`${nth} image tokens for ${pictures.length} pictures`);
+    if (nth !== images.length) throw new Error(`${nth} image tokens for ${images.length} images`);
 
     const seq = spread.length;
     const embeds = await this.embed(spread);
     const levels = new Float32Array(deepstack * seq * hidden); // 0 at text
     const positions = new Float64Array(3 * seq);
     let next = 0; // the position of the next text token
-    for (let at = 0, picture = 0; at < seq; ) {
+    for (let at = 0, image = 0; at < seq; ) {
       if (spread[at] !== imageToken) {
         for (let axis = 0; axis < 3; axis++) positions[axis * seq + at] = next;
         next++, at++;
         continue;
       }
-      const { main, levels: own, height, width } = seen[picture];
-      const count = tokens[picture++];
+      const { main, levels: own, height, width } = seen[image];
+      const count = tokens[image++];
       embeds.set(main, at * hidden);
       for (let level = 0; level < deepstack; level++) {
         const part = own.subarray(level * count * hidden, (level + 1) * count * hidden);
@@ -102,9 +102,9 @@ export class Bundle {
   }
 
   /** Greedy tokens as they come. The first `least` are no stop tokens. */
-  async *generate(ids, pictures, most, least = 0) {
+  async *generate(ids, images, most, least = 0) {
     const { hidden, deepstack, eos_token_ids: stops, max_length: longest } = this.settings;
-    let { seq, embeds, levels, positions, next } = await this.prepare(ids, pictures);
+    let { seq, embeds, levels, positions, next } = await this.prepare(ids, images);
     if (seq + most > longest) throw new Error(`${seq} + ${most} tokens are more than ${longest}`);
     let past = this.emptyPast();
     let total = 0;
@@ -156,8 +156,8 @@ async function main() {
     process.exit(2);
   }
   const bundle = await Bundle.load(positionals[0]);
-  const pictures = values.image.map((file) => decodePng(readFileSync(file)));
-  const tokens = bundle.generate(values.ids.split(",").map(Number), pictures, Number(values["max-new-tokens"]));
+  const images = values.image.map((file) => decodePng(readFileSync(file)));
+  const tokens = bundle.generate(values.ids.split(",").map(Number), images, Number(values["max-new-tokens"]));
   for await (const token of tokens) console.log(token);
 }
 

@@ -21,7 +21,7 @@ from bench.runtime.claims import CLAIMS, LLAMA, SDPA, THEIRS, named, shown
 from bench.runtime.contest import Rules, contest
 from bench.runtime.contestants import Contestant, genai
 from bench.runtime.document import Result, bandwidth, section
-from bench.runtime.figures import COLD, DECODE, LOAD, PICTURES, TEXT_PEAK, Measured, Outcome, answer, prefill, vision
+from bench.runtime.figures import COLD, DECODE, IMAGES, LOAD, TEXT_PEAK, Measured, Outcome, answer, prefill, vision
 from bench.runtime.llama import AbsentError, Llama
 from bench.synthetic import SIZES, write_synthetic
 from builder.targets.clients.pipeline import read_image_settings, target_size
@@ -208,13 +208,13 @@ def test_threads_are_set_in_every_session_of_a_linked_copy(folder: Path, tmp_pat
     assert (folder / folders.CONFIG).read_bytes() == before
 
 
-def test_pictures_have_the_patches_of_the_real_model(tmp_path: Path) -> None:
+def test_images_have_the_patches_of_the_real_model(tmp_path: Path) -> None:
     from builder.checkpoint.load import open_checkpoint
 
     checkpoint = open_checkpoint(write_synthetic(tmp_path / "tiny", "tiny"))
     (tmp_path / "vision_processor.json").write_text(vision_processor(checkpoint))
     settings = read_image_settings(tmp_path / "vision_processor.json")
-    for name, patches in PICTURES.items():
+    for name, patches in IMAGES.items():
         width, height = map(int, name.split("×"))
         assert target_size(height, width, settings) == tuple(16 * side for side in patches)
     assert "2b" in SIZES

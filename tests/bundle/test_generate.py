@@ -19,7 +19,7 @@ from builder.util.errors import BundleError, ImageError, MissingPackageError, Pr
 from tests.helpers.checkpoints import MINIATURE
 from tests.helpers.toy_graphs import Toy, toy
 
-PICTURES = SUITE / "pictures"
+IMAGES = SUITE / "images"
 STOPS = (4058, 4056)
 RUNTIMES = ("genai", "onnxruntime")
 
@@ -54,7 +54,7 @@ def ask(bundle: Path, prompt: str = "What is it?", *images: Path, max_new_tokens
 def test_both_runtimes_answer_as_the_graphs_do(
     runtime: str, images: list[str], bundles: dict[str, Path], model: Toy
 ) -> None:
-    paths = [PICTURES / name for name in images]
+    paths = [IMAGES / name for name in images]
     pieces: list[str] = []
     result = answer(bundles[runtime], "What is it?", paths, max_new_tokens=12, on_text=pieces.append)
     inputs = open_bundle(bundles[runtime]).prepare("What is it?", paths)
@@ -68,8 +68,8 @@ def test_both_runtimes_answer_as_the_graphs_do(
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
-def test_a_file_that_is_no_picture_is_an_image_error(runtime: str, bundles: dict[str, Path]) -> None:
-    with pytest.raises(ImageError, match=r"manifest\.json cannot be read as a picture"):
+def test_a_file_that_is_no_image_is_an_image_error(runtime: str, bundles: dict[str, Path]) -> None:
+    with pytest.raises(ImageError, match=r"manifest\.json cannot be read as an image"):
         ask(bundles[runtime], "What is it?", bundles[runtime] / "manifest.json")
 
 

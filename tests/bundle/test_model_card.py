@@ -21,7 +21,7 @@ from tests.helpers.checkpoints import MINIATURE
 from tests.helpers.manifests import COMMIT, manifest
 
 APACHE = Licence("apache-2.0", files=("LICENSE",))
-PICTURE = MINIATURE.parent / "heldout" / "pic002.png"
+IMAGE = MINIATURE.parent / "heldout" / "pic002.png"
 
 
 def told(licence: Licence = APACHE, **changes: Any) -> dict[str, Any]:
@@ -163,19 +163,19 @@ def test_the_miniature_names_its_licence(tmp_path: Path) -> None:
 @pytest.mark.torch  # its bundle is what the stages before it make
 def test_the_program_of_the_card_answers(bundle: Callable[[str], Path]) -> None:
     folder = bundle("genai")
-    shutil.copyfile(PICTURE, folder / "picture.png")
+    shutil.copyfile(IMAGE, folder / "image.png")
     (program,) = re.findall(r"```python\n(.*?)```", model_card(manifest(), APACHE), re.DOTALL)
     asked = program.replace("What is this?", "Read the number.")
     done = subprocess.run([sys.executable, "-c", asked], cwd=folder, capture_output=True, text=True, check=False)
-    answers = (json.loads(line) for line in (PICTURE.parent / "cases.jsonl").read_text().splitlines())
-    (expected,) = (one["answer"] for one in answers if one["images"] == [PICTURE.name])
+    answers = (json.loads(line) for line in (IMAGE.parent / "cases.jsonl").read_text().splitlines())
+    (expected,) = (one["answer"] for one in answers if one["images"] == [IMAGE.name])
     assert done.stdout.strip() == expected, done.stderr
 
 
 @pytest.mark.torch
 def test_the_command_of_the_card_answers(bundle: Callable[[str], Path]) -> None:
     folder = bundle("onnxruntime")
-    shutil.copyfile(PICTURE, folder / "picture.png")
+    shutil.copyfile(IMAGE, folder / "image.png")
     (command,) = notes("onnxruntime").run
     asked = command.replace("What is this?", "Read the number.").replace("python", sys.executable, 1)
     done = subprocess.run(asked, shell=True, cwd=folder, capture_output=True, text=True, check=False)

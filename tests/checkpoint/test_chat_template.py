@@ -23,7 +23,7 @@ FULL = """\
         {%- for part in content %}
             {%- if part.type == 'image' or 'image' in part or 'image_url' in part %}
                 {%- if count %}{% set counted.images = counted.images + 1 %}{% endif %}
-                {%- if add_vision_id %}{{ 'Picture ' ~ counted.images ~ ': ' }}{% endif %}
+                {%- if add_vision_id %}{{ 'Image ' ~ counted.images ~ ': ' }}{% endif %}
                 {{- '<|vision_start|><|image_pad|><|vision_end|>' }}
             {%- elif part.type == 'video' or 'video' in part %}
                 {%- if count %}{% set counted.videos = counted.videos + 1 %}{% endif %}
@@ -81,7 +81,7 @@ FULL = """\
     {%- endif %}
 {%- endif %}
 """
-# One user turn, whitespace trimmed around the tags; {0} is what a picture and {1} what a text becomes.
+# One user turn, whitespace trimmed around the tags; {0} is what an image and {1} what a text becomes.
 TURN = (
     "{{% for message in messages %}}<u>{{% for part in message.content %}}{{% if part.type == 'image' %}}{0}"
     "{{% else %}}{1}{{% endif %}}{{% endfor %}}</u>{{% endfor %}}<a>"
@@ -146,14 +146,14 @@ def test_a_template_may_hold_a_text_itself() -> None:
 
 
 @pytest.mark.parametrize(
-    ("picture", "text", "why"),
+    ("image", "text", "why"),
     [
-        ("Picture {{ loop.index }}: <|image_pad|>", "{{ part.text }}", "treats 2 pictures"),
-        ("<|image_pad|>", "{{ part.text | trim }}", "treats 0 pictures and the text '  spaces around  '"),
+        ("Image {{ loop.index }}: <|image_pad|>", "{{ part.text }}", "treats 2 images"),
+        ("<|image_pad|>", "{{ part.text | trim }}", "treats 0 images and the text '  spaces around  '"),
         ("<|image_pad|>", "{{ part.text | escape }}", "&amp;"),
         ("<|image_pad|>", "{{ part.text }}{{ part.text }}", "exactly once"),
         ("<|image_pad|>", "", "exactly once"),
-        ("<|image_pad|>\n", "{{ part.text }}\n<|image_pad|>", "exactly once a picture"),
+        ("<|image_pad|>\n", "{{ part.text }}\n<|image_pad|>", "exactly once an image"),
         ("<image>", "{{ part.text }}", "does not write <|image_pad|>"),
         ("", "{{ part.text }}", "does not write <|image_pad|>"),
         ("<|image_pad|>", "{{ raise_exception('no') }}", "TemplateError: no"),
@@ -165,9 +165,9 @@ def test_a_template_may_hold_a_text_itself() -> None:
         ("<|image_pad|>", "{% endif %}", "no Jinja template"),
     ],
 )
-def test_templates_that_are_no_three_strings_are_refused(picture: str, text: str, why: str) -> None:
+def test_templates_that_are_no_three_strings_are_refused(image: str, text: str, why: str) -> None:
     with pytest.raises(PromptError) as caught:
-        split(TURN.format(picture, text), IMAGE, {})
+        split(TURN.format(image, text), IMAGE, {})
     assert why in str(caught.value)
     assert caught.value.found is not None
 

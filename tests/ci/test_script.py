@@ -123,14 +123,14 @@ def test_a_second_run_installs_nothing_and_has_the_same_cache_key(place: Place) 
     place.run()
     assert place.read("pip.log").count("\n") == 1
     assert place.read("reports/cache-key") == key
-    place.run({"build": (0, "sliced")})
+    place.run({"build": (0, "partial")})
     assert place.read("reports/cache-key") != key
 
 
 @pytest.mark.parametrize(
     ("ends", "code", "verdict", "reports"),
     [
-        pytest.param({"build": (0, "sliced")}, 0, "sliced", set(TARGETS), id="sliced"),
+        pytest.param({"build": (0, "partial")}, 0, "partial", set(TARGETS), id="partial"),
         pytest.param({"build": (20, "failed")}, 20, "failed", set(TARGETS), id="a gate does not hold"),
         pytest.param({"build": (16, "-")}, 16, "error", set(), id="no weights"),
         pytest.param({"explain": (10, "-")}, 10, "error", set(), id="no checkpoint"),
@@ -171,13 +171,13 @@ def test_a_run_that_compares_nothing_does_not_pass(place: Place) -> None:
     ("settings", "verdict"),
     [
         pytest.param({"GOLDEN": "golden.json"}, "passed", id="PyTorch compared what a golden leaves out"),
-        pytest.param({"CASES": "one.toml"}, "sliced", id="nothing else compared what is left out"),
-        pytest.param({"GOLDEN": "golden.json", "BUNDLE": "outputs/one/8-bundle/genai"}, "sliced", id="no build"),
+        pytest.param({"CASES": "one.toml"}, "partial", id="nothing else compared what is left out"),
+        pytest.param({"GOLDEN": "golden.json", "BUNDLE": "outputs/one/8-bundle/genai"}, "partial", id="no build"),
     ],
 )
 def test_a_comparison_that_leaves_something_out(place: Place, settings: Mapping[str, str], verdict: str) -> None:
     place.run()
-    assert place.run({"verify": (0, "sliced")}, **settings)[0] == 0
+    assert place.run({"verify": (0, "partial")}, **settings)[0] == 0
     assert place.read("reports/verdict").strip() == verdict
 
 

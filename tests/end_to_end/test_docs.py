@@ -15,7 +15,7 @@ from tests.helpers.checkpoints import MINIATURE
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
-PICTURE = MINIATURE.parent / "heldout" / "pic002.png"
+IMAGE = MINIATURE.parent / "heldout" / "pic002.png"
 # In an order in which each finds what the ones before it have made.
 PAGES = ("regenerate", "pipeline", "verify-in-ci", "troubleshooting", "ship")
 BLOCK = re.compile(r"^```(?P<kind>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -52,7 +52,7 @@ def environment(page: str) -> dict[str, str]:
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
         "PYTHONPATH": str(ROOT),
         "CHECKPOINT": str(MINIATURE),
-        "PICTURE": str(PICTURE),
+        "IMAGE": str(IMAGE),
         "BUNDLE": f"out/8-bundle/{target}",
         "OTHER": "out-int4/8-bundle/genai",
     }

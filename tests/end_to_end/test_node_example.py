@@ -27,16 +27,16 @@ import { Bundle, decodePng } from "./qwen3vl.mjs";
 const { folder, questions, tokens } = JSON.parse(readFileSync(0, "utf8"));
 const bundle = await Bundle.load(folder);
 for (const { ids, images } of questions) {
-  const pictures = images.map((file) => decodePng(readFileSync(file)));
+  const images = images.map((file) => decodePng(readFileSync(file)));
   const answer = [];
-  for await (const token of bundle.generate(ids, pictures, tokens)) answer.push(token);
+  for await (const token of bundle.generate(ids, images, tokens)) answer.push(token);
   console.log(JSON.stringify(answer));
 }
 """
 
 
 def prompt_ids(checkpoint: Checkpoint, case: Case) -> list[int]:
-    """As the example takes them: the image token once a picture."""
+    """As the example takes them: the image token once an image."""
     from tokenizers import Tokenizer
 
     words = split_template(checkpoint)
@@ -62,9 +62,9 @@ def png(case: Case) -> bool:
 
 @pytest.mark.torch
 def test_tokens_are_pytorchs(miniature_built: Path, reference: Reference) -> None:
-    """Held-out questions about one picture, text, several pictures, and pictures that must be resized."""
+    """Held-out questions about one image, text, several images, and images that must be resized."""
     node = require_node()
-    names = {"text", "one picture", "wide, tall"}
+    names = {"text", "one image", "wide, tall"}
     cases = [*held_out(reference.checkpoint), *(case for case in shipped_cases() if case.name in names and png(case))]
     assert sum(len(case.images) == 1 for case in cases) >= 29
     assert any(not case.images for case in cases)

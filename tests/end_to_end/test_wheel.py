@@ -22,7 +22,7 @@ from ci.environments import environment, own_packages
 from tests.helpers.processes import ROOT, artifacts, checkout, python
 
 TARGETS = ("genai", "onnxruntime")
-PICTURE = ROOT / "builder" / "miniature" / "heldout" / "pic002.png"
+IMAGE = ROOT / "builder" / "miniature" / "heldout" / "pic002.png"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 
@@ -82,9 +82,9 @@ def without_extra(base: Path, *arguments: object, cwd: Path) -> subprocess.Compl
 
 
 def question() -> Case:
-    """A held-out question about `PICTURE`, and its answer."""
+    """A held-out question about `IMAGE`, and its answer."""
     cases = held_out(open_checkpoint(ROOT / "builder" / "miniature" / "checkpoint"))
-    return next(case for case in cases if case.images == (PICTURE,))
+    return next(case for case in cases if case.images == (IMAGE,))
 
 
 def test_the_base_install_is_small_and_whole(base: Path) -> None:
@@ -97,7 +97,7 @@ def test_the_base_install_is_small_and_whole(base: Path) -> None:
 @pytest.mark.parametrize("target", TARGETS)
 def test_a_bundle_runs_without_torch(base: Path, bundle: Callable[[str], Path], target: str, tmp_path: Path) -> None:
     case = question()
-    done = without_extra(base, "run", bundle(target), "--prompt", case.prompt, "--image", PICTURE, cwd=tmp_path)
+    done = without_extra(base, "run", bundle(target), "--prompt", case.prompt, "--image", IMAGE, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (0, f"{case.answer}\n"), done.stderr
 
 
@@ -171,7 +171,7 @@ def test_the_wheel_builds_the_miniature_and_answers(installed: Path, whole: Path
     assert artifacts(output) == expected
     case = question()
     for target in TARGETS:
-        asked = ("--prompt", case.prompt, "--image", PICTURE)
+        asked = ("--prompt", case.prompt, "--image", IMAGE)
         answered = told(command, "run", whole / "8-bundle" / target, *asked, "--json", cwd=tmp_path)
         assert answered["text"] == case.answer
 

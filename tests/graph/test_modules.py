@@ -55,7 +55,7 @@ def prompts() -> Tensor:
 
 
 def positions() -> Tensor:
-    """[3, batch, seq], another place on each axis, as behind a picture."""
+    """[3, batch, seq], another place on each axis, as behind an image."""
     steps = torch.arange(SEQ).expand(3, BATCH, SEQ) * torch.tensor([1, 2, 3])[:, None, None]
     return steps + torch.tensor([0, 4])[None, :, None]
 

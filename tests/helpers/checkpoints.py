@@ -2,7 +2,7 @@
 `save_pretrained` lays it.
 
 Guaranteed: the same bytes for the same arguments; weights whose scale keeps the argmax from being one and
-the same token, and lets DeepStack, pictures and positions each change the answer. No torch.
+the same token, and lets DeepStack, images and positions each change the answer. No torch.
 """
 
 from __future__ import annotations
@@ -215,7 +215,7 @@ def spread(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
         return 0.0, 0.15
     if name.endswith("pos_embed.weight"):
         return 0.0, 0.5
-    # A picture's many tokens would drown the last one, and with it the difference between two steps.
+    # An image's many tokens would drown the last one, and with it the difference between two steps.
     gain = 0.6 if name.endswith("o_proj.weight") else 1.0
     return 0.0, gain / math.sqrt(math.prod(shape[1:]))
 

@@ -154,7 +154,7 @@ class Page:
         node = self.call("DOM.querySelector", nodeId=root, selector=selector)["nodeId"]
         self.call("DOM.setFileInputFiles", nodeId=node, files=[str(file)])
 
-    def picture(self, path: Path) -> None:
+    def image(self, path: Path) -> None:
         """Writes what the page looks like, as PNG."""
         path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot")["data"]))
 

@@ -1,4 +1,4 @@
-"""Checkpoints that mean harm, as tables; and what is done with those, and with bundles and pictures.
+"""Checkpoints that mean harm, as tables; and what is done with those, and with bundles and images.
 
 In: a folder (or file) that holds something good. Out: it is spoiled in a named way, or at a few bytes drawn by a seed.
 Guaranteed: the same bytes for the same name or seed; what `outcome` is given ends in a value or in a `BuildError`, in

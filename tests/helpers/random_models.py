@@ -84,8 +84,8 @@ class Input:
 
     Args:
         input_ids: [1, seq].
-        pixel_values: [patches, channels·temporal·patch²]; no rows without pictures.
-        image_grid_thw: [images, 3]; each picture has one frame, as in a prompt.
+        pixel_values: [patches, channels·temporal·patch²]; no rows without images.
+        image_grid_thw: [images, 3]; each image has one frame, as in a prompt.
         frames: [films, 3], of several frames each, for the vision encoder alone.
         cuts: where a prefill is cut into pieces.
     """
@@ -98,7 +98,7 @@ class Input:
 
 
 def drawn_input(checkpoint: Checkpoint, seed: int) -> Input:
-    """Text, and up to three pictures in it, apart or one behind the other."""
+    """Text, and up to three images in it, apart or one behind the other."""
     rng, vision = random.Random(seed), checkpoint.vision
 
     def grids(count: int, frames: int) -> Array:
@@ -112,8 +112,8 @@ def drawn_input(checkpoint: Checkpoint, seed: int) -> Input:
     grid = grids(rng.randint(0, 3), 1)
     ids = words(1)
     for count in grid.prod(1) // vision.merge_size**2:
-        picture = [checkpoint.image_token_id] * int(count)
-        ids += [checkpoint.vision_start_token_id, *picture, checkpoint.vision_end_token_id, *words(0)]
+        image = [checkpoint.image_token_id] * int(count)
+        ids += [checkpoint.vision_start_token_id, *image, checkpoint.vision_end_token_id, *words(0)]
     ids += words(2)
     cuts = sorted(rng.sample(range(1, len(ids)), min(rng.randint(0, 2), len(ids) - 1)))
     pixels = drawn_pixels(checkpoint, grid, seed)
@@ -150,12 +150,12 @@ class Wanted:
     """PyTorch's side of an `Input`.
 
     Args:
-        pictures, frames: main features [tokens, H] and the DeepStack levels.
+        images, frames: main features [tokens, H] and the DeepStack levels.
         inputs: the decoder's, with the features merged: [1, seq, H], and as many for each level.
         logits: [1, seq, vocab].
     """
 
-    pictures: tuple[Array, list[Array]]
+    images: tuple[Array, list[Array]]
     frames: tuple[Array, list[Array]]
     inputs: tuple[Array, list[Array]]
     logits: Array
@@ -167,16 +167,16 @@ def wanted(reference: Reference, given: Input) -> Wanted:
 
     checkpoint = reference.checkpoint
     none = np.zeros((0, checkpoint.text.hidden), np.float32)
-    pictures = (none, [none] * len(checkpoint.vision.deepstack))
+    images = (none, [none] * len(checkpoint.vision.deepstack))
     pixels = grid = None
     if len(given.image_grid_thw):
         pixels, grid = given.pixel_values, given.image_grid_thw
-        pictures = reference.vision(pixels, grid)
+        images = reference.vision(pixels, grid)
     prompt = Prompt(given.input_ids, pixels, grid, positions(checkpoint, given))
     frames = reference.vision(drawn_pixels(checkpoint, given.frames, 1), given.frames)
     mask = given.input_ids == checkpoint.image_token_id
-    inputs = merged(reference.embed(given.input_ids), mask, *pictures)
-    return Wanted(pictures, frames, inputs, reference.logits(prompt, ())[None])
+    inputs = merged(reference.embed(given.input_ids), mask, *images)
+    return Wanted(images, frames, inputs, reference.logits(prompt, ())[None])
 
 
 def positions(checkpoint: Checkpoint, given: Input) -> Array:
@@ -191,7 +191,7 @@ def compared(graphs: Computed, checkpoint: Checkpoint, given: Input, want: Wante
     gates: list[Gate] = []
     sides = [("frames", drawn_pixels(checkpoint, given.frames, 1), given.frames, want.frames)]
     if len(given.image_grid_thw):
-        sides.append(("pictures", given.pixel_values, given.image_grid_thw, want.pictures))
+        sides.append(("images", given.pixel_values, given.image_grid_thw, want.images))
     for name, pixels, grid, (main, levels) in sides:
         got, got_levels = graphs.vision(pixels, grid)
         assert len(got_levels) == len(levels)
@@ -200,7 +200,7 @@ def compared(graphs: Computed, checkpoint: Checkpoint, given: Input, want: Wante
         gates += [
             compare_close("deepstack features", f"{name}, level {n}", a, b, FP32) for n, (a, b) in enumerate(pairs)
         ]
-    main, levels = want.pictures
+    main, levels = want.images
     embeds, inputs = graphs.embed(given.input_ids, main, levels, checkpoint.image_token_id)
     pairs = zip((embeds, *inputs), (want.inputs[0], *want.inputs[1]), strict=True)
     gates += [

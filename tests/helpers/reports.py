@@ -34,22 +34,22 @@ CONTEXT = Context(
     self_test=(Table("mutants", ("name", "caught"), (("DeepStack zeroed", "yes"),)),),
 )
 HOLDS = (
-    Gate("pixel values", "one picture", 0, 0),
-    Gate("token ids", "one picture", 0, 0),
-    *(Gate("vision layers", f"one picture, layer {n}", 2e-6 * (n + 1), 1e-4) for n in range(3)),
-    Gate("image features", "one picture", 9e-6, 1e-4),
-    Gate("embeddings", "one picture, main", 0, 1e-4),
-    *(Gate("decoder layers", f"one picture, tokens 0–77, layer {n}", 3e-6, 1e-4) for n in range(4)),
-    Gate("decoder prefill", "one picture, tokens 0–77", 8e-6, 1e-4),
-    Gate("tokens", "one picture, 64 tokens", 0, 0),
+    Gate("pixel values", "one image", 0, 0),
+    Gate("token ids", "one image", 0, 0),
+    *(Gate("vision layers", f"one image, layer {n}", 2e-6 * (n + 1), 1e-4) for n in range(3)),
+    Gate("image features", "one image", 9e-6, 1e-4),
+    Gate("embeddings", "one image, main", 0, 1e-4),
+    *(Gate("decoder layers", f"one image, tokens 0–77, layer {n}", 3e-6, 1e-4) for n in range(4)),
+    Gate("decoder prefill", "one image, tokens 0–77", 8e-6, 1e-4),
+    Gate("tokens", "one image, 64 tokens", 0, 0),
     Gate("tokens", "near ties", 0, 1),
 )
 FAILS = (
-    Gate("tokens", "one picture, 64 tokens", 60, 0, "one picture: token 4 is 17, PyTorch 3 with a lead of 2.00e+00"),
-    Gate("decoder prefill", "one picture, tokens 0–77", 0.3, 1e-4, "3.0e-01 of a standard deviation at [0, 3]"),
-    Gate("decoder layers", "one picture, tokens 0–77, layer 1", 0.02, 1e-4, "2.0e-02 of a deviation at [5, 1]"),
-    Gate("decoder step", "one picture, tokens 82–83", float("nan"), 1e-4, "not finite"),
-    Gate("task", "4 held-out answers", float("inf"), 0, "RuntimeError: no such node"),
+    Gate("tokens", "one image, 64 tokens", 60, 0, "one image: token 4 is 17, PyTorch 3 with a lead of 2.00e+00"),
+    Gate("decoder prefill", "one image, tokens 0–77", 0.3, 1e-4, "3.0e-01 of a standard deviation at [0, 3]"),
+    Gate("decoder layers", "one image, tokens 0–77, layer 1", 0.02, 1e-4, "2.0e-02 of a deviation at [5, 1]"),
+    Gate("decoder step", "one image, tokens 82–83", float("nan"), 1e-4, "not finite"),
+    Gate("held-out accuracy", "4 held-out answers", float("inf"), 0, "RuntimeError: no such node"),
 )
 FACTS = {"versions": {"torch": "2.13.0", "onnxruntime": "1.32.0"}, "task": {"PyTorch": "3/4", "ONNX": "3/4"}}
 # Markup of HTML, of Markdown, of XML, of terminals; a mention, an address, a change of direction, a lone surrogate.
@@ -78,10 +78,10 @@ def harmful() -> Report:
     """Every text that a checkpoint, a bundle or a case can name."""
     gates = (Gate("token ids", HARM, 3, 0, HARM), Gate("decoder prefill", HARM + ", layer 3", 1e-6, 1e-4, HARM))
     (shown, *_) = exhibits()
-    (picture,) = shown.pictures
-    pixels = tuple(type(one)(HARM, one.values, 5, 0.5, one.picture, one.sides) for one in picture.pixels)
-    exhibit = Exhibit(HARM, "task", HARM, (type(picture)(HARM, "", pixels),), HARM, (HARM, HARM + "!"))
-    case = Exhibit(HARM, "case", HARM, (type(picture)(HARM, picture.thumbnail, pixels),), None, (HARM, HARM))
+    (image,) = shown.images
+    pixels = tuple(type(one)(HARM, one.values, 5, 0.5, one.difference, one.sides) for one in image.pixels)
+    exhibit = Exhibit(HARM, "task", HARM, (type(image)(HARM, "", pixels),), HARM, (HARM, HARM + "!"))
+    case = Exhibit(HARM, "case", HARM, (type(image)(HARM, image.thumbnail, pixels),), None, (HARM, HARM))
     facts = {"versions": {HARM: HARM}, "task": {HARM: HARM}}
     return Report(HARM, HARM, gates, facts, {"tokens": HARM}, (exhibit, case))
 
@@ -99,7 +99,7 @@ def exhibits(wrong: bool = False) -> tuple[Exhibit, ...]:
     got[7, 3] += 0.5 * wrong
     logits = 4 * rng.standard_normal((1, 20, 300)).astype(np.float32)
     with collecting(VISION) as collected:
-        (case,) = [one for one in shipped_cases() if one.name == "one picture"]
+        (case,) = [one for one in shipped_cases() if one.name == "one image"]
         show_case(case.name, case.prompt, case.images)
         show_pixels("preprocessing of the bundle", got, want, GRID, GRID)
         show_logits(case.name, (0, 20), logits + np.float32(1e-5) * rng.standard_normal(logits.shape), logits)
@@ -107,7 +107,7 @@ def exhibits(wrong: bool = False) -> tuple[Exhibit, ...]:
         return collected()
 
 
-def picture_of(uri: str) -> np.ndarray:
+def image_of(uri: str) -> np.ndarray:
     """The pixels of a data URI."""
     import base64
     import io

@@ -36,7 +36,7 @@ LAYER = "model.language_model.layers.1.mlp"
 
 @pytest.fixture(autouse=True)
 def _few(monkeypatch: pytest.MonkeyPatch) -> None:
-    few = tuple(case for case in shipped_cases() if case.name in ("text", "one picture"))
+    few = tuple(case for case in shipped_cases() if case.name in ("text", "one image"))
     monkeypatch.setattr(module, "suite_cases", lambda checkpoint, folder: few)
 
 
@@ -154,7 +154,7 @@ def test_a_layer_that_is_kept_wide_stays_finite(loud: Path, outputs: Path, monke
     assert one.module.startswith("mlp")
 
     wide = half(loud, outputs, "fp16-loud")
-    (case,) = [case for case in shipped_cases() if case.name == "one picture"]
+    (case,) = [case for case in shipped_cases() if case.name == "one image"]
     prompt = reference.prepare(case.prompt, case.images)
     got, streams = forced(shipped_graphs(wide, "genai", opened.text.hidden), prompt, (), opened.image_token_id)
     assert len(streams) == opened.text.layers

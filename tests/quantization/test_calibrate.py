@@ -41,7 +41,7 @@ def _few(monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(*_: Any) -> None:
         raise AssertionError("the held-out set is read")
 
-    few = tuple(case for case in shipped_cases() if case.name in ("text", "one picture"))
+    few = tuple(case for case in shipped_cases() if case.name in ("text", "one image"))
     monkeypatch.setattr(cases, "held_out", refused)
     monkeypatch.setattr(calibrate, "suite_cases", lambda checkpoint, folder: few)
 

@@ -43,10 +43,10 @@ def recipe() -> Recipe:
 
 
 def prompts(reference: Reference) -> list[tuple[Any, Any]]:
-    """The two shortest with a picture, and the shortest without."""
+    """The two shortest with an image, and the shortest without."""
     found = sorted(calibration_prompts(reference, reference.checkpoint), key=lambda one: one[0].input_ids.size)
-    pictured = [one for one in found if one[0].pixel_values is not None]
-    return [*pictured[:2], next(one for one in found if one[0].pixel_values is None)]
+    with_image = [one for one in found if one[0].pixel_values is not None]
+    return [*with_image[:2], next(one for one in found if one[0].pixel_values is None)]
 
 
 def by_hand(rules: tuple[Rule, ...]) -> dict[str, float]:
@@ -73,10 +73,10 @@ def by_hand(rules: tuple[Rule, ...]) -> dict[str, float]:
 
 
 def answers(reference: Reference, prompt: Any, answer: Any) -> Array:
-    """Log-probabilities of every position behind the last picture."""
+    """Log-probabilities of every position behind the last image."""
     ids = np.concatenate([prompt.input_ids[0], answer])
-    pictures = np.flatnonzero(ids == reference.image_token_id)
-    begin = pictures[-1] + 1 if len(pictures) else 0
+    images = np.flatnonzero(ids == reference.image_token_id)
+    begin = images[-1] + 1 if len(images) else 0
     return log_softmax(reference.logits(prompt, answer)[int(begin) :])
 
 

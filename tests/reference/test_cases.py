@@ -15,7 +15,7 @@ from builder.checkpoint.load import open_checkpoint
 from builder.cli.app import app
 from builder.reference.case_file import CHECKS, FP32, Tag, read_file
 from builder.reference.cases import (
-    PICTURES,
+    IMAGES,
     SUITE,
     Case,
     Suite,
@@ -58,15 +58,15 @@ def test_the_shipped_cases_cover_what_goes_wrong() -> None:
     assert {len(case.images) for case in cases.values()} >= {0, 1, 2, 3}
     assert {"text", "unusual unicode", "long prompt", "JPEG 4:2:0", "greyscale", "RGBA", "EXIF-rotated"} <= set(cases)
     used = {path for case in cases.values() for path in case.images if isinstance(path, Path)}
-    assert used == {path.resolve() for path in PICTURES.iterdir() if path.suffix != ".md"}
+    assert used == {path.resolve() for path in IMAGES.iterdir() if path.suffix != ".md"}
 
 
 def test_tags_choose_among_the_shipped_cases(tmp_path: Path) -> None:
     chosen = {tag: [case.name for case in shipped_cases() if tag in case.tags] for tag in get_args(Tag)}
     assert chosen == {
-        "layerwise": ["one picture", "wide, tall", "text"],
-        "ranges": ["one picture", "wide, tall", "three pictures", "text", "long prompt"],
-        "self-test": ["one picture", "wide, tall"],
+        "layerwise": ["one image", "wide, tall", "text"],
+        "ranges": ["one image", "wide, tall", "three images", "text", "long prompt"],
+        "self-test": ["one image", "wide, tall"],
     }
     mine, tagged = (
         placed(read_file(written(tmp_path, ONE + tags)), MINI, tmp_path)[0] for tags in ("", 'tags = ["self-test"]')
@@ -77,7 +77,7 @@ def test_tags_choose_among_the_shipped_cases(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("limits", [MINI, REAL, ODD], ids=["miniature", "real", "patch14merge3"])
-def test_drawn_pictures_fit_every_checkpoint(limits: SizeLimits, tmp_path: Path) -> None:
+def test_drawn_images_fit_every_checkpoint(limits: SizeLimits, tmp_path: Path) -> None:
     cases = {case.name: case for case in placed(read_cases((SUITE,)), limits, tmp_path)}
 
     def resized(case: str, number: int) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -96,7 +96,7 @@ def test_drawn_pictures_fit_every_checkpoint(limits: SizeLimits, tmp_path: Path)
         assert image.width % (limits.patch * limits.merge) == image.height % (limits.patch * limits.merge) == 0
 
 
-def test_pictures_are_drawn_alike_twice(tmp_path: Path) -> None:
+def test_images_are_drawn_alike_twice(tmp_path: Path) -> None:
     pixels = []
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
@@ -131,7 +131,7 @@ def test_a_text_leaves_nothing_unchecked() -> None:
 
 REFUSED = {
     "an unknown key": (ONE + "image = []\n", "unknown key `case.0.image`", "`images`"),
-    "an unknown key of a picture": (
+    "an unknown key of an image": (
         ONE + 'images = ["x"]\n[picture.x]\ndraw = "noise"\npatch = 4\n',
         "unknown key `picture.x.patch`",
         "`patches`",
@@ -143,19 +143,19 @@ REFUSED = {
     "an unknown check": (ONE + 'checks = ["logits"]\n', "`case.0.checks.0` is not right", ""),
     "an unknown tag": (ONE + 'tags = ["layer-wise"]\n', "`case.0.tags.0` is not right", ""),
     "an unknown tolerance": (ONE + 'tolerance = "loose"\n', "`case.0.tolerance` is not right", ""),
-    "a picture above": (ONE + 'images = ["../outside.png"]\n', "leaves the folder", "copy"),
-    "a picture by its whole path": (ONE + 'images = ["/etc/hostname"]\n', "leaves the folder", "copy"),
-    "a picture by a link": (ONE + 'images = ["link.png"]\n', "leaves the folder", "copy"),
-    "no picture": (ONE + 'images = ["blue.png"]\n', "there is no picture 'blue.png'", ""),
-    "a folder": (ONE + 'images = ["."]\n', "there is no picture '.'", ""),
-    "a picture that nobody uses": (ONE + '[picture.x]\ndraw = "noise"\npatches = 4\n', "no case uses", "remove"),
-    "a picture of no size": (ONE + 'images = ["x"]\n[picture.x]\ndraw = "noise"\n', "either `patches` or `pixels`", ""),
-    "a picture of two sizes": (
+    "an image above": (ONE + 'images = ["../outside.png"]\n', "leaves the folder", "copy"),
+    "an image by its whole path": (ONE + 'images = ["/etc/hostname"]\n', "leaves the folder", "copy"),
+    "an image by a link": (ONE + 'images = ["link.png"]\n', "leaves the folder", "copy"),
+    "no image": (ONE + 'images = ["blue.png"]\n', "there is no image 'blue.png'", ""),
+    "a folder": (ONE + 'images = ["."]\n', "there is no image '.'", ""),
+    "an image that nobody uses": (ONE + '[picture.x]\ndraw = "noise"\npatches = 4\n', "no case uses", "remove"),
+    "an image of no size": (ONE + 'images = ["x"]\n[picture.x]\ndraw = "noise"\n', "either `patches` or `pixels`", ""),
+    "an image of two sizes": (
         ONE + 'images = ["x"]\n[picture.x]\ndraw = "noise"\npatches = 4\npixels = [4, 4]\n',
         "either `patches` or `pixels`",
         "",
     ),
-    "a picture too large to draw": (
+    "an image too large to draw": (
         ONE + 'images = ["x"]\n[picture.x]\ndraw = "noise"\npixels = [1, 1000000000]\n',
         "is not right",
         "",
@@ -209,9 +209,9 @@ def test_the_command_refuses_a_broken_file(bundle: Callable[[str], Path], tmp_pa
 
 @pytest.mark.torch
 def test_what_a_case_asks_for_is_what_is_compared(miniature_built: Path, reference: Reference) -> None:
-    (picture,) = [case.images for case in shipped_cases() if case.name == "one picture"]
+    (image,) = [case.images for case in shipped_cases() if case.name == "one image"]
     cases = (
-        Case("some", "What?", picture, checks=("inputs", "features")),
+        Case("some", "What?", image, checks=("inputs", "features")),
         Case("few", "What?", checks=CHECKS, max_new_tokens=3, tolerance="tight"),
     )
     report = whole.verify(miniature_built / "genai", "genai", reference, Suite(cases))

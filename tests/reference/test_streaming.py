@@ -50,7 +50,7 @@ for streamed in (True, False):
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """The same checkpoint whole and streamed, and a prompt about two pictures."""
+    """The same checkpoint whole and streamed, and a prompt about two images."""
 
     whole: Reference
     streamed: Reference
@@ -73,10 +73,10 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 def open_pair(folder: Path) -> Pair:
     opened = open_checkpoint(folder)
     whole = Reference(opened)
-    return Pair(whole, Reference(opened, streamed=True), two_pictures(whole))
+    return Pair(whole, Reference(opened, streamed=True), two_images(whole))
 
 
-def two_pictures(reference: Reference) -> Prompt:
+def two_images(reference: Reference) -> Prompt:
     """Of different sizes, their pixels drawn."""
     vision = reference.checkpoint.vision
     grid = np.array([[1, 4, 6], [1, 2, 2]], np.int64) * [1, vision.merge_size, vision.merge_size]
@@ -95,7 +95,7 @@ def all_on_meta(reference: Reference) -> bool:
     return all(parameter.is_meta for parameter in reference.model.parameters())
 
 
-def pictures(prompt: Prompt) -> tuple[Array, Array]:
+def images(prompt: Prompt) -> tuple[Array, Array]:
     assert prompt.pixel_values is not None
     assert prompt.image_grid_thw is not None
     return prompt.pixel_values, prompt.image_grid_thw
@@ -113,14 +113,14 @@ def test_the_settings_are_those_of_the_whole_model(pair: Pair) -> None:
 
 
 def test_the_prompt_is_the_same(pair: Pair) -> None:
-    got = two_pictures(pair.streamed)
+    got = two_images(pair.streamed)
     assert np.array_equal(got.input_ids, pair.prompt.input_ids)
     assert np.array_equal(got.position_ids, pair.prompt.position_ids)
 
 
 def test_the_features_are_bit_equal(pair: Pair) -> None:
-    got, got_levels = pair.streamed.vision(*pictures(pair.prompt))
-    want, want_levels = pair.whole.vision(*pictures(pair.prompt))
+    got, got_levels = pair.streamed.vision(*images(pair.prompt))
+    want, want_levels = pair.whole.vision(*images(pair.prompt))
     assert np.array_equal(got, want)
     assert len(got_levels) == len(want_levels) == len(pair.whole.checkpoint.vision.deepstack)
     assert all(map(np.array_equal, got_levels, want_levels))
@@ -144,7 +144,7 @@ def test_the_logits_are_equal(pair: Pair) -> None:
     assert all_on_meta(pair.streamed)
 
 
-def test_the_logits_without_a_picture_are_equal(pair: Pair) -> None:
+def test_the_logits_without_a_image_are_equal(pair: Pair) -> None:
     prompt = pair.streamed.prepare("Which number is it?", [])
     assert close(pair.streamed.logits(prompt, ()), pair.whole.logits(prompt, ()))
 
@@ -181,7 +181,7 @@ def test_hidden_states_are_what_upstream_hands_on(pair: Pair) -> None:
     trace = pair.whole.hidden_states(pair.prompt, ANSWER)
     for hook in hooks:
         hook.remove()
-    main, levels = pair.whole.vision(*pictures(pair.prompt))
+    main, levels = pair.whole.vision(*images(pair.prompt))
     assert all(map(np.array_equal, trace.features, (main, *levels)))
     assert np.array_equal(trace.logits, pair.whole.logits(pair.prompt, ANSWER))
     facts = pair.whole.checkpoint
@@ -200,7 +200,7 @@ def test_hidden_states_are_what_upstream_hands_on(pair: Pair) -> None:
     assert np.array_equal(logits.numpy(), trace.logits)
 
 
-def test_hidden_states_without_a_picture_have_no_vision(pair: Pair) -> None:
+def test_hidden_states_without_a_image_have_no_vision(pair: Pair) -> None:
     trace: Trace = pair.streamed.hidden_states(pair.streamed.prepare("Which number is it?", []))
     assert trace.vision == trace.features == ()
     assert len(trace.decoder) == pair.streamed.checkpoint.text.layers

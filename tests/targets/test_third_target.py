@@ -34,7 +34,7 @@ from tests.helpers.checkpoints import MINIATURE
 from tests.helpers.third_target import EXTRA, NAME, RUNTIME, prepare
 from tests.helpers.toy_graphs import Toy, toy
 
-PICTURES = SUITE / "pictures"
+IMAGES = SUITE / "images"
 DECODER_FILE, DATA = "onnx/decoder_model_merged.onnx", "onnx/decoder_model_merged.onnx_data"
 
 
@@ -108,7 +108,7 @@ def test_it_is_checked_packed_and_equal_to_itself(made: Path, tmp_path: Path) ->
 
 @pytest.mark.parametrize("images", [[], ["sixteen.png"], ["wide.png", "tall.png"]], ids=str)
 def test_it_answers_as_the_graphs_do(images: list[str], made: Path, model: Toy) -> None:
-    paths = [PICTURES / name for name in images]
+    paths = [IMAGES / name for name in images]
     result = answer(made, "What is it?", paths, max_new_tokens=8, on_text=lambda text: None)
     assert list(result.token_ids) == model.tokens(prepare(made, "What is it?", paths), 8)
 
@@ -172,7 +172,7 @@ def test_two_graphs_of_one_role_are_refused(bundle: Path) -> None:
 def test_a_runtime_that_is_not_here_is_not_run_and_says_why(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     why = "Node.js is not installed"
     monkeypatch.setitem(RUNTIMES, NAME, replace(RUNTIME, missing=lambda: why))
-    assert unplayed(NAME, tasks=True) == {"tokens": why, "task": why}
+    assert unplayed(NAME, tasks=True) == {"tokens": why, "held-out accuracy": why}
     player = open_runner(made, NAME)
     assert player.not_run == why
     assert player.prepare("What is it?", []).input_ids.size

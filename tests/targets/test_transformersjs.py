@@ -25,7 +25,7 @@ from builder.targets.transformersjs import NAME, PACKAGING, VERSION, config, dty
 from tests.helpers.checkpoints import MINIATURE, SHAPES
 from tests.helpers.processes import ROOT
 
-PICTURES = SUITE / "pictures"
+IMAGES = SUITE / "images"
 WRITTEN = 'like = "{like}"\ntargets = ["transformersjs"]\nprovider = "cpu"\n'
 
 
@@ -225,18 +225,18 @@ def test_a_player_hands_over_exact_inputs(
 ) -> None:
     player = TransformersJs(bundle(tmp_path / "bundle", recipe("fp32")))
     player.program = Program(pretended(ECHOING))
-    picture = MINIATURE.parent / "heldout" / "pic002.png"
+    image = MINIATURE.parent / "heldout" / "pic002.png"
     stop = list(player.settings.eos_token_ids)
     inputs = player.prepare("What is this?", [])
     assert list(player.tokens(inputs, 9, 4)) == [*inputs.input_ids[0, :2], 9, 4, *stop]
-    inputs = player.prepare("What is this?", [picture])
+    inputs = player.prepare("What is this?", [image])
     assert inputs.image_grid_thw is not None
     assert list(player.tokens(inputs, 9)) == [*inputs.input_ids[0, :2], 9, 0, *stop, 1, *inputs.image_grid_thw[0]]
     player.program.close()
     assert player.not_run is None
     assert player.own.most_images == 1
-    assert not player.at_target_size(picture)
-    assert player.at_target_size(PICTURES / "plain.png")
+    assert not player.at_target_size(image)
+    assert player.at_target_size(IMAGES / "plain.png")
 
 
 def test_what_is_missing_is_said_with_the_next_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

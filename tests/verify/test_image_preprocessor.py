@@ -1,4 +1,4 @@
-"""The gate on a bundle's image preprocessor: at least forty pictures of awkward sizes, and that it can fail."""
+"""The gate on a bundle's image preprocessor: at least forty images of awkward sizes, and that it can fail."""
 
 from __future__ import annotations
 

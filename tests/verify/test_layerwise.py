@@ -29,7 +29,7 @@ from tests.helpers.shown import shown
 
 pytestmark = pytest.mark.torch
 
-ONE = tuple(case for case in shipped_cases() if case.name == "one picture")
+ONE = tuple(case for case in shipped_cases() if case.name == "one image")
 PLENTY = 10**10
 
 
@@ -51,7 +51,7 @@ def _here(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def report(folder: Path, reference: Reference, store: Path, limit: int = 10**6) -> Report:
-    return layerwise.verify_sliced(folder, folder.name, reference, limit, store, ONE)
+    return layerwise.verify_layerwise(folder, folder.name, reference, limit, store, ONE)
 
 
 @pytest.mark.parametrize("target", ["genai", "onnxruntime"])
@@ -77,11 +77,11 @@ def test_weights_that_do_not_fit_leave_the_tokens_out_and_say_so(
 ) -> None:
     found = report(miniature_built / target, streamed, store)
     assert found.ok, shown(found)
-    assert found.verdict == "sliced"
+    assert found.verdict == "partial"
     assert found.not_run == {"tokens": "needs 1.0 GB of memory, there are 1 MB"}
     assert "not run: needs 1.0 GB" in shown(found)
     said = found.as_dict()
-    assert (said["verdict"], said["not run"]) == ("sliced", found.not_run)
+    assert (said["verdict"], said["not run"]) == ("partial", found.not_run)
 
 
 CONTROLS: tuple[tuple[Mutation, str, str, str], ...] = (
@@ -91,10 +91,10 @@ CONTROLS: tuple[tuple[Mutation, str, str, str], ...] = (
     (mutations.layers_swapped, "onnxruntime", "decoder layers", "layer 1"),
     (mutations.rotary_axes_swapped, "genai", "decoder layers", "layer 0"),
     (mutations.attention_mask_off_by_one, "onnxruntime", "decoder layers", "layer 0"),
-    (mutations.deepstack_zeroed, "genai", "deepstack features", "one picture, level 0"),
-    (mutations.image_features_shifted, "genai", "embeddings", "one picture, main"),
-    (mutations.newline_lost, "genai", "token ids", "one picture"),
-    (mutations.mean_changed, "onnxruntime", "pixel values", "one picture"),
+    (mutations.deepstack_zeroed, "genai", "deepstack features", "one image, level 0"),
+    (mutations.image_features_shifted, "genai", "embeddings", "one image, main"),
+    (mutations.newline_lost, "genai", "token ids", "one image"),
+    (mutations.mean_changed, "onnxruntime", "pixel values", "one image"),
 )
 
 
@@ -178,11 +178,11 @@ def test_tokens_given_are_compared_one_by_one(tokens: tuple[int, ...], measured:
     assert (gate.measured, len(near)) == (measured, ties)
 
 
-@pytest.mark.parametrize(("room", "kind"), [(0, "whole"), (-1, "sliced")])
+@pytest.mark.parametrize(("room", "kind"), [(0, "whole"), (-1, "layerwise")])
 def test_memory_decides_how(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, room: int, kind: str) -> None:
     checkpoint = open_checkpoint(MINIATURE)
     monkeypatch.setattr(whole, "verify", lambda folder, target, reference: "whole")
-    monkeypatch.setattr(whole, "verify_sliced", lambda folder, target, reference, limit, store: "sliced")
+    monkeypatch.setattr(whole, "verify_layerwise", lambda folder, target, reference, limit, store: "layerwise")
     compared = whole.comparison(checkpoint, verify_memory(checkpoint)[0] + room, tmp_path)
     assert compared(tmp_path, "genai") == kind  # type: ignore[comparison-overlap]
 
@@ -196,7 +196,7 @@ def test_the_command_with_little_memory(
     arguments = ["verify", str(folder), "--reference", str(MINIATURE), "--memory", "1MB", "--store", str(store)]
     done = CliRunner().invoke(app, [*arguments, "--json"])
     assert done.exit_code == 0, done.output
-    assert json.loads(done.stdout)["verdict"] == "sliced"
+    assert json.loads(done.stdout)["verdict"] == "partial"
     assert json.loads((folder / "evidence" / "parity.json").read_text())["not run"]
     assert len(list(store.iterdir())) == 1
     mutations.mlp_scaled(folder, "genai")

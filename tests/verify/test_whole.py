@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.torch
 
-SUITE = Suite(tuple(case for case in shipped_cases() if case.name == "one picture"), tokens=4)
+SUITE = Suite(tuple(case for case in shipped_cases() if case.name == "one image"), tokens=4)
 
 
 @pytest.fixture
@@ -147,7 +147,7 @@ def test_other_weights_fail(bundle: Callable[[str], Path], miniature: Path, tmp_
     edit_tensors("model.safetensors", double)(other)
     code, payload = command(bundle("onnxruntime"), other)
     assert code == 20
-    assert payload["first difference"] == "decoder layers: one picture, tokens 0–77, layer 2"
+    assert payload["first difference"] == "decoder layers: one image, tokens 0–77, layer 2"
 
 
 @pytest.mark.usefixtures("_few")

@@ -1,13 +1,13 @@
-"""An ONNX graph from a picture's bytes to `pixel_values` and `image_grid_thw`, for runtimes without a preprocessor.
+"""An ONNX graph from an image's bytes to `pixel_values` and `image_grid_thw`, for runtimes without a preprocessor.
 
 In: the image settings of a checkpoint, as builder/checkpoint/image_settings.py has checked them; an opset. Out: a
-model that takes one RGB picture of any size, `image` uint8 [height, width, 3], and gives `pixel_values`
+model that takes one RGB image of any size, `image` uint8 [height, width, 3], and gives `pixel_values`
 [patches, 3 * temporal * patch * patch] float32 and `image_grid_thw` [1, 3] int64.
-Guaranteed: both are to the last bit what transformers' `Qwen2VLImageProcessorPil` makes of the picture with Pillow 13,
+Guaranteed: both are to the last bit what transformers' `Qwen2VLImageProcessorPil` makes of the image with Pillow 13,
 in a runtime that computes float64 as such (ONNX Runtime does, in WebAssembly too). Standard operators only: no loop,
 no branch, no other domain; about 25 kB in one file. Memory: four times what `pixel_values` takes.
 Not guaranteed:
-- A picture with one side more than 200 times the other, which transformers refuses, is resized like any other: a graph
+- An image with one side more than 200 times the other, which transformers refuses, is resized like any other: a graph
   raises no errors, so a client has to look first. The client also decodes the file, turns it by its EXIF orientation
   and makes it RGB.
 - A runtime that computes float64 as float32 (OpenVINO's CPU plugin) takes other formulas where that would show. Grids
@@ -51,7 +51,7 @@ def image_preprocessor(settings: Mapping[str, Any], opset: int) -> ir.Model:
 
 
 def target_units(height: Term, width: Term, settings: Mapping[str, Any]) -> tuple[Term, Term]:
-    """How many squares of merge * merge patches a picture is resized to, down and across: "smart resize".
+    """How many squares of merge * merge patches an image is resized to, down and across: "smart resize".
 
     Upstream: `smart_resize` in image_processing_qwen2_vl.py. Its rounding and ONNX's take a half to the even.
     """
@@ -90,7 +90,7 @@ def patched(pixels: Term, y: Axis, x: Axis, settings: Mapping[str, Any]) -> Term
     table = normalized(settings)
     start = pixels.formulas.constant(256 * np.arange(CHANNELS).reshape(CHANNELS, 1), np.int32)
     values = pixels.formulas.constant(table.reshape(-1), table.dtype).gather(levels.to(np.int32) + start)
-    # A picture is `frames` equal frames.
+    # An image is `frames` equal frames.
     still = values.expanded(2).op("Expand", pixels.formulas.constant([1, 1, frames, 1], np.int64))
     return still.reshape(-1, CHANNELS * frames * patch * patch)
 

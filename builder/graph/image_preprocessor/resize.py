@@ -1,6 +1,6 @@
 """Pillow's antialiased bicubic resize as ONNX nodes, to the last bit.
 
-In: the bytes of a picture, and how long each side is to become. Out: the bytes of the resized picture.
+In: the bytes of an image, and how long each side is to become. Out: the bytes of the resized image.
 Guaranteed: they are those of Pillow 13 (`Image.resize` with BICUBIC), where the runtime computes float64 as such and
 no side becomes less than 1/128 as long (see `MOST_TAPS`). Upstream: libImaging/Resample.c.
 
@@ -30,7 +30,7 @@ MOST_TAPS = 2**24 // (255 * 2 ** (LOW_BITS - 1))
 
 @dataclass(frozen=True)
 class Axis:
-    """One side of a picture in bytes [pixels, 3]: its pixels, int64, and how far apart two neighbours lie."""
+    """One side of an image in bytes [pixels, 3]: its pixels, int64, and how far apart two neighbours lie."""
 
     size: Term
     step: Term
@@ -41,9 +41,9 @@ class Axis:
 
 
 def resized(pixels: Term, y: Axis, x: Axis, rows: Term, columns: Term, unit: int) -> tuple[Term, Axis, Axis]:
-    """The picture with rows * unit lines of columns * unit pixels, and the axes along which it lies.
+    """The image with rows * unit lines of columns * unit pixels, and the axes along which it lies.
 
-    Each side by itself, rounded to bytes in between, which makes the order show: up to Pillow 12 every picture went
+    Each side by itself, rounded to bytes in between, which makes the order show: up to Pillow 12 every image went
     across first. A side that keeps its length keeps its bytes: its weights are 1 and 0.
     """
     down_first = (y.size - rows * unit) > (x.size - columns * unit).op("Max", 0) * DOWN_FIRST
@@ -61,7 +61,7 @@ def resized(pixels: Term, y: Axis, x: Axis, rows: Term, columns: Term, unit: int
 
 
 def _along(pixels: Term, side: Axis, other: Axis, units: Term, unit: int) -> tuple[Term, Axis, Axis]:
-    """The picture with units * unit pixels along one side, and both its axes.
+    """The image with units * unit pixels along one side, and both its axes.
 
     The new pixels go in blocks of `unit`. A block needs one stretch of old ones, so that the whole is a small product
     for each block, and not one with a matrix of all new by all old pixels.

@@ -1,6 +1,6 @@
-"""From a prompt and picture files to text in OpenVINO: pipeline.py with its three graphs compiled by OpenVINO.
+"""From a prompt and image files to text in OpenVINO: pipeline.py with its three graphs compiled by OpenVINO.
 
-In: the folder of an `openvino` bundle; a text; picture files. Out: token ids and text, as they come.
+In: the folder of an `openvino` bundle; a text; image files. Out: token ids and text, as they come.
 Guaranteed: everything but the graphs is pipeline.py's; whatever the device could do faster, products are made in
 float32 and nothing is rounded that the bundle has not rounded: `properties` of your own choose otherwise.
 Stands beside pipeline.py: both lie in each bundle, `python openvino_pipeline.py --prompt TEXT --image FILE`.

@@ -1,7 +1,7 @@
-"""From a prompt and picture files to text with plain onnxruntime sessions: the reference for other languages.
+"""From a prompt and image files to text with plain onnxruntime sessions: the reference for other languages.
 
 In: a folder with vision_encoder.onnx, embeddings.onnx, model.onnx, tokenizer.json, vision_processor.json and
-pipeline.json; a text; picture files. Out: token ids and text, as they come.
+pipeline.json; a text; image files. Out: token ids and text, as they come.
 Guaranteed: pixel values, token ids and position ids are bit for bit transformers' own; decoding is greedy.
 Stands alone: a copy lies in each bundle that it can run, `python pipeline.py --prompt TEXT --image FILE`.
 Axis names: batch (always 1 here), seq, past, total, patches, images, tokens, hidden; D DeepStack layers.
@@ -28,8 +28,8 @@ Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
 T = TypeVar("T")
 
-MOST_PIXELS = 89_478_485  # of a picture's file; Pillow's own figure: from there on it warns of decompression bombs
-# Of settings: a picture is made at least min_pixels large, and at least one square of patch_size * merge_size.
+MOST_PIXELS = 89_478_485  # of an image's file; Pillow's own figure: from there on it warns of decompression bombs
+# Of settings: an image is made at least min_pixels large, and at least one square of patch_size * merge_size.
 MOST_LEAST, MOST_SIZE = 2**26, 256
 # Pillow opens more than these, some through other programs (EPS).
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
@@ -41,8 +41,8 @@ class SettingsError(ValueError):
     """vision_processor.json or pipeline.json is not what this file can carry out."""
 
 
-class PictureError(ValueError):
-    """A file that is no picture, or a picture that the model cannot take."""
+class ImageError(ValueError):
+    """A file that is no image, or an image that the model cannot take."""
 
 
 class TextError(ValueError):
@@ -71,7 +71,7 @@ class ImageSettings:
 
 @dataclass(frozen=True)
 class Settings:
-    """What pipeline.json says. A user turn is prefix, `image` once a picture, the text, suffix.
+    """What pipeline.json says. A user turn is prefix, `image` once an image, the text, suffix.
 
     `deepstack` is D; `max_length` counts the tokens of prompt and answer together.
     """
@@ -148,7 +148,7 @@ def read_settings(path: Path) -> Settings:
     if not 1 <= settings.spatial_merge_size <= MOST_SIZE or settings.deepstack < 0 or settings.max_length < 1:
         raise SettingsError(f"{path}: a size is out of bounds: {settings}")
     if settings.image.count(settings.image_token) != 1 or not settings.image_token or not settings.video_token:
-        raise SettingsError(f"{path}: a picture is not written with one {settings.image_token!r}: {settings.image!r}")
+        raise SettingsError(f"{path}: an image is not written with one {settings.image_token!r}: {settings.image!r}")
     return settings
 
 
@@ -176,41 +176,41 @@ def _filled(kind: type[T], values: Mapping[str, Any], path: Path) -> T:
 
 
 def load_image(path: Path) -> Image.Image:
-    """The picture in `path`, upright, mode RGB: what transformers.image_utils.load_image makes of it.
+    """The image in `path`, upright, mode RGB: what transformers.image_utils.load_image makes of it.
 
     Raises:
-        PictureError: no picture, damaged, of no format in FORMATS, or of more than MOST_PIXELS (a small file can
+        ImageError: no image, damaged, of no format in FORMATS, or of more than MOST_PIXELS (a small file can
             claim any number).
     """
     try:
         if not path.is_file():
-            raise PictureError("No such file, or none that can be read as one")
+            raise ImageError("No such file, or none that can be read as one")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             opened = Image.open(path)
         with opened as image:
             if image.format not in FORMATS:
-                raise PictureError(f"it is {image.format}, not one of {', '.join(FORMATS)}")
+                raise ImageError(f"it is {image.format}, not one of {', '.join(FORMATS)}")
             if image.width * image.height > MOST_PIXELS:
-                raise PictureError(f"it has {image.width} x {image.height} pixels, more than {MOST_PIXELS}")
+                raise ImageError(f"it has {image.width} x {image.height} pixels, more than {MOST_PIXELS}")
             ImageOps.exif_transpose(image, in_place=True)
             return image if image.mode == "RGB" else image.convert("RGB")
     except Exception as error:  # Pillow's decoders raise anything at all on a damaged file
-        raise PictureError(f"{path} cannot be read as a picture: {error}") from error
+        raise ImageError(f"{path} cannot be read as an image: {error}") from error
 
 
 def target_size(height: int, width: int, settings: ImageSettings) -> tuple[int, int]:
-    """(height, width) that a picture is resized to: Qwen2-VL's "smart resize".
+    """(height, width) that an image is resized to: Qwen2-VL's "smart resize".
 
     Each side becomes the nearest multiple of patch_size * merge_size (a half goes to the even one). If that
     is out of bounds, both sides are scaled by one factor to the bound, and rounded to its inner side.
 
     Raises:
-        PictureError: one side is more than 200 times the other, which upstream refuses as well.
+        ImageError: one side is more than 200 times the other, which upstream refuses as well.
     """
     unit = settings.patch_size * settings.merge_size
     if max(height, width) > 200 * min(height, width):
-        raise PictureError(f"{width} x {height} pixels: one side is more than 200 times the other")
+        raise ImageError(f"{width} x {height} pixels: one side is more than 200 times the other")
     rows, columns = round(height / unit), round(width / unit)
     if rows * columns * unit**2 > settings.max_pixels:
         shrink = math.sqrt(height * width / settings.max_pixels)
@@ -222,7 +222,7 @@ def target_size(height: int, width: int, settings: ImageSettings) -> tuple[int, 
 
 
 def preprocess(images: Sequence[Image.Image], settings: ImageSettings) -> tuple[Floats, Ints]:
-    """RGB pictures, one or more → pixel_values [patches, 3 * temporal * patch * patch], grids [images, 3].
+    """RGB images, one or more → pixel_values [patches, 3 * temporal * patch * patch], grids [images, 3].
 
     A grid is (time, height, width) in patches. A square of merge_size * merge_size patches is in one piece.
     """
@@ -240,7 +240,7 @@ def preprocess(images: Sequence[Image.Image], settings: ImageSettings) -> tuple[
         down, across = height // patch, width // patch
         squares = pixels.reshape(down // merge, merge, patch, across // merge, merge, patch, 3)
         squares = squares.transpose(0, 3, 1, 4, 6, 2, 5)  # [down, across, merge, merge, 3, patch, patch]
-        still = np.repeat(squares[:, :, :, :, :, None], frames, axis=5)  # a picture is `frames` equal frames
+        still = np.repeat(squares[:, :, :, :, :, None], frames, axis=5)  # an image is `frames` equal frames
         rows.append(still.reshape(down * across, 3 * frames * patch * patch))
         grids.append((1, down, across))
     return np.concatenate(rows), np.array(grids, np.int64)
@@ -269,14 +269,14 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
 
 def encode(text: str, grids: Ints, tokenizer: Tokenizer, settings: Settings) -> Ints:
-    """Token ids [1, seq] of one user turn: pictures with these grids [images, 3], then the text.
+    """Token ids [1, seq] of one user turn: images with these grids [images, 3], then the text.
 
     Raises:
         TextError: the text holds an image or a video token, or cannot be written as UTF-8.
     """
     for token in (settings.image_token, settings.video_token):
         if token in text:
-            raise TextError(f"the text holds {token}, which stands for features of a picture or a film")
+            raise TextError(f"the text holds {token}, which stands for features of an image or a film")
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -290,20 +290,20 @@ def encode(text: str, grids: Ints, tokenizer: Tokenizer, settings: Settings) -> 
 def position_ids(input_ids: Ints, grids: Ints, settings: Settings) -> tuple[Ints, int]:
     """Positions [3, 1, seq] (time, height, width) of input_ids [1, seq], and the rope delta.
 
-    A text token moves all three on by one. Within a picture each axis counts from where the picture begins;
-    the picture as a whole moves them on by its longer side. Upstream: `Qwen3VLModel.get_rope_index`.
+    A text token moves all three on by one. Within an image each axis counts from where the image begins;
+    the image as a whole moves them on by its longer side. Upstream: `Qwen3VLModel.get_rope_index`.
     """
     merged = grids // [1, settings.spatial_merge_size, settings.spatial_merge_size]  # [images, 3]
     ends = np.concatenate([[0], merged.prod(axis=1).cumsum()])  # [1 + images] image tokens up to each end
     moves = np.concatenate([[0], merged[:, 1:].max(axis=1).cumsum()])  # the same for positions
     is_image = input_ids[0] == settings.image_token_id  # [seq]
     if is_image.sum() != ends[-1]:
-        raise TextError(f"{is_image.sum()} image tokens, but the pictures have {ends[-1]}")
+        raise TextError(f"{is_image.sum()} image tokens, but the images have {ends[-1]}")
     before = is_image.cumsum() - is_image  # [seq] image tokens before each token
-    picture = np.searchsorted(ends[1:], before, side="right")  # [seq] pictures that are over
-    start = (~is_image).cumsum() - ~is_image + moves[picture]
-    _, height, width = np.vstack([merged, [1, 1, 1]])[picture].T  # the last row is for text behind them all
-    nth = before - ends[picture]
+    image = np.searchsorted(ends[1:], before, side="right")  # [seq] images that are over
+    start = (~is_image).cumsum() - ~is_image + moves[image]
+    _, height, width = np.vstack([merged, [1, 1, 1]])[image].T  # the last row is for text behind them all
+    nth = before - ends[image]
     inside = np.stack([nth // (height * width), nth // width % height, nth % width])  # [3, seq]
     positions = start + np.where(is_image, inside, 0)
     return positions[:, None].astype(np.int64), int(positions.max()) + 1 - input_ids.shape[1]
@@ -456,7 +456,7 @@ def answer(parser: argparse.ArgumentParser, given: argparse.Namespace, load: Cal
         for piece in stream(pipeline.tokenizer, tokens):
             print(piece, end="", flush=True)
         print()
-    except (SettingsError, PictureError, TextError) as error:
+    except (SettingsError, ImageError, TextError) as error:
         parser.error(str(error))
 
 

@@ -1,7 +1,7 @@
 """A `genai` bundle in stock onnxruntime-genai, fed by our own exact preprocessing or by the runtime's.
 
 In: the bundle's folder. Out: greedy tokens, one at a time.
-Guaranteed: one generator a conversation and one prompt a generator: a padded batch, or a second picture turn on one
+Guaranteed: one generator a conversation and one prompt a generator: a padded batch, or a second image turn on one
 generator, is silently wrong in this runtime (0.18), so neither can be asked for here.
 """
 
@@ -127,8 +127,8 @@ class GenaiBundle(SettingsRunner):
         ids, pixels, grid = (tensors[name].as_numpy() for name in ("input_ids", "pixel_values", "image_grid_thw"))
         # numpy has two types of 64-bit integers, of which the runtime hands out one and takes the other
         ids, grid = np.array(ids.tolist(), np.int64), np.array(grid.reshape(-1, 3).tolist(), np.int64)
-        padded = pixels.reshape(len(images), -1, pixels.shape[-1])  # pictures of different sizes, zeros behind each
-        rows = np.concatenate([picture[: one.prod()] for picture, one in zip(padded, grid, strict=True)])
+        padded = pixels.reshape(len(images), -1, pixels.shape[-1])  # images of different sizes, zeros behind each
+        rows = np.concatenate([image[: one.prod()] for image, one in zip(padded, grid, strict=True)])
         return tensors, Inputs(ids, rows, grid, *position_ids(ids, grid, s))
 
 

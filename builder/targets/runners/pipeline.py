@@ -12,9 +12,12 @@ from builder.targets.clients import pipeline
 from builder.targets.clients.pipeline import Inputs
 
 PIPELINE = "pipeline.py"
-# Of the copy inside a bundle, which may be an earlier release's: names of its errors → ours.
+# Errors of the bundle's copy, by name; an earlier release's has PictureError.
 ERRORS: dict[str, type[ValueError]] = {
-    error.__name__: error for error in (pipeline.SettingsError, pipeline.PictureError, pipeline.TextError)
+    "SettingsError": pipeline.SettingsError,
+    "ImageError": pipeline.ImageError,
+    "PictureError": pipeline.ImageError,
+    "TextError": pipeline.TextError,
 }
 
 

@@ -65,7 +65,7 @@ class Runner(Protocol):
     def prepare(self, prompt: str, images: Sequence[Path]) -> Inputs:
         """
         Raises:
-            builder.targets.clients.pipeline.PictureError, TextError: an image, or a text, that the model cannot take.
+            builder.targets.clients.pipeline.ImageError, TextError: an image, or a text, that the model cannot take.
         """
 
     def tokens(self, inputs: Inputs, max_new_tokens: int, min_new_tokens: int = 0) -> Iterator[int]:

@@ -77,7 +77,7 @@ class TransformersJs(SettingsRunner):
         return plain and target_size(image.height, image.width, self.vision) == (image.height, image.width)
 
     def runtime_inputs(self, prompt: str, images: Sequence[Path]) -> tuple[Any, Inputs]:
-        """What `AutoProcessor` gives for one picture; positions follow from ids and grid."""
+        """What `AutoProcessor` gives for one image; positions follow from ids and grid."""
         (image,), s = images, self.settings
         with TemporaryDirectory() as passing:
             out = Path(passing) / PIXELS

@@ -17,9 +17,10 @@ import numpy.typing as npt
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked
 
+from builder.bundle.format1 import upgraded_keys
 from builder.util.errors import GoldenError
 
-FORMAT: Literal[1] = 1
+FORMAT: Literal[2] = 2
 MAX_BYTES = 64 * 2**20
 
 _STRICT = ConfigDict(extra="forbid")
@@ -38,8 +39,8 @@ class Sample:
 
 
 @checked(frozen=True, config=_STRICT)
-class PictureMark:
-    """SHA-256 of a picture's file (None: it was drawn) and of its decoded RGB, with its size, width first."""
+class ImageDigest:
+    """SHA-256 of an image's file (None: it was drawn) and of its decoded RGB, with its size, width first."""
 
     file: Digest | None
     rgb: Digest
@@ -53,7 +54,7 @@ class GoldenCase:
     Args:
         digest: of all that the case says, see `builder.verify.golden.record.case_digest`.
         input_ids: of the whole prompt.
-        pixel_values: SHA-256 of each picture's rows, float32.
+        pixel_values: SHA-256 of each image's rows, float32.
         grids: [images, 3].
         position_ids: SHA-256 of [3, 1, seq] int64.
         vision: behind each block of the vision encoder.
@@ -66,7 +67,7 @@ class GoldenCase:
 
     name: str
     digest: Digest
-    pictures: tuple[PictureMark, ...]
+    images: tuple[ImageDigest, ...]
     input_ids: tuple[int, ...]
     position_ids: Digest
     pixel_values: tuple[Digest, ...] = ()
@@ -82,7 +83,7 @@ class GoldenCase:
 
 @checked(frozen=True, config=_STRICT)
 class Task:
-    """A held-out set: the digest of its questions and pictures, and PyTorch's answers in its order."""
+    """A held-out set: the digest of its questions and images, and PyTorch's answers in its order."""
 
     digest: Digest
     answers: tuple[str, ...]
@@ -100,9 +101,9 @@ class Made:
 
 @checked(frozen=True, config=_STRICT)
 class Golden:
-    """All of a file. `limits` are what pictures are drawn by (patch, merge, least, most)."""
+    """All of a file. `limits` are what images are drawn by (patch, merge, least, most)."""
 
-    format: Literal[1]
+    format: Literal[1, 2]
     checkpoint: Made
     versions: dict[str, str]
     limits: tuple[int, int, int, int]
@@ -134,7 +135,8 @@ def read_golden(path: Path) -> Golden:
     except (ValueError, RecursionError) as error:
         raise GoldenError(f"the golden {path} is not whole", expected="JSON", found=error) from None
     found = document.get("format") if isinstance(document, dict) else None
-    if found != FORMAT:
+    document = upgraded_keys(document)
+    if found not in (1, FORMAT):
         raise GoldenError(f"{path} is no golden of this version", expected=f'"format": {FORMAT}', found=found)
     try:
         return TypeAdapter(Golden).validate_python(document)
@@ -156,7 +158,7 @@ def text(golden: Golden) -> str:
 
 
 def _without_defaults(case: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in case.items() if value or key == "pictures"}
+    return {key: value for key, value in case.items() if value or key == "images"}
 
 
 def _compact(value: Any) -> str:

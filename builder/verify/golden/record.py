@@ -27,7 +27,7 @@ from builder.util.errors import GoldenError, ResourceError
 from builder.util.files import sha256, write_text
 from builder.util.progress import progress
 from builder.util.units import size
-from builder.verify.golden.file import FORMAT, Golden, GoldenCase, Made, PictureMark, Sample, Task, text
+from builder.verify.golden.file import FORMAT, Golden, GoldenCase, ImageDigest, Made, Sample, Task, text
 from builder.verify.graphs.compare import ENDS
 from builder.verify.memory_budget import verify_memory, verify_mode
 
@@ -127,7 +127,7 @@ def golden_case(case: Case, reference: Reference) -> GoldenCase:
         answer = reference.generate(prompt, count, count)
         kept |= {"tokens": answer.tokens, "margins": " ".join(map(_hex, answer.margins))}
     ids = tuple(prompt.input_ids[0].tolist())
-    return GoldenCase(case.name, case_digest(case), picture_marks(case), ids, digest(prompt.position_ids), **kept)
+    return GoldenCase(case.name, case_digest(case), image_digests(case), ids, digest(prompt.position_ids), **kept)
 
 
 def _traced(case: Case, reference: Reference, prompt: Prompt) -> dict[str, tuple[Sample, ...]]:
@@ -191,31 +191,31 @@ def digest(array: Array) -> str:
 
 
 def pixel_digests(pixels: Array, grids: Array) -> tuple[str, ...]:
-    """Of each picture's rows of pixel_values [patches, …]; grids [images, 3]."""
+    """Of each image's rows of pixel_values [patches, …]; grids [images, 3]."""
     ends = np.cumsum(grids.prod(axis=1))[:-1]
     return tuple(digest(rows) for rows in np.split(pixels, ends))
 
 
-def picture_marks(case: Case) -> tuple[PictureMark, ...]:
-    """Of each picture of a case, decoded as a bundle's client decodes it."""
+def image_digests(case: Case) -> tuple[ImageDigest, ...]:
+    """Of each image of a case, decoded as a bundle's client decodes it."""
     marks = []
     for number, path in enumerate(case.images):
         image = load_image(path)
         rgb = hashlib.sha256(image.tobytes()).hexdigest()
         drawn = case.drawn and case.drawn[number]
-        marks.append(PictureMark(None if drawn else sha256(path), rgb, image.size))
+        marks.append(ImageDigest(None if drawn else sha256(path), rgb, image.size))
     return tuple(marks)
 
 
 def case_digest(case: Case) -> str:
-    """SHA-256 of all that decides what PyTorch makes of a case, but the way in which its picture files are decoded."""
-    marks = [mark.file or mark.rgb for mark in picture_marks(case)]
+    """SHA-256 of all that decides what PyTorch makes of a case, but the way in which its image files are decoded."""
+    marks = [mark.file or mark.rgb for mark in image_digests(case)]
     said = [case.name, case.prompt, marks, case.checks, case.tolerance, case.max_new_tokens, case.lifted]
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
 
 def task_digest(tasks: Sequence[Case]) -> str:
-    """SHA-256 of a held-out set's questions and pictures."""
+    """SHA-256 of a held-out set's questions and images."""
     said = [[task.name, task.prompt, [sha256(path) for path in task.images]] for task in tasks]
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 

@@ -2,8 +2,8 @@
 
 In: a bundle, a golden, the cases that it was made of. Out: a `Report` with the places of builder/verify/whole.py.
 Guaranteed:
-neither torch nor transformers is imported; a golden of another checkpoint, of other cases or pictures, or of another
-format is refused; a picture that this machine's decoder reads in another way is reported as that, and what depends on
+neither torch nor transformers is imported; a golden of another checkpoint, of other cases or images, or of another
+format is refused; an image that this machine's decoder reads in another way is reported as that, and what depends on
 it as not run.
 """
 
@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from builder.bundle.format1 import OLD_CASES
 from builder.bundle.layout import check_bundle, own_evidence
 from builder.checkpoint.load import Checkpoint
 from builder.reference.cases import SUITE, Case, held_out, placed, read_cases
@@ -37,8 +38,8 @@ from builder.verify.golden.record import (
     TASK_TOKENS,
     case_digest,
     digest,
+    image_digests,
     made_from,
-    picture_marks,
     pixel_digests,
     task_digest,
 )
@@ -93,13 +94,13 @@ def verify_bundle_golden(
 def failed(report: Report, folder: Path) -> VerificationError:
     """The error that says where the first difference is, and whether it is the bundle's or this machine's decoder's."""
     failing = [gate for gate in report.gates if not gate.ok]
-    decoded = [gate for gate in failing if gate.place == "decoded picture"]
+    decoded = [gate for gate in failing if gate.place == "decoded image"]
     if not decoded or len(decoded) < len(failing):
         others = replace(report, gates=tuple(gate for gate in report.gates if gate not in decoded))
         return verify_failed(others, folder)
     first = decoded[0]
     return VerificationError(
-        f"a picture is decoded in another way than where the golden was made; {report.target} is not to blame: "
+        f"an image is decoded in another way than where the golden was made; {report.target} is not to blame: "
         f"{first.case}",
         expected="the same RGB from the same file",
         found=first.detail,
@@ -131,9 +132,9 @@ def _report(
         if runner.not_run is None:
             gates.append(NearTies(sum(near.compared for near in ties), found).gate(allowed=golden.task is None))
         if golden.task is not None and tasks and runner.not_run is None:
-            gates += guarded("task", "held-out answers", _task_gates, tasks, golden, runner)
+            gates += guarded("held-out accuracy", "held-out set", _task_gates, tasks, golden, runner)
     if golden.task is not None and not tasks and runner.not_run is None:
-        not_run["task"] = "the held-out set lies beside the checkpoint: give --reference CHECKPOINT"
+        not_run["held-out accuracy"] = "the held-out set lies beside the checkpoint: give --reference CHECKPOINT"
     if runner.own is not None:
         not_run["tokens of the runtime's pixels"] = "needs PyTorch, fed with the runtime's pixels"
     facts = {
@@ -150,7 +151,7 @@ def case_gates(
     """The gates of one case, its near ties, and why the rest of it was not run ("" where all was)."""
     gates = decoded_gates(case, want, golden)
     if not all(gate.ok for gate in gates):
-        return gates, [], "its picture is decoded in another way here, so that all that follows differs"
+        return gates, [], "its image is decoded in another way here, so that all that follows differs"
     kept: list[Inputs] = []
     gates += guarded("token ids", case.name, _input_gates, case, want, runner, golden, kept)
     if not kept or not all(gate.ok for gate in gates):
@@ -168,14 +169,14 @@ def case_gates(
 
 
 def decoded_gates(case: Case, want: GoldenCase, golden: Golden) -> list[Gate]:
-    """Whether each picture's RGB is what it was where the golden was made."""
+    """Whether each image's RGB is what it was where the golden was made."""
     gates = []
     here = {name: version(name) for name in ("pillow",)}
-    for got, mark, path in zip(picture_marks(case), want.pictures, case.images, strict=True):
+    for got, mark, path in zip(image_digests(case), want.images, case.images, strict=True):
         off = float(got.rgb != mark.rgb or got.size != mark.size)
         told = f"{path.name} is the same file, decoded by Pillow {here['pillow']}; "
         told += f"the golden's was decoded by Pillow {golden.versions.get('pillow')}"
-        gates.append(Gate("decoded picture", f"{case.name}, {path.name}", off, 0.0, told if off else ""))
+        gates.append(Gate("decoded image", f"{case.name}, {path.name}", off, 0.0, told if off else ""))
     return gates
 
 
@@ -192,7 +193,7 @@ def _input_gates(case: Case, want: GoldenCase, runner: Runner, golden: Golden, k
 
 
 def _pixel_gate(place: str, case: Case, want: GoldenCase, inputs: Inputs, golden: Golden | None = None) -> Gate:
-    """The number of pictures whose pixel values have another digest."""
+    """The number of images whose pixel values have another digest."""
     assert inputs.pixel_values is not None
     assert inputs.image_grid_thw is not None
     grids = tuple(tuple(row) for row in inputs.image_grid_thw.tolist())
@@ -211,7 +212,7 @@ def _other_versions(golden: Golden) -> str:
 
 
 def _lifted(case: Case, runner: Runner) -> Inputs:
-    """A case's inputs with pictures of any number of pixels, by the bundle's settings otherwise."""
+    """A case's inputs with images of any number of pixels, by the bundle's settings otherwise."""
     vision = replace(runner.vision, max_pixels=ANY_SIZE)
     pixels, grids = preprocess([load_image(path) for path in case.images], vision)
     ids = encode(case.prompt, grids, runner.tokenizer, runner.settings)
@@ -245,7 +246,7 @@ def _task_gates(tasks: Sequence[Case], golden: Golden, runner: Runner) -> list[G
     if task_digest(tasks) != golden.task.digest:
         raise GoldenError(
             "the golden was made with another held-out set",
-            expected="the same questions and pictures",
+            expected="the same questions and images",
             found=f"{len(tasks)} questions, with a difference",
         )
     differ, right = [], 0
@@ -255,7 +256,7 @@ def _task_gates(tasks: Sequence[Case], golden: Golden, runner: Runner) -> list[G
         if got != want:
             differ.append(f"{task.name} {task.prompt!r}: {got!r}, PyTorch {want!r}")
     name = f"{len(tasks)} held-out answers, right: ONNX {right}"
-    return [Gate("task", name, float(len(differ)), 0.0, "; ".join(differ[:3]))]
+    return [Gate("held-out accuracy", name, float(len(differ)), 0.0, "; ".join(differ[:3]))]
 
 
 def _check_made_from(golden: Golden, path: Path, bundle: Path, checkpoint: Checkpoint | None) -> None:
@@ -298,10 +299,12 @@ def _check_cases(golden: Golden, path: Path, cases: Sequence[Case]) -> None:
             next=f"give the same --cases as then, or make it again: {REMAKE.format(path)}",
         )
     for name, case in asked.items():
-        if case_digest(case) != known[name].digest:
+        # The digest is over the case's name: an earlier format's has another one.
+        named = replace(case, name=OLD_CASES.get(case.name, case.name)) if golden.format == 1 else case
+        if case_digest(named) != known[name].digest:
             raise GoldenError(
                 f"{path} was made with another case {name!r}",
-                expected="the same prompt, checks and pictures",
+                expected="the same prompt, checks and images",
                 found="a difference",
                 next=REMAKE.format(path),
             )

@@ -1,4 +1,4 @@
-"""What a person wants to see of a comparison: pictures, both answers, logits side by side, their divergence.
+"""What a person wants to see of a comparison: images, both answers, logits side by side, their divergence.
 
 In: both sides' arrays, told through `show_…` while a verification runs. Out: `Exhibit`s, for a report's pages.
 Guaranteed: without a `collecting()` around it nothing is computed; no exhibit decides anything, gates do; whatever the
@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from builder.util.statistics import kl_divergence, log_softmax
-from builder.verify.report.thumbnails import difference, patches_to_picture, scaled, thumbnail
+from builder.verify.report.thumbnails import difference, patches_to_image, scaled, thumbnail
 
 if TYPE_CHECKING:
     from builder.checkpoint.config import Vision
@@ -32,14 +32,14 @@ TEXT = 400  # characters of an answer or a prompt
 
 @dataclass(frozen=True)
 class Pixels:
-    """One picture's pixel values on both sides, in the units that the vision encoder is given.
+    """One image's pixel values on both sides, in the units that the vision encoder is given.
 
     Args:
         way: whose values these are: our preprocessing's, or the runtime's own.
         values: how many were compared.
         differing: how many differ.
         largest: the largest absolute difference; None where the grids differ, or a value is no finite number.
-        picture: the absolute difference as a picture, a data URI, black where equal; "" where nothing differs.
+        difference: the absolute difference as an image, a data URI, black where equal; "" where nothing differs.
         sides: data URIs of what PyTorch is given and of what the artifact is given; empty where nothing differs.
     """
 
@@ -47,13 +47,13 @@ class Pixels:
     values: int
     differing: int
     largest: float | None = None
-    picture: str = ""
+    difference: str = ""
     sides: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Thumbnail:
-    """A picture of a case: its file's name, a small copy (a data URI, "" if it was left out), what was compared."""
+    """An image of a case: its file's name, a small copy (a data URI, "" if it was left out), what was compared."""
 
     name: str
     thumbnail: str
@@ -76,7 +76,7 @@ class Exhibit:
     case: str
     kind: str
     prompt: str
-    pictures: tuple[Thumbnail, ...] = ()
+    images: tuple[Thumbnail, ...] = ()
     expected: str | None = None
     answers: tuple[str, ...] = ()
     logits: tuple[tuple[float, float], ...] = ()
@@ -110,7 +110,7 @@ def collecting(vision: Vision) -> Iterator[Callable[[], tuple[Exhibit, ...]]]:
     """Keep what is shown inside; the call gives it.
 
     Args:
-        vision: the sizes that turn pixel values back into pictures.
+        vision: the sizes that turn pixel values back into images.
     """
     collected = _Collected(vision)
     token = _COLLECTED.set(collected)
@@ -129,14 +129,14 @@ def show_case(
         return
     collected.current = (name, prompt, tuple(images))
     if collected.current not in collected.shown:
-        pictures = tuple(Thumbnail(path.name, thumbnail(path)) for path in images)
-        collected.shown[collected.current] = Exhibit(name, kind, _cut(prompt), pictures, expected)
+        thumbnails = tuple(Thumbnail(path.name, thumbnail(path)) for path in images)
+        collected.shown[collected.current] = Exhibit(name, kind, _cut(prompt), thumbnails, expected)
 
 
 def show_pixels(
     way: str, got: Array | None, want: Array | None, got_grid: Array | None, want_grid: Array | None
 ) -> None:
-    """Pixel values of every picture of the case.
+    """Pixel values of every image of the case.
 
     Args:
         way: see `Pixels`.
@@ -148,14 +148,14 @@ def show_pixels(
     collected = _COLLECTED.get()
     if collected is None or collected.exhibit is None or want is None or want_grid is None:
         return
-    theirs = _by_picture(want, want_grid)
-    ours = [] if got is None or got_grid is None else _by_picture(got, got_grid)
-    pictures = list(collected.exhibit.pictures)
-    for index, (patches, size) in enumerate(theirs[: len(pictures)]):
+    theirs = _by_image(want, want_grid)
+    ours = [] if got is None or got_grid is None else _by_image(got, got_grid)
+    images = list(collected.exhibit.images)
+    for index, (patches, size) in enumerate(theirs[: len(images)]):
         other = ours[index] if len(ours) == len(theirs) else None
         found = _pixels(way, other, (patches, size), collected.vision)
-        pictures[index] = replace(pictures[index], pixels=(*pictures[index].pixels, found))
-    collected.change(pictures=tuple(pictures))
+        images[index] = replace(images[index], pixels=(*images[index].pixels, found))
+    collected.change(images=tuple(images))
 
 
 def show_answers(got: str, want: str) -> None:
@@ -212,8 +212,8 @@ def _sample(row: Array) -> Array:
     return np.unique(np.concatenate([order[-LEADING:], order[spread]]))
 
 
-def _by_picture(pixels: Array, grid: Array) -> list[tuple[Array, Array]]:
-    """Each picture's patches and its (frames, rows, columns)."""
+def _by_image(pixels: Array, grid: Array) -> list[tuple[Array, Array]]:
+    """Each image's patches and its (frames, rows, columns)."""
     ends = np.cumsum(grid.prod(-1))
     if len(ends) and ends[-1] != len(pixels):
         return []
@@ -226,14 +226,14 @@ def _pixels(way: str, got: tuple[Array, Array] | None, want: tuple[Array, Array]
         return Pixels(way, patches.size, patches.size)
     if np.array_equal(got[1], size) and np.array_equal(got[0], patches):
         return Pixels(way, patches.size, 0, 0.0)
-    pictures = [patches_to_picture(*side, vision) for side in (want, got)]
-    low, high = float(pictures[0].min()), float(pictures[0].max())
-    sides = tuple(scaled(one, low, high) for one in pictures)
+    images = [patches_to_image(*side, vision) for side in (want, got)]
+    low, high = float(images[0].min()), float(images[0].max())
+    sides = tuple(scaled(one, low, high) for one in images)
     if not np.array_equal(got[1], size):
         return Pixels(way, patches.size, patches.size, None, "", sides)
     gap = np.abs(got[0].astype(np.float64) - patches)
     differing = int((got[0] != patches).sum())
-    shown = difference(patches_to_picture(gap, size, vision))
+    shown = difference(patches_to_image(gap, size, vision))
     largest = float(gap.max())
     return Pixels(way, patches.size, differing, _short(largest) if np.isfinite(largest) else None, shown, sides)
 

@@ -2,7 +2,7 @@
 
 In: a `Report`. Out: its text, and the same report again. Guaranteed: parity.json keeps to `schema.json`, which is made
 from the models here; exhibits.json stays below `MAX_BYTES` bytes; a file
-that does not keep to its model, or holds a picture that is anything but a small picture, is a `BundleError`.
+that does not keep to its model, or holds an image that is anything but a small image, is a `BundleError`.
 """
 
 from __future__ import annotations
@@ -10,12 +10,14 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from builder.bundle.format1 import upgraded_keys, upgraded_parity
 from builder.util.errors import BundleError, CheckpointError
 from builder.util.json_files import read_json
 from builder.verify.report.exhibits import Exhibit, Pixels, Thumbnail
@@ -23,10 +25,10 @@ from builder.verify.report.gates import FORMAT, PLACES, Gate, Report
 
 SCHEMA = Path(__file__).parent / "schema.json"
 MAX_BYTES = 1_000_000  # bytes of exhibits.json
-EXHIBITS_FORMAT = 1
-_PICTURE = re.compile(r"(data:image/(png|jpeg);base64,[A-Za-z0-9+/]+={0,2})?")
+EXHIBITS_FORMAT = 2
+_IMAGE = re.compile(r"(data:image/(png|jpeg);base64,[A-Za-z0-9+/]+={0,2})?")
 
-Verdict = Literal["passed", "sliced", "failed"]
+Verdict = Literal["passed", "partial", "failed"]
 
 
 class GateFigures(BaseModel):
@@ -53,10 +55,10 @@ class ParityFile(BaseModel):
 
     model_config = ConfigDict(extra="forbid", populate_by_name=True)
 
-    format: Annotated[Literal[1], Field(description="Version of this file's format.")]
+    format: Annotated[Literal[2], Field(description="Version of this file's format.")]
     target: Annotated[str, Field(description="The runtime that the bundle is for.")]
     checkpoint: Annotated[str, Field(description="Name of the checkpoint that it was compared with.")]
-    verdict: Annotated[Verdict, Field(description="`sliced`: all that was compared holds, `not run` could not be.")]
+    verdict: Annotated[Verdict, Field(description="`partial`: all that was compared holds, `not run` could not be.")]
     first_difference: Annotated[
         str | None,
         Field(alias="first difference", description="The failing gate that comes first in the computation."),
@@ -82,12 +84,12 @@ def parity_text(report: Report) -> str:
 
 
 def exhibits_text(report: Report) -> str:
-    """exhibits.json; the last exhibits lose their pictures where it would be too large, and then go altogether."""
+    """exhibits.json; the last exhibits lose their images where it would be too large, and then go altogether."""
     rows = [_row(one) for one in report.exhibits]
     room = MAX_BYTES - 200 - sum(_bytes(row) for row in rows)
     for index in reversed(range(len(rows))):
         if room < 0:
-            lighter = _row(_without_pictures(report.exhibits[index]))
+            lighter = _row(_without_images(report.exhibits[index]))
             room += _bytes(rows[index]) - _bytes(lighter)
             rows[index] = lighter
     while room < 0:
@@ -109,12 +111,12 @@ def encodable(text: str) -> str:
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
-def _without_pictures(exhibit: Exhibit) -> Exhibit:
-    def lighter(picture: Thumbnail) -> Thumbnail:
-        bare = tuple(replace(one, picture="", sides=()) for one in picture.pixels)
-        return replace(picture, thumbnail="", pixels=bare)
+def _without_images(exhibit: Exhibit) -> Exhibit:
+    def lighter(image: Thumbnail) -> Thumbnail:
+        bare = tuple(replace(one, difference="", sides=()) for one in image.pixels)
+        return replace(image, thumbnail="", pixels=bare)
 
-    return replace(exhibit, pictures=tuple(lighter(one) for one in exhibit.pictures))
+    return replace(exhibit, images=tuple(lighter(one) for one in exhibit.images))
 
 
 def read_report(evidence: Path) -> Report:
@@ -123,7 +125,7 @@ def read_report(evidence: Path) -> Report:
     Raises:
         BundleError: a file that is missing, of another format, or not what it should be.
     """
-    parity = _object(evidence / "parity.json", FORMAT)
+    parity = _object(evidence / "parity.json", FORMAT, upgraded_parity)
     try:
         found = ParityFile.model_validate(parity)
         gates = tuple(Gate(one.place, one.case, float(one.measured), one.limit, one.detail) for one in found.gates)
@@ -140,25 +142,31 @@ def _read_exhibits(evidence: Path) -> tuple[Exhibit, ...]:
     if not path.is_file():
         return ()
     try:
-        exhibits = TypeAdapter(tuple[Exhibit, ...]).validate_python(_object(path, EXHIBITS_FORMAT).get("exhibits"))
+        exhibits = TypeAdapter(tuple[Exhibit, ...]).validate_python(
+            _object(path, EXHIBITS_FORMAT, _upgraded_exhibits).get("exhibits")
+        )
     except ValidationError as error:
         raise _unreadable(path, error) from error
     for exhibit in exhibits:
-        if not all(_PICTURE.fullmatch(uri) for uri in _pictures(exhibit)):
-            raise _unreadable(path, f"a picture of {exhibit.case[:80]!r} is no picture")
+        if not all(_IMAGE.fullmatch(uri) for uri in _images(exhibit)):
+            raise _unreadable(path, f"an image of {exhibit.case[:80]!r} is no image")
         figures = [*exhibit.divergences, *(value for pair in exhibit.logits for value in pair)]
         if not all(map(math.isfinite, figures)):
             raise _unreadable(path, f"a figure of {exhibit.case[:80]!r} is no finite number")
     return exhibits
 
 
-def _pictures(exhibit: Exhibit) -> list[str]:
-    pixels: list[Pixels] = [one for picture in exhibit.pictures for one in picture.pixels]
-    shown = [one.thumbnail for one in exhibit.pictures]
-    return shown + [uri for one in pixels for uri in (one.picture, *one.sides)]
+def _images(exhibit: Exhibit) -> list[str]:
+    pixels: list[Pixels] = [one for image in exhibit.images for one in image.pixels]
+    shown = [one.thumbnail for one in exhibit.images]
+    return shown + [uri for one in pixels for uri in (one.difference, *one.sides)]
 
 
-def _object(path: Path, version: int) -> dict[str, Any]:
+def _upgraded_exhibits(document: dict[str, Any]) -> dict[str, Any]:
+    return {**upgraded_keys(document), "format": EXHIBITS_FORMAT} if document.get("format") == 1 else document
+
+
+def _object(path: Path, version: int, upgrade: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Any]:
     try:
         found = read_json(path)
     except CheckpointError as error:
@@ -168,6 +176,7 @@ def _object(path: Path, version: int) -> dict[str, Any]:
             found=error.what,
             next="qwen3vl-onnx verify BUNDLE --reference CHECKPOINT",
         ) from error
+    found = upgrade(found)
     if found.get("format") != version:
         raise BundleError(f"{path} has another format", expected=version, found=str(found.get("format"))[:80])
     return found

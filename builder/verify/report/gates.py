@@ -20,10 +20,10 @@ from builder.util.errors import BuildError
 if TYPE_CHECKING:
     from builder.verify.report.exhibits import Exhibit
 
-FORMAT = 1  # of parity.json, see builder/verify/report/schema.json
+FORMAT = 2  # of parity.json, see builder/verify/report/schema.json
 # The order in which a wrong value travels: what differs first is where it began.
 PLACES = (
-    "decoded picture",
+    "decoded image",
     "pixel values",
     "token ids",
     "position ids",
@@ -41,10 +41,10 @@ PLACES = (
     "tokens",
     "tokens of the runtime's pixels",
     "KL divergence",
-    "other top-1",
+    "top-1 disagreement",
     "perplexity",
     "generated tokens",
-    "task",
+    "held-out accuracy",
 )
 
 
@@ -101,8 +101,8 @@ class Report:
 
     @property
     def verdict(self) -> str:
-        """`failed`; `passed`; or `sliced`: all that was compared holds, and something could not be."""
-        return "failed" if not self.ok else "sliced" if self.not_run else "passed"
+        """`failed`; `passed`; or `partial`: all that was compared holds, and something could not be."""
+        return "failed" if not self.ok else "partial" if self.not_run else "passed"
 
     @property
     def first_failure(self) -> Gate | None:

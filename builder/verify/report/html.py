@@ -1,6 +1,6 @@
 """One page that holds everything in itself.
 
-In: a `Report` and its `Context`. Out: HTML with its styles, plots and pictures inline. Guaranteed: no script, nothing
+In: a `Report` and its `Context`. Out: HTML with its styles, plots and images inline. Guaranteed: no script, nothing
 is loaded from anywhere (a content security policy says so too), and every text is escaped.
 """
 
@@ -30,7 +30,7 @@ FOLDED = 9  # held-out questions behind which the rest is folded away; none that
 LISTED = 3  # failing gates of one place
 LIMIT_AT = 70.0  # per cent of a bar's width, where the limit is
 DECADES_BELOW, DECADES_OVER = 4.0, 3.0  # that a bar shows on either side of it
-_VERDICTS = {"passed": ("✓", "Passed"), "sliced": ("✓", "Passed, in part"), "failed": ("✗", "Failed")}
+_VERDICTS = {"passed": ("✓", "Passed"), "partial": ("✓", "Passed, in part"), "failed": ("✗", "Failed")}
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from builder.verify.report.quality_tables import loss_tables
 from builder.verify.report.summary import failures, headline, margin, measured, notes, places, unasked
 
 MAX_CHARACTERS = 65_000
-_SIGNS = {"passed": "✅", "sliced": "✅", "failed": "❌"}
+_SIGNS = {"passed": "✅", "partial": "✅", "failed": "❌"}
 
 
 def markdown(report: Report, context: Context) -> str:

@@ -36,7 +36,7 @@ _LAYERED = ("vision layers", "deepstack features", "decoder layers")
 
 @dataclass(frozen=True)
 class Plot:
-    """A picture and what it shows; `svg` is empty where there is nothing to draw, and the caption says why."""
+    """An image and what it shows; `svg` is empty where there is nothing to draw, and the caption says why."""
 
     title: str
     svg: Markup

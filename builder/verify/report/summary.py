@@ -62,7 +62,7 @@ def notes(report: Report) -> tuple[tuple[str, str], ...]:
 
 def unasked(report: Report) -> tuple[tuple[str, str], ...]:
     """(case, why the runtime's own processor was not asked it)."""
-    found = report.facts.get("not asked")
+    found = report.facts.get("skipped")
     return tuple((str(name), str(why)) for name, why in found.items()) if isinstance(found, dict) else ()
 
 
@@ -75,7 +75,7 @@ def margin(gate: Gate) -> str:
     """How far from its limit: `16× below`, `130× over`, `exact`, `3 differ`, `not computed`."""
     if not math.isfinite(gate.measured):
         return "not comparable"
-    if gate.limit == 0 or gate.place in ("tokens", "tokens of the runtime's pixels", "task"):
+    if gate.limit == 0 or gate.place in ("tokens", "tokens of the runtime's pixels", "held-out accuracy"):
         return "exact" if gate.measured == 0 else f"{gate.measured:,.0f} differ"
     if gate.measured == 0:
         return "exact"
@@ -88,7 +88,7 @@ def headline(report: Report) -> str:
     compared = f"{len(report.gates):,} comparisons"
     if report.verdict == "passed":
         return f"equals PyTorch: all {compared} hold"
-    if report.verdict == "sliced":
+    if report.verdict == "partial":
         return f"equals PyTorch in all that was compared: {compared} hold; {len(report.not_run)} could not be run"
     if not report.gates:
         return "nothing was compared"

@@ -1,6 +1,6 @@
-"""Small pictures that a page can carry in itself.
+"""Small images that a page can carry in itself.
 
-In: a picture's file, or pixel values as a vision encoder is given them. Out: `data:` URIs.
+In: an image's file, or pixel values as a vision encoder is given them. Out: `data:` URIs.
 Guaranteed: no side longer than `SIDE`; a single pixel that differs is still seen in a difference, however small it is.
 """
 
@@ -25,19 +25,19 @@ _RAMP = ((0.0, (0, 0, 0)), (0.35, (120, 28, 109)), (0.7, (237, 105, 37)), (1.0, 
 
 
 def thumbnail(path: Path) -> str:
-    """A small copy of the picture in `path`, turned by its EXIF orientation; "" where it cannot be opened."""
+    """A small copy of the image in `path`, turned by its EXIF orientation; "" where it cannot be opened."""
     try:
         with Image.open(path) as opened:
-            picture = ImageOps.exif_transpose(opened).convert("RGBA")
+            image = ImageOps.exif_transpose(opened).convert("RGBA")
     except (OSError, ValueError, Image.DecompressionBombError):
         return ""
-    picture.thumbnail((SIDE, SIDE))
-    white = Image.new("RGBA", picture.size, "white")
-    return _smallest(Image.alpha_composite(white, picture).convert("RGB"))
+    image.thumbnail((SIDE, SIDE))
+    white = Image.new("RGBA", image.size, "white")
+    return _smallest(Image.alpha_composite(white, image).convert("RGB"))
 
 
-def patches_to_picture(patches: Array, size: Array, vision: Vision) -> Array:
-    """Pixel values of one picture back in their places.
+def patches_to_image(patches: Array, size: Array, vision: Vision) -> Array:
+    """Pixel values of one image back in their places.
 
     Args:
         patches: [patches, channels·temporal·patch²], in the order of transformers' Qwen2-VL image processor: blocks of
@@ -56,13 +56,13 @@ def patches_to_picture(patches: Array, size: Array, vision: Vision) -> Array:
     return placed.reshape(rows * side, columns * side, vision.in_channels)
 
 
-def scaled(picture: Array, low: float, high: float) -> str:
-    """A picture [height, width, channels] whose values from `low` to `high` become black to white."""
+def scaled(image: Array, low: float, high: float) -> str:
+    """An image [height, width, channels] whose values from `low` to `high` become black to white."""
     span = (high - low) or 1.0
-    bytes_ = np.clip(np.nan_to_num((picture - low) / span) * 255, 0, 255).astype(np.uint8)
-    image = Image.fromarray(np.ascontiguousarray(bytes_[..., :3]) if bytes_.shape[-1] >= 3 else bytes_[..., 0])
-    image.thumbnail((SIDE, SIDE))
-    return _smallest(image.convert("RGB"))
+    bytes_ = np.clip(np.nan_to_num((image - low) / span) * 255, 0, 255).astype(np.uint8)
+    small = Image.fromarray(np.ascontiguousarray(bytes_[..., :3]) if bytes_.shape[-1] >= 3 else bytes_[..., 0])
+    small.thumbnail((SIDE, SIDE))
+    return _smallest(small.convert("RGB"))
 
 
 def difference(gap: Array) -> str:
@@ -85,13 +85,13 @@ def difference(gap: Array) -> str:
     return _smallest(Image.fromarray(np.stack(channels, -1).astype(np.uint8)))
 
 
-def _smallest(picture: Image.Image) -> str:
+def _smallest(image: Image.Image) -> str:
     """PNG for what is drawn, JPEG for what is photographed: whichever is smaller."""
     found = []
     for kind, settings in (("png", {"optimize": True}), ("jpeg", {"quality": 82})):
         buffer = io.BytesIO()
-        image = picture.quantize(64) if kind == "png" else picture
-        image.save(buffer, kind, **settings)
+        saved = image.quantize(64) if kind == "png" else image
+        saved.save(buffer, kind, **settings)
         found.append((buffer.tell(), kind, buffer.getvalue()))
     _, kind, content = min(found)
     return f"data:image/{kind};base64,{base64.b64encode(content).decode('ascii')}"

@@ -73,7 +73,7 @@ MUTANTS: tuple[Mutant, ...] = (
         # Where the client merges, the features themselves are shifted.
         {name: frozenset({"embeddings" if one.merges else "image features"}) for name, one in GRAPHS.items()},
     ),
-    Mutant("last picture lost", "its features are 0", mutations.last_picture_dropped, _both("image features")),
+    Mutant("last image lost", "its features are 0", mutations.last_image_dropped, _both("image features")),
     Mutant("DeepStack zeroed", "the usual recipes' fault", mutations.deepstack_zeroed, _both("deepstack features")),
     Mutant(
         "DeepStack swapped",

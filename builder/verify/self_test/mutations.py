@@ -94,8 +94,8 @@ def image_features_shifted(bundle: Path, target: str) -> None:
             as_output(graph, features, *rolled(graph, features))
 
 
-def last_picture_dropped(bundle: Path, target: str) -> None:
-    """Features of the last picture of a call are 0."""
+def last_image_dropped(bundle: Path, target: str) -> None:
+    """Features of the last image of a call are 0."""
     with edited(bundle, VISION) as graph:
         pixels, grid = port(graph.inputs, "pixel_values"), port(graph.inputs, "image_grid_thw")
         features = port(graph.outputs, GRAPHS[target].features)
@@ -237,7 +237,7 @@ def weight_transposed(bundle: Path, target: str, layer: int = 1) -> None:
 
 
 def image_token_unknown(bundle: Path, target: str) -> None:
-    """genai_config.json names another token for pictures."""
+    """genai_config.json names another token for images."""
     path = bundle / "genai_config.json"
     if not path.exists():
         raise InapplicableError("the target has no settings but those that make its inputs")

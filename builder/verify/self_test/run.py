@@ -34,7 +34,7 @@ from builder.util.progress import progress
 from builder.verify.graphs.compare import ReferenceCase
 from builder.verify.graphs.fp32_copy import write_twins
 from builder.verify.graphs.per_layer import SlicedGraphs, TraceComparison
-from builder.verify.layerwise import slice_budget, verify_sliced
+from builder.verify.layerwise import slice_budget, verify_layerwise
 from builder.verify.memory_budget import SLICE, verify_mode
 from builder.verify.quantized import LossLimits, weight_gates
 from builder.verify.report.gates import Gate, Report
@@ -220,7 +220,7 @@ def _ways(checkpoint: Checkpoint, target: str, memory: int | None, store: Path) 
     streamed = Reference(checkpoint, streamed=True)
     return _Ways(
         streamed,
-        lambda folder: verify_sliced(folder, target, streamed, available, store, chosen, fail_fast=True),
+        lambda folder: verify_layerwise(folder, target, streamed, available, store, chosen, fail_fast=True),
         lambda folder: TraceComparison(SlicedGraphs(folder, target, hidden, slice_budget(available)), streamed),
     )
 

@@ -90,7 +90,7 @@ def survivor(
 
     Args:
         folder: a copy of the bundle that may be changed.
-        asked: a case with pictures.
+        asked: a case with images.
         graphs: runs those of a folder.
     """
     with edited(folder, site.graph) as graph:

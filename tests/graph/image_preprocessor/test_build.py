@@ -1,6 +1,6 @@
 """The preprocessor as a graph, against transformers' own: grids equal, pixel values to the last bit.
 
-`deviation` is in levels of 1/255. It is 0 for every picture in every runtime that computes float64; where float64 is
+`deviation` is in levels of 1/255. It is 0 for every image in every runtime that computes float64; where float64 is
 float32 it is bounded, and what is bounded is computed here by ONNX Runtime on the graph with its types changed.
 """
 
@@ -63,7 +63,7 @@ def session(proto: onnx.ModelProto) -> Run:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     loaded = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    return lambda picture: loaded.run(["pixel_values", "image_grid_thw"], {"image": picture})
+    return lambda image: loaded.run(["pixel_values", "image_grid_thw"], {"image": image})
 
 
 def noise(height: int, width: int) -> Array:
@@ -79,8 +79,8 @@ def upstream(settings: Settings) -> Run:
     keys = ("size", "patch_size", "temporal_patch_size", "merge_size", "image_mean", "image_std")
     processor = Qwen2VLImageProcessorPil(**{key: settings[key] for key in keys})
 
-    def run(picture: Array) -> tuple[Array, Array]:
-        made = processor(images=[Image.fromarray(picture)], return_tensors="np")
+    def run(image: Array) -> tuple[Array, Array]:
+        made = processor(images=[Image.fromarray(image)], return_tensors="np")
         return made["pixel_values"], made["image_grid_thw"]
 
     return run
@@ -98,7 +98,7 @@ def ours(settings: Settings) -> Run:
         mean=tuple(settings["image_mean"]),
         std=tuple(settings["image_std"]),
     )
-    return lambda picture: pipeline.preprocess([Image.fromarray(picture)], vision)
+    return lambda image: pipeline.preprocess([Image.fromarray(image)], vision)
 
 
 def deviations(got: tuple[Array, Array], want: tuple[Array, Array], settings: Settings) -> Array:
@@ -121,17 +121,17 @@ def deviation(got: tuple[Array, Array], want: tuple[Array, Array], settings: Set
 def test_no_deviation_from_upstream(name: str) -> None:
     assert len(set(SIZES)) == len(SIZES) >= 40
     graph, expected = session(model(SETTINGS[name])), upstream(SETTINGS[name])
-    pictures = {size: noise(*size) for size in SIZES}
-    found = {size: deviation(graph(one), expected(one), SETTINGS[name]) for size, one in pictures.items()}
+    images = {size: noise(*size) for size in SIZES}
+    found = {size: deviation(graph(one), expected(one), SETTINGS[name]) for size, one in images.items()}
     assert found == dict.fromkeys(SIZES, 0.0)
 
 
 @pytest.mark.slow
 @pytest.mark.torch
 @pytest.mark.parametrize("size", [(3000, 4000), (4100, 4200), (9000, 2100)])
-def test_no_deviation_in_large_pictures(size: tuple[int, int]) -> None:
-    picture = noise(*size)
-    assert deviation(session(model(REAL))(picture), upstream(REAL)(picture), REAL) == 0
+def test_no_deviation_in_large_images(size: tuple[int, int]) -> None:
+    image = noise(*size)
+    assert deviation(session(model(REAL))(image), upstream(REAL)(image), REAL) == 0
 
 
 @pytest.mark.torch
@@ -161,14 +161,14 @@ def many_sizes() -> list[tuple[int, int]]:
 
 
 def is_whole_root(height: int, width: int, settings: Settings) -> bool:
-    """Whether a picture below the bound is scaled to a whole number of units, before anything is rounded."""
+    """Whether an image below the bound is scaled to a whole number of units, before anything is rounded."""
     unit = int(settings["patch_size"]) * int(settings["merge_size"])
     over, under = height * int(settings["size"]["shortest_edge"]), width * unit**2
     return over % under == 0 and math.isqrt(over // under) ** 2 == over // under
 
 
 def session_of_grids(proto: onnx.ModelProto) -> Callable[[int, int], list[int]]:
-    """Only the sizes: a picture's bytes are not even looked at."""
+    """Only the sizes: an image's bytes are not even looked at."""
     part = Extractor(proto).extract_model(["image"], ["image_grid_thw"])
     loaded = onnxruntime.InferenceSession(part.SerializeToString(), providers=["CPUExecutionProvider"])
     room = np.zeros(2**30, np.uint8)  # virtual: no page of it is touched
@@ -200,22 +200,22 @@ def test_any_settings() -> None:
         graph, expected = session(model(settings)), ours(settings)
         for height, width in rng.integers(1, 300, (3, 2)):
             if max(height, width) <= 200 * min(height, width):
-                picture = noise(int(height), int(width))
-                assert deviation(graph(picture), expected(picture), settings) == 0, (settings, height, width)
+                image = noise(int(height), int(width))
+                assert deviation(graph(image), expected(image), settings) == 0, (settings, height, width)
 
 
 def test_exact_up_to_the_longest_filter() -> None:
     settings = {**MINI, "size": {"shortest_edge": 1, "longest_edge": 16}, "patch_size": 4, "merge_size": 1}
     assert resize.MOST_TAPS >= 4 * 128
-    for picture in (noise(512, 512), np.full((512, 512, 3), 255, np.uint8)):
-        assert deviation(session(model(settings))(picture), ours(settings)(picture), settings) == 0
+    for image in (noise(512, 512), np.full((512, 512, 3), 255, np.uint8)):
+        assert deviation(session(model(settings))(image), ours(settings)(image), settings) == 0
 
 
 def test_another_runtime_computes_the_same() -> None:
     evaluator = ReferenceEvaluator(model(MINI))
     for size in ((48, 80), (31, 33), (400, 300)):
-        picture = noise(*size)
-        assert deviation(tuple(evaluator.run(None, {"image": picture})), ours(MINI)(picture), MINI) == 0
+        image = noise(*size)
+        assert deviation(tuple(evaluator.run(None, {"image": image})), ours(MINI)(image), MINI) == 0
 
 
 @pytest.mark.parametrize("opset", [18, 20])
@@ -227,8 +227,8 @@ def test_graph_is_plain_and_the_same_every_time(opset: int) -> None:
     assert not {node.op_type for node in proto.graph.node} & {"If", "Loop", "Scan", "Resize"}
     assert not any(tensor.data_location for tensor in proto.graph.initializer)
     assert proto.SerializeToString() == model(MINI, opset).SerializeToString()
-    picture = noise(60, 70)
-    assert deviation(session(proto)(picture), ours(MINI)(picture), MINI) == 0
+    image = noise(60, 70)
+    assert deviation(session(proto)(image), ours(MINI)(image), MINI) == 0
 
 
 def narrowed(proto: onnx.ModelProto) -> onnx.ModelProto:

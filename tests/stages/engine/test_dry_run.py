@@ -214,7 +214,11 @@ def test_too_little_memory_for_verify_alone_leaves_the_build_without_it(monkeypa
     monkeypatch.setattr(machine, "memory_limit", lambda: 9 * 10**8)
     result = invoke("--dry-run", "--json")
     figures, payload = estimate(result, 24), json.loads(result.stdout)
-    assert figures["memory"] == {"needed": stage(figures, "verify")["memory"], "limit": 9 * 10**8, "verify": "sliced"}
+    assert figures["memory"] == {
+        "needed": stage(figures, "verify")["memory"],
+        "limit": 9 * 10**8,
+        "verify": "layerwise",
+    }
     assert payload["expected"] == "1.0 GB of memory for the stage verify"
     assert payload["found"] == "900 MB of memory"
     assert "--until configure" in payload["next"]
@@ -236,7 +240,7 @@ def test_verify_is_sliced_where_the_whole_does_not_fit(monkeypatch: pytest.Monke
     monkeypatch.setattr(machine, "memory_limit", lambda: whole["needed"] - 1)
     sliced = estimate(invoke("--dry-run", "--json"))
     assert sliced["fits"] is True
-    assert sliced["memory"]["verify"] == "sliced"
+    assert sliced["memory"]["verify"] == "layerwise"
     assert sliced["memory"]["needed"] < whole["needed"]
 
 

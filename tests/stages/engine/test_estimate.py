@@ -93,8 +93,8 @@ def test_the_memory_of_verify_by_hand(checkpoint: Callable[[str], Path]) -> None
     untied = open_checkpoint(checkpoint(UNTIED))
     elements = sum(math.prod(one.shape) for one in untied.tensors.values())
     # The head, 4096 rows of 64, is larger than a layer here.
-    picture = LARGEST_PIXELS + 16 * LARGEST_PATCHES * untied.vision.intermediate
-    assert verify_memory(untied) == (VERIFY_MEMORY + picture + 12 * elements, VERIFY_MEMORY + 8 * 4096 * 64)
+    image = LARGEST_PIXELS + 16 * LARGEST_PATCHES * untied.vision.intermediate
+    assert verify_memory(untied) == (VERIFY_MEMORY + image + 12 * elements, VERIFY_MEMORY + 8 * 4096 * 64)
     layer = {name: one for name, one in untied.tensors.items() if ".layers.0." in name}
     wide = {name: replace(one, shape=(*one.shape, 100)) for name, one in layer.items()}
     largest = 100 * sum(math.prod(one.shape) for one in layer.values())
@@ -106,9 +106,9 @@ def test_verify_runs_whole_where_that_fits(miniature: Path) -> None:
     facts = of(miniature)
     whole, sliced = verify_memory(facts)
     assert sliced < whole
-    assert (verify_mode(facts, whole), verify_mode(facts, whole - 1)) == ("whole", "sliced")
+    assert (verify_mode(facts, whole), verify_mode(facts, whole - 1)) == ("whole", "layerwise")
     assert stage_cost("verify", facts, RUNTIMES, "whole").memory == whole
-    assert stage_cost("verify", facts, RUNTIMES, "sliced").memory == sliced
+    assert stage_cost("verify", facts, RUNTIMES, "layerwise").memory == sliced
 
 
 def test_only_quantize_and_verify_depend_on_the_weights(miniature: Path) -> None:

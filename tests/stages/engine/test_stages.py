@@ -61,10 +61,10 @@ def test_cases_beside_a_checkpoint_are_an_input_of_what_reads_them(
     (tmp_path / name / "cases.jsonl").write_text("{}\n")
     first = told()
     assert first != "none"
-    (tmp_path / name / "one.png").write_bytes(b"a picture")
+    (tmp_path / name / "one.png").write_bytes(b"an image")
     second = told()
     assert second != first
-    (tmp_path / name / "one.png").write_bytes(b"b picture")
+    (tmp_path / name / "one.png").write_bytes(b"b image")
     assert told() not in (first, second)
 
 

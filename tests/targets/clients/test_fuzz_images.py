@@ -1,4 +1,4 @@
-"""Files that are no pictures, claim to be huge ones, or are damaged: an error of ours, in bounded time and memory."""
+"""Files that are no images, claim to be huge ones, or are damaged: an error of ours, in bounded time and memory."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from builder.reference.cases import PICTURES as SHIPPED
-from builder.targets.clients.pipeline import PictureError, load_image
+from builder.reference.cases import IMAGES as SHIPPED
+from builder.targets.clients import pipeline
+from builder.targets.clients.pipeline import load_image
 from builder.util.errors import ImageError
 from tests.checkpoint.test_fuzz import told
 from tests.helpers.hostile import mutated, outcome
@@ -25,24 +26,24 @@ from tests.helpers.processes import ROOT
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 
 DRAWN = 3000
-# What a picture of as many pixels as are allowed takes, twice, where its mode has to be changed.
+# What an image of as many pixels as are allowed takes, twice, where its mode has to be changed.
 MOST_MEMORY = 800 * 2**20
 SEEDS = sorted(file for file in SHIPPED.iterdir() if file.suffix in (".png", ".jpg"))
 # Reading one in a process that may take no more than the imports and `MOST_MEMORY`.
 SCRIPT = """
 import resource, sys, time, psutil
 from pathlib import Path
-from builder.targets.clients.pipeline import PictureError, load_image
+from builder.targets.clients.pipeline import ImageError, load_image
 most = psutil.Process().memory_info().vms + int(sys.argv[2])
 resource.setrlimit(resource.RLIMIT_AS, (most, most))
 before = time.process_time()
 try:
     print(load_image(Path(sys.argv[1])).size)
-except PictureError as error:
+except ImageError as error:
     print("refused:", str(error)[:200])
 assert time.process_time() - before < 10
 """
-# What is a picture after all: as large as one may be; the second one's sides are refused later, see `target_size`.
+# What is an image after all: as large as one may be; the second one's sides are refused later, see `target_size`.
 WHOLE = {"PNG of 89 megapixels, RGBA", "PNG, one row of 80 million"}
 
 
@@ -66,7 +67,7 @@ def _text_bomb() -> tuple[bytes, bytes]:
 
 
 # Sizes that a header claims, beside what is there.
-PICTURES: Mapping[str, Callable[[], bytes]] = {
+IMAGES: Mapping[str, Callable[[], bytes]] = {
     "PNG of 65535²": lambda: png(65535, 65535, 2),
     "PNG of 2^31 - 1": lambda: png(2**31 - 1, 2**31 - 1, 0, 0),
     "PNG of 0 rows": lambda: png(16, 0, 2),
@@ -100,14 +101,14 @@ def read(path: Path) -> None:
     """As `builder.bundle.generate` does it."""
     try:
         load_image(path)
-    except PictureError as error:
+    except pipeline.ImageError as error:
         raise ImageError(str(error)) from error
 
 
-@pytest.mark.parametrize("name", PICTURES)
+@pytest.mark.parametrize("name", IMAGES)
 def test_a_file_that_claims_to_be_huge(tmp_path: Path, name: str) -> None:
-    file = tmp_path / "picture"
-    file.write_bytes(PICTURES[name]())
+    file = tmp_path / "image"
+    file.write_bytes(IMAGES[name]())
     command = [sys.executable, "-c", SCRIPT, str(file), str(MOST_MEMORY)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
@@ -126,12 +127,12 @@ def test_a_file_that_claims_to_be_huge(tmp_path: Path, name: str) -> None:
     ],
 )
 def test_what_is_no_file(tmp_path: Path, make: Callable[[Path], object]) -> None:
-    make(tmp_path / "picture")
-    assert outcome(lambda: read(tmp_path / "picture")) == "ImageError"
+    make(tmp_path / "image")
+    assert outcome(lambda: read(tmp_path / "image")) == "ImageError"
 
 
 def others() -> list[bytes]:
-    """Small pictures in the formats that are not among the shipped ones."""
+    """Small images in the formats that are not among the shipped ones."""
     from PIL import Image
 
     found = []
@@ -143,14 +144,14 @@ def others() -> list[bytes]:
 
 
 def drawn(folder: Path, seed: int, contents: list[bytes]) -> str:
-    """A picture of which a few bytes are others."""
-    file = folder / "picture"
+    """An image of which a few bytes are others."""
+    file = folder / "image"
     content = contents[seed % len(contents)]
     file.write_bytes(mutated(content, random.Random(seed)))
     try:
         return f"bytes of a {content[:4]!r}: {outcome(lambda: read(file))}"
     except BaseException as error:
-        error.add_note(f"picture {seed % len(contents)}, seed {seed}")
+        error.add_note(f"image {seed % len(contents)}, seed {seed}")
         raise
 
 

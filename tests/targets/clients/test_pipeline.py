@@ -18,13 +18,13 @@ from PIL import Image
 from builder.checkpoint.load import open_checkpoint
 from builder.reference.cases import SUITE
 from builder.targets.clients import pipeline
-from builder.targets.clients.pipeline import ImageSettings, PictureError, Settings, SettingsError, TextError
+from builder.targets.clients.pipeline import ImageError, ImageSettings, Settings, SettingsError, TextError
 from builder.targets.config_files import pipeline_settings, vision_processor
 from tests.helpers.checkpoints import MINIATURE, QWEN3_TOKENIZER
 
-FOLDERS = (SUITE / "pictures", MINIATURE.parent / "heldout")
-PICTURES = sorted(path for folder in FOLDERS for path in folder.iterdir() if path.suffix in (".png", ".jpg"))
-OWN = {path.name: path for path in PICTURES}
+FOLDERS = (SUITE / "images", MINIATURE.parent / "heldout")
+IMAGES = sorted(path for folder in FOLDERS for path in folder.iterdir() if path.suffix in (".png", ".jpg"))
+OWN = {path.name: path for path in IMAGES}
 # Sides that are halfway between two multiples, smaller than one, out of bounds either way, and primes.
 AWKWARD = [
     (400, 600),
@@ -90,8 +90,8 @@ def assert_same_pixels(images: list[Image.Image], settings: ImageSettings) -> No
 
 
 @pytest.mark.torch
-@pytest.mark.parametrize("path", PICTURES, ids=lambda path: path.name)
-def test_pictures_are_read_as_upstream_reads_them(path: Path) -> None:
+@pytest.mark.parametrize("path", IMAGES, ids=lambda path: path.name)
+def test_images_are_read_as_upstream_reads_them(path: Path) -> None:
     from transformers.image_utils import load_image
 
     ours, upstream = pipeline.load_image(path), load_image(str(path))
@@ -169,7 +169,7 @@ def test_position_ids_are_upstreams(grids: list[tuple[int, int, int]], between: 
     assert ours == delta.item()
 
 
-def test_pictures_at_the_end_of_a_prompt_have_positions(settings: Settings) -> None:
+def test_images_at_the_end_of_a_prompt_have_positions(settings: Settings) -> None:
     ids = np.array([[5, *[settings.image_token_id] * 2]], np.int64)
     positions, delta = pipeline.position_ids(ids, np.array([[1, 2, 4]]), settings)
     assert positions[:, 0].tolist() == [[0, 1, 1], [0, 1, 1], [0, 1, 2]]
@@ -177,7 +177,7 @@ def test_pictures_at_the_end_of_a_prompt_have_positions(settings: Settings) -> N
 
 
 def test_positions_need_as_many_image_tokens_as_features(settings: Settings) -> None:
-    with pytest.raises(TextError, match="2 image tokens, but the pictures have 4"):
+    with pytest.raises(TextError, match="2 image tokens, but the images have 4"):
         pipeline.position_ids(np.array([[5, *[settings.image_token_id] * 2]]), np.array([[1, 4, 4]]), settings)
 
 
@@ -191,8 +191,8 @@ def test_target_sizes(size: tuple[int, int], expected: tuple[int, int]) -> None:
     assert pipeline.target_size(*size, roomy) == expected
 
 
-def test_too_long_a_picture_is_refused() -> None:
-    with pytest.raises(PictureError, match="2010 x 10 pixels: one side is more than 200 times the other"):
+def test_too_long_a_image_is_refused() -> None:
+    with pytest.raises(ImageError, match="2010 x 10 pixels: one side is more than 200 times the other"):
         pipeline.target_size(10, 2010, MINI)
 
 
@@ -219,11 +219,11 @@ def huge_png() -> bytes:
     ],
     ids=["eps", "text", "empty", "half a PNG", "half a JPEG", "bomb", "missing"],
 )
-def test_files_that_are_no_pictures_are_refused(content: bytes | None, why: str, tmp_path: Path) -> None:
+def test_files_that_are_no_images_are_refused(content: bytes | None, why: str, tmp_path: Path) -> None:
     file = tmp_path / "file.png"
     if content is not None:
         file.write_bytes(content)
-    with pytest.raises(PictureError, match=why) as caught:
+    with pytest.raises(ImageError, match=why) as caught:
         pipeline.load_image(file)
     assert str(file) in str(caught.value)
 

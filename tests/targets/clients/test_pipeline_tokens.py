@@ -17,7 +17,7 @@ from builder.targets.clients.pipeline import Pipeline, TextError
 from tests.helpers.checkpoints import MINIATURE
 from tests.helpers.toy_graphs import Toy, toy
 
-PICTURES = SUITE / "pictures"
+IMAGES = SUITE / "images"
 STOPS = (4058, 4056)
 
 
@@ -31,7 +31,7 @@ def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def test_tokens_are_those_of_the_graphs(bundle: tuple[Toy, Path], images: list[str]) -> None:
     model, folder = bundle
     opened = Pipeline.load(folder)
-    inputs = opened.prepare("What is it?", [PICTURES / name for name in images])
+    inputs = opened.prepare("What is it?", [IMAGES / name for name in images])
     tokens = list(opened.generate(inputs, 16, 16))
     assert tokens == model.tokens(inputs, 16, STOPS)
     assert opened.text(tokens) == opened.tokenizer.decode(tokens)
@@ -41,7 +41,7 @@ def test_a_long_prompt_is_read_in_pieces(bundle: tuple[Toy, Path], monkeypatch: 
     model, folder = bundle
     monkeypatch.setattr(pipeline, "PREFILL", 7)
     opened = Pipeline.load(folder)
-    inputs = opened.prepare("What is it?", [PICTURES / "tall.png"])
+    inputs = opened.prepare("What is it?", [IMAGES / "tall.png"])
     assert inputs.input_ids.shape[1] > 50
     assert list(opened.generate(inputs, 8, 8)) == model.tokens(inputs, 8, STOPS)
 
@@ -49,7 +49,7 @@ def test_a_long_prompt_is_read_in_pieces(bundle: tuple[Toy, Path], monkeypatch: 
 def test_each_input_of_the_decoder_counts(bundle: tuple[Toy, Path]) -> None:
     model, folder = bundle
     opened = Pipeline.load(folder)
-    inputs = opened.prepare("What is it?", [PICTURES / "tall.png"])
+    inputs = opened.prepare("What is it?", [IMAGES / "tall.png"])
     given = (*opened.embed(inputs), inputs.position_ids, opened.empty_past())
     expected = model.logits(inputs.input_ids, inputs.position_ids, inputs.pixel_values)
     np.testing.assert_allclose(opened.decode(*given)[0], expected, rtol=1e-3, atol=1e-3)
@@ -63,7 +63,7 @@ def test_each_input_of_the_decoder_counts(bundle: tuple[Toy, Path]) -> None:
 def test_features_stand_in_for_image_tokens_alone(bundle: tuple[Toy, Path]) -> None:
     model, folder = bundle
     opened = Pipeline.load(folder)
-    inputs = opened.prepare("What is it?", [PICTURES / "plain.png", PICTURES / "wide.png"])
+    inputs = opened.prepare("What is it?", [IMAGES / "plain.png", IMAGES / "wide.png"])
     embeds, deepstack = opened.embed(inputs)
     assert inputs.pixel_values is not None
     features = inputs.pixel_values.reshape(-1, len(model.weights["project"])) @ model.weights["project"]
@@ -104,12 +104,12 @@ def test_a_bundle_answers_by_itself(bundle: tuple[Toy, Path]) -> None:
         command = [sys.executable, "-I", str(folder / "pipeline.py"), "--prompt", "What is it?", *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=False, encoding="utf-8")
 
-    picture = PICTURES / "grey.png"
-    answered = ask("--image", str(picture), "--max-new-tokens", "5")
-    inputs = Pipeline.load(folder).prepare("What is it?", [picture])
+    image = IMAGES / "grey.png"
+    answered = ask("--image", str(image), "--max-new-tokens", "5")
+    inputs = Pipeline.load(folder).prepare("What is it?", [image])
     assert answered.returncode == 0, answered.stderr
     assert answered.stdout == Pipeline.load(folder).text(model.tokens(inputs, 5, STOPS)) + "\n"
     refused = ask("--image", str(folder / "pipeline.py"))
     assert refused.returncode == 2
-    assert "cannot be read as a picture" in refused.stderr
+    assert "cannot be read as an image" in refused.stderr
     assert not (folder / "__pycache__").exists()

@@ -1,4 +1,4 @@
-"""Any picture, any order of text and pictures: sizes, pixel values, token ids and positions, against plain formulas.
+"""Any image, any order of text and images: sizes, pixel values, token ids and positions, against plain formulas.
 
 The plain ones are written as one would explain them, a token and a pixel at a time; those marked torch are upstream's.
 """
@@ -18,7 +18,7 @@ from PIL import Image
 
 from builder.checkpoint.load import open_checkpoint
 from builder.targets.clients import pipeline
-from builder.targets.clients.pipeline import ImageSettings, PictureError, Settings
+from builder.targets.clients.pipeline import ImageError, ImageSettings, Settings
 from builder.targets.config_files import pipeline_settings, vision_processor
 from tests.helpers.checkpoints import MINIATURE
 
@@ -72,7 +72,7 @@ def test_sizes_by_whole_numbers(height: int, width: int, vision: ImageSettings) 
 @given(st.integers(1, 30), st.integers(6001, 100_000), VISION)
 def test_what_is_too_long_is_refused(short: int, long: int, vision: ImageSettings) -> None:
     for sides in ((short, long), (long, short)):
-        with pytest.raises(PictureError, match="200 times"):
+        with pytest.raises(ImageError, match="200 times"):
             pipeline.target_size(*sides, vision)
 
 
@@ -118,10 +118,10 @@ def test_positions_a_token_at_a_time(grids: list[tuple[int, int, int]], merge: i
 @given(st.integers(1, 90), st.integers(1, 90), VISION, st.integers(0, 2**32 - 1))
 def test_pixel_values_a_pixel_at_a_time(height: int, width: int, vision: ImageSettings, seed: int) -> None:
     assume(vision.min_pixels < 3000)
-    picture = Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8))
-    rows, grids = pipeline.preprocess([picture], vision)
+    image = Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8))
+    rows, grids = pipeline.preprocess([image], vision)
     size = pipeline.target_size(height, width, vision)
-    pixels = np.asarray(picture.resize(size[::-1], Image.Resampling.BICUBIC))
+    pixels = np.asarray(image.resize(size[::-1], Image.Resampling.BICUBIC))
     patch, merge, frames = vision.patch_size, vision.merge_size, vision.temporal_patch_size
     assert grids.tolist() == [[1, size[0] // patch, size[1] // patch]]
     assert rows.shape == (grids.prod(), 3 * frames * patch**2)
@@ -155,7 +155,7 @@ TEXTS = st.text(st.characters(codec="utf-8"), max_size=60)
 @SOME
 @given(GRIDS, TEXTS)
 @example([], "\u202e\x00 \r\n\t ½ \U0001f468\u200d\U0001f469\u200d\U0001f467 é e\u0301 \ufeff")
-def test_a_picture_has_its_number_of_tokens(grids: list[tuple[int, int, int]], text: str) -> None:
+def test_a_image_has_its_number_of_tokens(grids: list[tuple[int, int, int]], text: str) -> None:
     sizes, _, tokenizer = bundle()
     merge = sizes.spatial_merge_size
     assume(sizes.image_token not in text and sizes.video_token not in text)
@@ -176,7 +176,7 @@ def test_sizes_are_upstreams(height: int, width: int, vision: ImageSettings) -> 
     try:
         want = smart_resize(height, width, unit, vision.min_pixels, vision.max_pixels)
     except ValueError:
-        with pytest.raises(PictureError):
+        with pytest.raises(ImageError):
             pipeline.target_size(height, width, vision)
         return
     assert pipeline.target_size(height, width, vision) == want
@@ -196,22 +196,22 @@ def upstream() -> Any:
 @pytest.mark.torch
 @SOME
 @given(st.data(), TEXTS)
-def test_prompts_and_pictures_are_upstreams(tmp_path_factory: pytest.TempPathFactory, data: Any, text: str) -> None:
+def test_prompts_and_images_are_upstreams(tmp_path_factory: pytest.TempPathFactory, data: Any, text: str) -> None:
     """From files of any format, mode, size and orientation, to token ids, pixel values and positions, bit for bit."""
     sizes, vision, tokenizer = bundle()
     assume(sizes.image_token not in text and sizes.video_token not in text)
-    folder, files = tmp_path_factory.mktemp("pictures"), []
+    folder, files = tmp_path_factory.mktemp("images"), []
     for number in range(data.draw(st.integers(0, 3))):
         kind = data.draw(st.sampled_from(sorted(FORMATS)))
         mode = data.draw(st.sampled_from(FORMATS[kind]))
         width, height = data.draw(st.integers(1, 200)), data.draw(st.integers(1, 200))
         seed = data.draw(st.integers(0, 99))
         noise = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
-        picture = Image.fromarray(noise).convert("I" if mode == "I;16" else mode)
+        image = Image.fromarray(noise).convert("I" if mode == "I;16" else mode)
         exif = Image.Exif()
         exif[0x0112] = data.draw(st.integers(1, 8))
         files.append(folder / f"{number}.{kind.lower()}")
-        (picture.convert("I;16") if mode == "I;16" else picture).save(files[-1], kind, exif=exif)
+        (image.convert("I;16") if mode == "I;16" else image).save(files[-1], kind, exif=exif)
     want = upstream().prepare(text, files)
     got = pipeline.prepare(text, files, tokenizer, sizes, vision)
     np.testing.assert_array_equal(got.input_ids, want.input_ids)

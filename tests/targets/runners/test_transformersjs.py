@@ -75,14 +75,14 @@ def verified(folder: Path, reference: Reference, *names: str) -> Report:
 
 
 def test_it_equals_pytorch_to_the_last_token(bundle: Callable[[str], Path], reference: Reference) -> None:
-    report = verified(bundle("fp32"), reference, "text", "one picture", "wide, tall")
+    report = verified(bundle("fp32"), reference, "text", "one image", "wide, tall")
     assert report.ok, shown(report)
     played = {place: sum(gate.place == place for gate in report.gates) for place in ("tokens", "pixel values")}
     own = [gate for gate in report.gates if gate.place in ("tokens of the runtime's pixels", "runtime's pixel values")]
     assert played == {"tokens": 4, "pixel values": 2}  # three cases, and their near ties
     assert [gate.measured for gate in own] == [0, 0]
-    assert report.facts["not asked"] == {
-        "wide, tall": "not asked of the runtime's own processor, which takes 1 picture a question"
+    assert report.facts["skipped"] == {
+        "wide, tall": "not asked of the runtime's own processor, which takes 1 image a question"
     }
     versions = report.facts["versions"]
     assert isinstance(versions, dict)
@@ -92,7 +92,7 @@ def test_it_equals_pytorch_to_the_last_token(bundle: Callable[[str], Path], refe
 def test_without_deepstack_it_fails(bundle: Callable[[str], Path], reference: Reference, tmp_path: Path) -> None:
     broken = Path(copytree(bundle("fp32"), tmp_path / "broken"))
     mutations.deepstack_zeroed(broken, NAME)
-    report = verified(broken, reference, "one picture")
+    report = verified(broken, reference, "one image")
     assert report.first_failure is not None
     assert report.first_failure.place == "deepstack features"
     assert not next(gate for gate in report.gates if gate.place == "tokens").ok
@@ -118,7 +118,7 @@ def test_a_bundle_streams_its_answer(bundle: Callable[[str], Path]) -> None:
 def test_other_shapes_do_too(checkpoint: Callable[[str], Path], built: Built, shape: str) -> None:
     """Without DeepStack the packed axis is the hidden one; with a head of its own each matrix lies in one file."""
     folder, recipe = checkpoint(shape), replace(load_recipe("fp32"), targets=(Target(NAME, "fused"),))
-    report = verified(built(folder, recipe) / NAME, Reference(open_checkpoint(folder)), "text", "one picture")
+    report = verified(built(folder, recipe) / NAME, Reference(open_checkpoint(folder)), "text", "one image")
     assert report.ok, shown(report)
     assert sum(gate.place == "tokens" for gate in report.gates) == 3
 
@@ -134,15 +134,15 @@ def test_what_is_not_exact_answers_as_well(bundle: Callable[[str], Path], like: 
     assert sum(right) >= 35
 
 
-def one_picture(reference: Reference) -> list[Case]:
-    """The held-out questions with one picture, all of which are of sizes that must be resized."""
+def one_image(reference: Reference) -> list[Case]:
+    """The held-out questions with one image, all of which are of sizes that must be resized."""
     return [case for case in held_out(reference.checkpoint) if len(case.images) == 1]
 
 
 def asked_on_the_page(page: Page, case: Case) -> tuple[list[int], str]:
     """The tokens and the text of its answer."""
     if case.images:
-        page.choose("#picture", case.images[0])
+        page.choose("#image", case.images[0])
     page.value(f"document.getElementById('question').value = {json.dumps(case.prompt)}")
     page.value(f"document.getElementById('most').value = {TOKENS}; document.getElementById('ask').click()")
     page.until("document.body.dataset.state === 'ready'")
@@ -166,9 +166,9 @@ def test_the_demo_answers_as_pytorch_does(
     device: str,
     most: int | None,
 ) -> None:
-    """Each question with a picture, and one without; on WebGPU a few, as its adapter is a slow one in software."""
+    """Each question with an image, and one without; on WebGPU a few, as its adapter is a slow one in software."""
     text = next(case for case in shipped_cases() if case.name == "text")
-    cases = [text, *one_picture(reference)[:most]]
+    cases = [text, *one_image(reference)[:most]]
     with served(folders(bundle("fp32"))) as (url, asked), browser(webgpu=device == "webgpu") as page:
         page.open(f"{url}/bundle/demo/index.html?device={device}")
         for case in cases:
@@ -176,7 +176,7 @@ def test_the_demo_answers_as_pytorch_does(
             want = reference.generate(reference.prepare(case.prompt, case.images), TOKENS).tokens
             assert tokens == list(want), case.name
             assert told.strip() == reference.text(want).strip()
-        page.picture(tmp_path / "demo.png")
+        page.image(tmp_path / "demo.png")
     record_property("cases", len(cases))
     assert all(path.split("/")[1] in ("bundle", "node_modules") for path in asked)
     assert any(path.endswith("asyncify.wasm") for path in asked) == (device == "webgpu")
@@ -186,7 +186,7 @@ def test_the_demo_answers_as_pytorch_does(
 @pytest.mark.slow
 @pytest.mark.usefixtures("page_needed")
 def test_the_demo_answers_in_4_bits_on_webgpu(bundle: Callable[[str], Path], reference: Reference) -> None:
-    cases = one_picture(reference)[:3]
+    cases = one_image(reference)[:3]
     with served(folders(bundle("int4"))) as (url, _), browser(webgpu=True) as page:
         page.open(f"{url}/bundle/demo/index.html?device=webgpu")
         assert [asked_on_the_page(page, case)[1].strip() for case in cases] == [case.answer for case in cases]

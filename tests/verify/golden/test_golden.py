@@ -38,7 +38,7 @@ __all__ = ["base"]
 
 GOLDEN = MINIATURE.parent / "golden.json"
 TARGETS = ("genai", "onnxruntime")
-FEW = ("text", "one picture", "wide, tall", "JPEG 4:2:0")
+FEW = ("text", "one image", "wide, tall", "JPEG 4:2:0")
 
 
 def edited(path: Path, change: Callable[[dict[str, Any]], object]) -> Path:
@@ -172,14 +172,14 @@ def test_what_is_whole_passes(made: Callable[[str], Path], few: Path, target: st
     found = report(made(target), few)
     assert found.ok, shown(found)
     counts = {gate.place: sum(one.place == gate.place for one in found.gates) for gate in found.gates}
-    assert counts["decoded picture"] == 4
+    assert counts["decoded image"] == 4
     assert counts["decoder layers"] == 4 * 5
     assert counts["vision layers"] == 3 * 5
     assert counts["deepstack features"] == 9
     assert counts["decoder step"] == 8
     assert counts["tokens"] == 5
     assert ("runtime's pixel values" in counts) == (target == "genai")
-    assert "give --reference" in found.not_run["task"]
+    assert "give --reference" in found.not_run["held-out accuracy"]
 
 
 CONTROLS: tuple[tuple[Mutation, str, str], ...] = (
@@ -229,11 +229,11 @@ def test_another_decoder_is_reported_as_that(
     assert "genai is not to blame: JPEG 4:2:0, photo.jpg" in said
     assert "decoded by Pillow" in said
     written = json.loads((folder / "evidence" / "golden" / "parity.json").read_text())
-    assert written["first difference"].startswith("decoded picture: JPEG")
-    assert [gate["place"] for gate in written["gates"] if not gate["ok"]] == ["decoded picture"]
-    assert [gate["place"] for gate in written["gates"] if gate["case"].startswith("JPEG")] == ["decoded picture"]
+    assert written["first difference"].startswith("decoded image: JPEG")
+    assert [gate["place"] for gate in written["gates"] if not gate["ok"]] == ["decoded image"]
+    assert [gate["place"] for gate in written["gates"] if gate["case"].startswith("JPEG")] == ["decoded image"]
     assert "decoded in another way" in written["not run"]["case JPEG 4:2:0"]
-    assert "case JPEG 4:2:0: the rest not run: its picture is decoded in another way" in table
+    assert "case JPEG 4:2:0: the rest not run: its image is decoded in another way" in table
 
     mutations.deepstack_zeroed(folder, "genai")
     code, _, said = command(folder, "--golden", few)
@@ -283,7 +283,7 @@ def _more_cases(document: dict[str, Any]) -> None:
     [
         (_other_weights, "another checkpoint than the bundle"),
         (_other_config, "another checkpoint than the bundle"),
-        (_other_case, "another case 'one picture'"),
+        (_other_case, "another case 'one image'"),
         (_more_cases, "other cases: 'palette' is only there"),
     ],
 )
@@ -307,14 +307,16 @@ def test_a_bundle_that_does_not_say_its_checkpoint_needs_the_reference(
         report(folder, few, checkpoint("deepstack0"))
     found = report(folder, few, MINIATURE)
     assert found.ok, shown(found)
-    assert [gate.case for gate in found.gates if gate.place == "task"] == ["41 held-out answers, right: ONNX 36"]
+    assert [gate.case for gate in found.gates if gate.place == "held-out accuracy"] == [
+        "41 held-out answers, right: ONNX 36"
+    ]
 
 
 @pytest.mark.torch
-def test_a_picture_that_changes_makes_a_golden_stale(
+def test_a_image_that_changes_makes_a_golden_stale(
     made: Callable[[str], Path], reference: Reference, few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A golden of the user's own cases, from the command line, and the same cases with another picture."""
+    """A golden of the user's own cases, from the command line, and the same cases with another image."""
     (tmp_path / "own").mkdir()
     Image.new("RGB", (64, 64), (9, 99, 200)).save(tmp_path / "own" / "blue.png")
     cases = tmp_path / "own" / "mine.toml"
@@ -350,7 +352,7 @@ def test_what_does_not_fit_in_memory_is_refused(tmp_path: Path) -> None:
 
 def same(got: GoldenCase, want: GoldenCase) -> None:
     """Inputs and tokens equal; samples of the same places, and of the same values to the tolerance."""
-    for key in ("name", "digest", "pictures", "input_ids", "position_ids", "pixel_values", "grids", "tokens"):
+    for key in ("name", "digest", "images", "input_ids", "position_ids", "pixel_values", "grids", "tokens"):
         assert getattr(got, key) == getattr(want, key), key
     for key in ("vision", "features", "embeddings", "decoder", "logits"):
         for one, two in zip(getattr(got, key), getattr(want, key), strict=True):
@@ -420,4 +422,4 @@ def test_a_golden_is_enough_where_the_extra_is_not_installed(
     assert done.returncode == 0, done.stderr
     payload = json.loads(done.stdout)
     assert payload["ok"]
-    assert {"decoded picture", "deepstack features", "tokens"} <= {gate["place"] for gate in payload["gates"]}
+    assert {"decoded image", "deepstack features", "tokens"} <= {gate["place"] for gate in payload["gates"]}

@@ -86,7 +86,7 @@ def test_no_data_of_a_twin_is_its_own(finished: Callable[[str], Path], tmp_path:
 def half(built: Built, checkpoint: Callable[[str], Path]) -> Path:
     """A bundle in fp16 for CUDA; its ranges are measured on one case."""
     with pytest.MonkeyPatch.context() as patch:
-        few = tuple(case for case in shipped_cases() if case.name == "one picture")
+        few = tuple(case for case in shipped_cases() if case.name == "one image")
         patch.setattr(activation_ranges, "suite_cases", lambda checkpoint, folder: few)
         recipe = replace(load_recipe("fp16"), name="fp16-few")
         return built(checkpoint(EXACT_IN_FP16), recipe) / "genai"
@@ -108,7 +108,7 @@ def narrow(folder: Path, checkpoint: Checkpoint) -> Graphs:
 
 
 def computed(graphs: Graphs, checkpoint: Checkpoint) -> list[Array]:
-    """Features of a film and pictures, inputs of the decoder, logits and caches."""
+    """Features of a film and images, inputs of the decoder, logits and caches."""
     given = next(one for one in (drawn_input(checkpoint, seed) for seed in range(9)) if len(one.image_grid_thw) > 1)
     main, levels = graphs.vision(given.pixel_values, given.image_grid_thw)
     embeds, inputs = graphs.embed(given.input_ids, main, levels, checkpoint.image_token_id)

@@ -22,8 +22,8 @@ from builder.verify.report.exhibits import (
     show_logits,
     show_pixels,
 )
-from builder.verify.report.thumbnails import SIDE, difference, patches_to_picture, thumbnail
-from tests.helpers.reports import GRID, VISION, drawn, picture_of
+from builder.verify.report.thumbnails import SIDE, difference, patches_to_image, thumbnail
+from tests.helpers.reports import GRID, VISION, drawn, image_of
 
 if TYPE_CHECKING:
     from builder.reference.model import Reference
@@ -87,23 +87,23 @@ def test_what_is_no_number_is_counted_and_not_drawn(shown: Callable[[], tuple[Ex
     assert all(math.isfinite(value) for pair in exhibit.logits for value in pair)
 
 
-def patches_of(picture: np.ndarray) -> np.ndarray:
+def patches_of(image: np.ndarray) -> np.ndarray:
     """[height, width, channels] in the order of upstream's processor, patch by patch: blocks first."""
     side, merge = VISION.patch_size, VISION.merge_size
-    rows, columns = picture.shape[0] // side, picture.shape[1] // side
+    rows, columns = image.shape[0] // side, image.shape[1] // side
     found = []
     for block_row in range(0, rows, merge):
         for block_column in range(0, columns, merge):
             for row in range(block_row, block_row + merge):
                 for column in range(block_column, block_column + merge):
-                    one = picture[row * side : (row + 1) * side, column * side : (column + 1) * side]
+                    one = image[row * side : (row + 1) * side, column * side : (column + 1) * side]
                     found.append(np.stack([one.transpose(2, 0, 1)] * VISION.temporal_patch_size, 1).reshape(-1))
     return np.stack(found)
 
 
 def test_patches_come_back_to_their_places() -> None:
-    picture = np.random.default_rng(1).random((16, 24, 3), np.float32)
-    np.testing.assert_array_equal(patches_to_picture(patches_of(picture), GRID[0], VISION), picture)
+    image = np.random.default_rng(1).random((16, 24, 3), np.float32)
+    np.testing.assert_array_equal(patches_to_image(patches_of(image), GRID[0], VISION), image)
 
 
 @pytest.mark.torch
@@ -114,10 +114,10 @@ def test_patches_are_in_the_order_of_upstreams_processor(reference: Reference, t
     assert prompt.pixel_values is not None
     assert prompt.image_grid_thw is not None
     vision = reference.checkpoint.vision
-    picture = patches_to_picture(prompt.pixel_values, prompt.image_grid_thw[0], vision)
+    image = patches_to_image(prompt.pixel_values, prompt.image_grid_thw[0], vision)
     rows, columns = (int(n) * vision.patch_size for n in prompt.image_grid_thw[0][1:])
-    assert picture.shape == (rows, columns, 3)
-    steps = np.abs(np.diff(picture, axis=1)).mean((0, 2))
+    assert image.shape == (rows, columns, 3)
+    steps = np.abs(np.diff(image, axis=1)).mean((0, 2))
     seams = np.zeros(columns - 1, bool)
     seams[vision.patch_size - 1 :: vision.patch_size] = True
     # Were patches in wrong places, their seams would be rougher than what is inside them.
@@ -128,15 +128,15 @@ def test_one_pixel_that_differs_a_little_is_seen() -> None:
     gap = np.zeros((1000, 700, 3))
     gap[10, 20] = 5.0
     gap[999, 699, 1] = 1e-6
-    seen = picture_of(difference(gap)).sum(-1)
+    seen = image_of(difference(gap)).sum(-1)
     assert max(seen.shape) <= SIDE
     assert (seen > 40).sum() == 2
     assert seen[-1, -1] > 40
     assert seen.max() > 600
-    assert not picture_of(difference(np.zeros((8, 8, 3)))).any()
+    assert not image_of(difference(np.zeros((8, 8, 3)))).any()
 
 
-def test_pixels_are_compared_picture_by_picture(shown: Callable[[], tuple[Exhibit, ...]], tmp_path: Path) -> None:
+def test_pixels_are_compared_image_by_image(shown: Callable[[], tuple[Exhibit, ...]], tmp_path: Path) -> None:
     grid = np.concatenate([GRID, GRID])
     want = np.random.default_rng(2).random((48, 96)).astype(np.float32)
     got = want.copy()
@@ -149,27 +149,27 @@ def test_pixels_are_compared_picture_by_picture(shown: Callable[[], tuple[Exhibi
     show_pixels("fewer", want[:24], want, GRID, grid)
     show_pixels("none", None, want, None, grid)
     (exhibit,) = shown()
-    first, second = exhibit.pictures
+    first, second = exhibit.images
     assert [(one.way, one.differing, one.largest) for one in first.pixels] == [
         ("ours", 0, 0.0),
         *((way, 24 * 96, None) for way in ("turned", "fewer", "none")),
     ]
-    assert not first.pixels[0].picture
+    assert not first.pixels[0].difference
     ours, other, fewer, none = second.pixels
     assert (ours.values, ours.differing, ours.largest) == (24 * 96, 4, 0.25)
-    assert ours.picture
+    assert ours.difference
     assert len(ours.sides) == 2
-    assert not other.picture
-    assert picture_of(other.sides[0]).shape[:2] == (16, 24)
-    assert picture_of(other.sides[1]).shape[:2] == (24, 16)
+    assert not other.difference
+    assert image_of(other.sides[0]).shape[:2] == (16, 24)
+    assert image_of(other.sides[1]).shape[:2] == (24, 16)
     assert fewer.sides == none.sides == ()
 
 
-def test_thumbnails_are_small_and_what_is_no_picture_has_none(tmp_path: Path) -> None:
-    found = picture_of(thumbnail(drawn(tmp_path / "large.png", (3000, 1500))))
+def test_thumbnails_are_small_and_what_is_no_image_has_none(tmp_path: Path) -> None:
+    found = image_of(thumbnail(drawn(tmp_path / "large.png", (3000, 1500))))
     assert found.shape == (SIDE // 2, SIDE, 3)
     assert np.abs(found - [200, 30, 30]).max() < 12
-    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "text.png").write_text("no image")
     assert thumbnail(tmp_path / "text.png") == thumbnail(tmp_path / "absent.png") == ""
 
 
@@ -178,18 +178,18 @@ def test_thumbnails_are_small_and_what_is_no_picture_has_none(tmp_path: Path) ->
 def test_a_verification_shows_its_cases(miniature_built: Path, reference: Reference, target: str) -> None:
     from builder.verify.whole import verify
 
-    cases = tuple(case for case in shipped_cases() if case.name in ("text", "one picture"))
+    cases = tuple(case for case in shipped_cases() if case.name in ("text", "one image"))
     report = verify(miniature_built / target, target, reference, Suite(cases, held_out(reference.checkpoint)[:2], 4))
     shown = {exhibit.case: exhibit for exhibit in report.exhibits if exhibit.kind == "case"}
-    assert set(shown) == {"text", "one picture"}
+    assert set(shown) == {"text", "one image"}
     assert sum(exhibit.kind == "task" for exhibit in report.exhibits) == 2
     for exhibit in report.exhibits:
         assert len(exhibit.answers) == 2
         assert exhibit.answers[0] == exhibit.answers[1]
-    (picture,) = shown["one picture"].pictures
+    (image,) = shown["one image"].images
     ways = {"preprocessing of the bundle"} | ({"the runtime's own processor"} if target == "genai" else set())
-    assert {one.way for one in picture.pixels} == ways
-    assert {one.differing for one in picture.pixels} == {0}
+    assert {one.way for one in image.pixels} == ways
+    assert {one.differing for one in image.pixels} == {0}
     for exhibit in shown.values():
         assert exhibit.logits
         assert max(abs(a - b) for a, b in exhibit.logits) < 1e-3

@@ -95,14 +95,14 @@ def test_a_report_comes_back_the_same(name: str, tmp_path: Path) -> None:
 
 
 def test_exhibits_stay_below_their_size() -> None:
-    """Pictures of the last cases go first, and the file says how many cases are gone."""
-    picture = Thumbnail("noise.png", "data:image/png;base64," + "A" * 30_000)
-    many = tuple(Exhibit(f"case {n}", "case", "a prompt", (picture,)) for n in range(60))
+    """Images of the last cases go first, and the file says how many cases are gone."""
+    image = Thumbnail("noise.png", "data:image/png;base64," + "A" * 30_000)
+    many = tuple(Exhibit(f"case {n}", "case", "a prompt", (image,)) for n in range(60))
     text = exhibits_text(replace(passing(), exhibits=many))
     assert len(text.encode()) < MAX_BYTES
     found = json.loads(text)
     assert (len(found["exhibits"]), found["left out"]) == (60, 0)
-    kept = [bool(one["pictures"][0]["thumbnail"]) for one in found["exhibits"]]
+    kept = [bool(one["images"][0]["thumbnail"]) for one in found["exhibits"]]
     assert kept == sorted(kept, reverse=True)
     assert 25 < sum(kept) < 40
 
@@ -122,10 +122,10 @@ def test_exhibits_stay_below_their_size() -> None:
         (lambda parity, _: parity["gates"][0].update(place="nowhere"), "is no place"),
         (lambda parity, _: parity["gates"][0].update(measured=[]), "measured"),
         (lambda parity, _: parity.pop("gates"), "gates"),
-        (lambda _, shown: shown["exhibits"][0]["pictures"][0].update(thumbnail="https://example.org/x.png"), "picture"),
-        (lambda _, shown: shown["exhibits"][0]["pictures"][0].update(thumbnail="data:image/svg+xml,<svg/>"), "picture"),
+        (lambda _, shown: shown["exhibits"][0]["images"][0].update(thumbnail="https://example.org/x.png"), "image"),
+        (lambda _, shown: shown["exhibits"][0]["images"][0].update(thumbnail="data:image/svg+xml,<svg/>"), "image"),
         (lambda _, shown: shown["exhibits"][0].update(divergences=["inf"]), "finite"),
-        (lambda _, shown: shown["exhibits"][0].update(pictures=7), "pictures"),
+        (lambda _, shown: shown["exhibits"][0].update(images=7), "images"),
         (lambda _, shown: shown.update(exhibits=None), ""),
     ],
     ids=range(10),

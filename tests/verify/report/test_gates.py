@@ -150,8 +150,8 @@ def test_a_report_without_gates_fails() -> None:
 def test_the_table_has_a_row_a_place_in_the_order_of_the_computation() -> None:
     gates = [
         Gate("tokens", "text, 64 tokens", 0, 0),
-        Gate("embeddings", "one picture", 3e-7, 1e-4),
-        Gate("embeddings", "two pictures", 2e-3, 1e-4, "2.0e-03 of a standard deviation at [0, 1]"),
+        Gate("embeddings", "one image", 3e-7, 1e-4),
+        Gate("embeddings", "two images", 2e-3, 1e-4, "2.0e-03 of a standard deviation at [0, 1]"),
         Gate("image features", "wide, tall", math.inf, 1e-4, "shape (3, 4), expected (4, 4)"),
     ]
     text = shown(report(*gates))
@@ -160,12 +160,12 @@ def test_the_table_has_a_row_a_place_in_the_order_of_the_computation() -> None:
     rows = [re.split(r"\s{2,}", line.strip()) for line in lines if re.search(r"\d/\d", line)]
     assert rows == [
         ["image features", "FAIL", "0/1", "inf", "1.0e-04", "wide, tall"],
-        ["embeddings", "FAIL", "1/2", "2.0e-03", "1.0e-04", "two pictures"],
+        ["embeddings", "FAIL", "1/2", "2.0e-03", "1.0e-04", "two images"],
         ["tokens", "pass", "1/1", "0", "0", "text, 64 tokens"],
     ]
     assert lines[-2:] == [
         "image features: wide, tall: shape (3, 4), expected (4, 4)",
-        "embeddings: two pictures: 2.0e-03 of a standard deviation at [0, 1]",
+        "embeddings: two images: 2.0e-03 of a standard deviation at [0, 1]",
     ]
 
 

@@ -95,7 +95,7 @@ def test_what_a_bundle_names_is_shown_and_not_obeyed() -> None:
     text.encode("utf-8")
 
 
-def test_a_picture_that_lies_outside_is_not_reachable_by_a_name() -> None:
+def test_a_image_that_lies_outside_is_not_reachable_by_a_name() -> None:
     images = [a for tag, a in Page(html(harmful(), CONTEXT)).elements if tag == "img"]
     assert images
     assert all((one["src"] or "").startswith("data:image/") for one in images)
@@ -243,7 +243,7 @@ def test_the_least_margin_is_the_worst_case() -> None:
     assert row.worst is not None
     assert row.worst.case == "near ties"
     assert [gate.place for gate in failures(failing())] == [
-        *("decoder layers", "decoder prefill", "decoder step", "tokens", "task")
+        *("decoder layers", "decoder prefill", "decoder step", "tokens", "held-out accuracy")
     ]
     assert len(FAILS) == 5
     assert Gate("tokens", "a", 1, 0).excess == float("inf")

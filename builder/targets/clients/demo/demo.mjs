@@ -1,4 +1,4 @@
-// The page: hands a picture and a question to worker.mjs, shows the answer as it comes.
+// The page: hands an image and a question to worker.mjs, shows the answer as it comes.
 const PACKAGES = "../../node_modules/"; // beside the bundle's folder
 const at = (name) => document.getElementById(name);
 const asked = new URLSearchParams(location.search);
@@ -52,8 +52,8 @@ function ended(why) {
   busy(false);
 }
 
-at("picture").addEventListener("change", () => {
-  const [file] = at("picture").files;
+at("image").addEventListener("change", () => {
+  const [file] = at("image").files;
   if (at("preview").src) URL.revokeObjectURL(at("preview").src);
   at("preview").hidden = !file;
   if (file) at("preview").src = URL.createObjectURL(file);
@@ -66,7 +66,7 @@ at("form").addEventListener("submit", (event) => {
   busy(true);
   worker ??= started();
   worker.postMessage({
-    picture: at("picture").files[0] ?? null,
+    image: at("image").files[0] ?? null,
     question: at("question").value,
     most: Number(at("most").value),
   });

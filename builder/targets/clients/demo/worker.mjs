@@ -1,7 +1,7 @@
-// The model: from a picture's file and a question to tokens, with transformers.js on WebAssembly or WebGPU.
-// First message: {places: {library, wasm, device}}. Then {picture: File or null, question, most} for each question.
+// The model: from an image's file and a question to tokens, with transformers.js on WebAssembly or WebGPU.
+// First message: {places: {library, wasm, device}}. Then {image: File or null, question, most} for each question.
 // Answers: {status}, {text} a piece, and at the end {tokens, seconds} or {error}.
-// Where it only looks at pictures: {look: File, places}, answered by {seen} or {error}.
+// Where it only looks at images: {look: File, places}, answered by {seen} or {error}.
 const BUNDLE = ".."; // seen from this file
 const MADE_FOR = "@TRANSFORMERS_JS@";
 const json = async (name) => (await fetch(new URL(`${BUNDLE}/${name}`, import.meta.url))).json();
@@ -27,7 +27,7 @@ async function imported({ library, wasm, device }) {
   return lib;
 }
 
-// What looks at pictures here: a file → {pixel_values, image_grid_thw}.
+// What looks at images here: a file → {pixel_values, image_grid_thw}.
 async function eye(lib) {
   const preprocessor = await lib.AutoModel.from_pretrained(BUNDLE, {
     config: { model_type: "custom" },
@@ -35,7 +35,7 @@ async function eye(lib) {
     dtype: "fp32",
     device: "wasm",
   });
-  return async (picture) => preprocessor({ image: await pixels(picture, lib) });
+  return async (image) => preprocessor({ image: await pixels(image, lib) });
 }
 
 // The same in a worker of its own, which has another build of the runtime.
@@ -43,14 +43,14 @@ function eyeElsewhere(lib, places) {
   const worker = new Worker(import.meta.url, { type: "module" });
   const tensors = (seen) =>
     Object.fromEntries(Object.entries(seen).map(([name, [type, data, dims]]) => [name, new lib.Tensor(type, data, dims)]));
-  return (picture) =>
+  return (image) =>
     new Promise((resolve, reject) => {
       worker.onmessage = ({ data }) => {
         if (data.seen) resolve(tensors(data.seen));
         if (data.error) reject(new Error(data.error));
       };
-      worker.onerror = (event) => reject(new Error(event.message || "the worker that looks at pictures did not start"));
-      worker.postMessage({ look: picture, places: { ...places, device: "wasm" } });
+      worker.onerror = (event) => reject(new Error(event.message || "the worker that looks at images did not start"));
+      worker.postMessage({ look: image, places: { ...places, device: "wasm" } });
     });
 }
 
@@ -79,13 +79,13 @@ async function seen({ look, places }) {
   postMessage({ seen: Object.fromEntries(tensors.map(([name, { type, data, dims }]) => [name, [type, data, dims]])) });
 }
 
-// The picture's bytes as they are in the file: turned by its EXIF orientation, colours not converted.
-async function pixels(picture, { Tensor }) {
+// The image's bytes as they are in the file: turned by its EXIF orientation, colours not converted.
+async function pixels(image, { Tensor }) {
   const options = { imageOrientation: "from-image", premultiplyAlpha: "none", colorSpaceConversion: "none" };
-  const bitmap = await createImageBitmap(picture, options);
+  const bitmap = await createImageBitmap(image, options);
   const { width, height } = bitmap;
   if (Math.max(width, height) > 200 * Math.min(width, height)) {
-    throw new Error(`A picture of ${width} × ${height} is too narrow: at most 200 to 1.`);
+    throw new Error(`An image of ${width} × ${height} is too narrow: at most 200 to 1.`);
   }
   const canvas = new OffscreenCanvas(width, height).getContext("2d", { willReadFrequently: true });
   canvas.drawImage(bitmap, 0, 0);
@@ -95,17 +95,17 @@ async function pixels(picture, { Tensor }) {
   return new Tensor("uint8", rgb, [height, width, 3]);
 }
 
-async function answer({ picture, question, most }) {
+async function answer({ image, question, most }) {
   const { lib, settings, tokenizer, model, look } = await loading;
   const { prefix, image, suffix } = settings.prompt;
-  // Words that stand for a picture would be counted as one.
+  // Words that stand for an image would be counted as one.
   if ([settings.image_token, settings.video_token].some((word) => question.includes(word))) {
     throw new Error(`The question may hold neither ${settings.image_token} nor ${settings.video_token}.`);
   }
-  postMessage({ status: picture ? "Looking at the picture …" : "Reading the question …" });
-  const features = picture ? await look(picture) : {};
+  postMessage({ status: image ? "Looking at the image …" : "Reading the question …" });
+  const features = image ? await look(image) : {};
   let shown = "";
-  if (picture) {
+  if (image) {
     const patches = Array.from(features.image_grid_thw.data, Number).reduce((a, b) => a * b, 1);
     shown = image.replace(settings.image_token, settings.image_token.repeat(patches / settings.spatial_merge_size ** 2));
   }
