@@ -10,7 +10,7 @@ import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,7 @@ from builder.util.errors import BuildError
 if TYPE_CHECKING:
     from builder.verify.report.exhibits import Exhibit
 
+T = TypeVar("T")
 FORMAT = 1  # of parity.json, see builder/verify/report/schema.json
 # The order in which a wrong value travels: what differs first is where it began.
 PLACES = (
@@ -61,6 +62,7 @@ class Gate:
         measured: the figure; for exact comparisons the number of values that differ.
         limit: the largest figure that passes.
         detail: what a person needs to see where and how it differs.
+        layer: index of the decoder layer, vision block or DeepStack level; None where the place has none.
     """
 
     place: str
@@ -68,6 +70,7 @@ class Gate:
     measured: float
     limit: float
     detail: str = ""
+    layer: int | None = None
 
     def __post_init__(self) -> None:
         if self.place not in PLACES:
@@ -123,7 +126,7 @@ class Report:
             "verdict": self.verdict,
             "first difference": None if first is None else f"{first.place}: {first.case}",
             "not run": dict(self.not_run),
-            "gates": [{**asdict(gate), "measured": _plain(gate.measured), "ok": gate.ok} for gate in self.gates],
+            "gates": [_row(gate) for gate in self.gates],
             "facts": self.facts,
         }
 
@@ -203,12 +206,19 @@ def compare_exact(
 
 def guarded(place: str, case: str, compute: Callable[..., list[Gate]], *arguments: Any) -> list[Gate]:
     """The gates that `compute(*arguments)` gives, or one that fails and says why there are none."""
+    return guarded_pair(place, case, lambda: (compute(*arguments), None), None)[0]
+
+
+def guarded_pair(
+    place: str, case: str, compute: Callable[..., tuple[list[Gate], T]], default: T, *arguments: Any
+) -> tuple[list[Gate], T]:
+    """As `guarded`, where `compute` gives a result besides; `default` where it fails."""
     try:
         return compute(*arguments)
     except BuildError:
         raise
     except Exception as error:  # each runtime throws errors of its own for what its graphs cannot take
-        return [uncomputed(place, case, error)]
+        return [uncomputed(place, case, error)], default
 
 
 def uncomputed(place: str, case: str, error: Exception) -> Gate:
@@ -219,6 +229,11 @@ def uncomputed(place: str, case: str, error: Exception) -> Gate:
 
 def _figure(value: float) -> str:
     return f"{value:.1e}" if 0 < abs(value) < 1e-2 else f"{value:g}"
+
+
+def _row(gate: Gate) -> dict[str, Any]:
+    row = {**asdict(gate), "measured": _plain(gate.measured), "ok": gate.ok}
+    return {key: value for key, value in row.items() if key != "layer" or value is not None}
 
 
 def _plain(value: float) -> float | str:
