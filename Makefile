@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
+CLI := $(VENV)/bin/qwen3vl-onnx
 STAMP := $(VENV)/.installed
 CHECKPOINT := builder/miniature/checkpoint
 BUNDLES := outputs/miniature-fp32/8-bundle
@@ -33,15 +34,15 @@ node: .node/.installed ## npm packages of exact versions into .node, to play bun
 	@touch $@
 
 build: setup ## build the miniature, verify it, ask it about a picture
-	$(PY) -m builder build
-	$(PY) -m builder run $(BUNDLES)/genai --image $(PICTURE) --prompt "Read the number."
+	$(CLI) build
+	$(CLI) run $(BUNDLES)/genai --image $(PICTURE) --prompt "Read the number."
 
 explain: setup ## which stages of the miniature's build would run, and why
-	$(PY) -m builder explain
+	$(CLI) explain
 
 verify: setup ## compare the miniature's bundles with PyTorch again
-	$(PY) -m builder verify $(BUNDLES)/genai --reference $(CHECKPOINT)
-	$(PY) -m builder verify $(BUNDLES)/onnxruntime --reference $(CHECKPOINT)
+	$(CLI) verify $(BUNDLES)/genai --reference $(CHECKPOINT)
+	$(CLI) verify $(BUNDLES)/onnxruntime --reference $(CHECKPOINT)
 
 check: setup ## style, types, and the tests that need no torch
 	$(PY) -m ruff check

@@ -19,7 +19,7 @@ BUILDER = (sys.executable, "-m", "builder")
 
 
 def build(checkpoint: Path | None, output: Path, *arguments: object) -> Run:
-    """`python -m builder build`, at fp32; without a checkpoint, the miniature's."""
+    """`qwen3vl-onnx build`, at fp32; without a checkpoint, the miniature's."""
     named = [] if checkpoint is None else [checkpoint]
     return run([*BUILDER, "build", *named, "--recipe", "fp32", "--output", output, "--json", *arguments])
 

@@ -7,7 +7,7 @@
 #   CHECKPOINT  folder or hub id (Org/Name@commit); default: the embedded miniature; for a BUNDLE: none
 #   BUNDLE      verify this bundle and build nothing; needs CHECKPOINT or GOLDEN
 #   RECIPE      name of a shipped recipe, or a .toml file; default fp32
-#   GOLDEN      a file of `builder golden`, compared with too; with BUNDLE alone, no torch is installed
+#   GOLDEN      a file of `qwen3vl-onnx golden`, compared with too; with BUNDLE alone, no torch is installed
 #   CASES       files or folders of cases, one a line; with GOLDEN: those that it was made with
 #   OUTPUT      where to build; default outputs/<checkpoint>-<recipe>
 #   MEMORY      what verification may use, e.g. 4GB; default all

@@ -113,7 +113,7 @@ def require_verified(patches: Iterable[Patch], file: Path = verified.FILE) -> No
         f"{', '.join(patch.name for patch in unknown)}: not verified on the source of {installed}",
         expected="; ".join(f"{p.name} on {_listed(data.releases(p.name))}" for p in unknown),
         found="\n".join(f"{p.name}: {p.target}, digest {digest(p)}\n{drift(p, file)}" for p in unknown),
-        next="read `python -m builder patches --diff`, then re-verify: `python -m builder patches --record`",
+        next="read `qwen3vl-onnx patches --diff`, then re-verify: `qwen3vl-onnx patches --record`",
     )
 
 

@@ -1,7 +1,7 @@
 """Which upstream sources each patch was verified on: `verified.toml`, read strictly and written whole.
 
 In: the file. Out: `Verified`, frozen. Guaranteed: the same data gives the same bytes, the file is replaced at
-once or not at all, and only `python -m builder patches --record` writes it.
+once or not at all, and only `qwen3vl-onnx patches --record` writes it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from builder.util.errors import OutputError, PatchError
 FILE = Path(__file__).with_name("verified.toml")
 HEADER = """\
 # The upstream releases that each patch was verified on.
-# Written by `python -m builder patches --record`, never by hand.
+# Written by `qwen3vl-onnx patches --record`, never by hand.
 # [digests.PATCH]    release = 12 hex digits of the SHA-256 over the sources of the patch's target and covers.
 # [lines."RELEASE"]  function = 6 hex digits of the SHA-256 of each of its lines: no upstream text is kept
 #                    here, and a release that differs can still be compared line by line with this one.

@@ -1,4 +1,4 @@
-"""`python -m builder check`: whether a bundle is what it says, for whoever got it from somewhere.
+"""`qwen3vl-onnx check`: whether a bundle is what it says, for whoever got it from somewhere.
 
 In: a bundle's folder, perhaps a public key. Out: `Checked`, every check with what it looked at. Guaranteed: nothing
 that the bundle says is believed, and nothing of it is run: every file of the manifest is read to its end, and what the
@@ -8,19 +8,18 @@ manifest says of graphs is compared with the graphs. What no check can tell with
 from __future__ import annotations
 
 import hashlib
-import io
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
+from rich.console import RenderableType
 
 from builder.bundle.inventory import SIGNATURE, Content, open_content
 from builder.bundle.layout import GENAI, MANIFEST, OTHERWISE
 from builder.checkpoint.files import MAY_NAME_CODE, PICKLES, refuse_remote_code
 from builder.targets.registry import PACKAGING
+from builder.util.console_table import console_table
 from builder.util.errors import BundleError, CheckpointError, UnsafeError
 from builder.util.files import sha256
 from builder.util.json_files import read_json
@@ -33,7 +32,7 @@ LIBRARIES = (".so", ".dll", ".dylib", ".pyd", ".exe")
 
 
 @dataclass(frozen=True)
-class Row:
+class CheckRow:
     """One check that holds: what it is, and what it looked at."""
 
     check: str
@@ -53,7 +52,7 @@ class Checked:
     target: str
     manifest: str
     signature: str
-    rows: tuple[Row, ...]
+    rows: tuple[CheckRow, ...]
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -64,17 +63,11 @@ class Checked:
             "checks": [{"check": row.check, "found": row.found} for row in self.rows],
         }
 
-    def table(self, width: int = 110) -> str:
-        """A row a check."""
-        table = Table(title=f"{self.folder}: {self.target}", title_justify="left")
-        for heading in ("check", "found", ""):
-            table.add_column(heading)
-        for row in self.rows:
-            table.add_row(row.check, row.found, "" if row.found.startswith(("not ", "sha256 ")) else "holds")
-        console = Console(file=io.StringIO(), width=width, color_system=None, markup=False, emoji=False)
-        console.print(table)
-        assert isinstance(console.file, io.StringIO)
-        return console.file.getvalue().rstrip()
+    def renderables(self) -> Iterator[RenderableType]:
+        """A row a check, then the number to compare."""
+        rows = ((row.check, row.found, "" if row.found.startswith("not ") else "pass") for row in self.rows)
+        yield console_table(f"{self.folder}: {self.target}", ("check", "found", ""), rows)
+        yield f"{MANIFEST}: sha256 {self.manifest}"
 
 
 def check(folder: Path, key: Path | None = None) -> Checked:
@@ -88,20 +81,18 @@ def check(folder: Path, key: Path | None = None) -> Checked:
         UnsafeError: a name, a link or an operator that leads out of the folder; code that a runtime would load.
     """
     content = open_content(folder)
-    rows = [
-        Row("files", f"{len(content.files)} of the manifest, {len(content.evidence)} of evidence, no other, no links")
-    ]
+    files = f"{len(content.files)} of the manifest, {len(content.evidence)} of evidence, no other, no links"
+    rows = [CheckRow("files", files)]
     check_settings(content)
-    rows.append(Row("settings", "JSON of moderate size; names no file outside, no library, no remote code"))
+    rows.append(CheckRow("settings", "JSON of moderate size; names no file outside, no library, no remote code"))
     rows += _graph_rows(content)
     check_bytes(content)
     rows += _code_rows(content)
-    rows.append(Row("bytes", f"SHA-256 of {size(sum(one.size for one in content.files.values()))}"))
+    rows.append(CheckRow("bytes", f"SHA-256 of {size(sum(one.size for one in content.files.values()))}"))
     signature = _check_signature(content, key)
     told = {"holds": f"{SIGNATURE}, by the key {key}", "none": "not signed", "not checked": "not checked: no --key"}
-    rows.append(Row("signature", told[signature]))
+    rows.append(CheckRow("signature", told[signature]))
     digest = sha256(folder / MANIFEST)
-    rows.append(Row(MANIFEST, f"sha256 {digest}"))
     return Checked(folder, content.target, digest, signature, tuple(rows))
 
 
@@ -181,25 +172,25 @@ def _keys(value: Any) -> Iterator[str]:
             waiting += one
 
 
-def _graph_rows(content: Content) -> list[Row]:
+def _graph_rows(content: Content) -> list[CheckRow]:
     from builder.bundle.check_graphs import check_graphs
 
     found = check_graphs(content)
     return [
-        Row("contract", f"{found['ports']} ports of {found['graphs']} graphs, as declared"),
-        Row("operators", f"{found['operators']} kinds, all of the target's domains, as declared"),
-        Row("external data", f"{found['external tensors']} tensors, all inside the bundle's files"),
+        CheckRow("contract", f"{found['ports']} ports of {found['graphs']} graphs, as declared"),
+        CheckRow("operators", f"{found['operators']} kinds, all of the target's domains, as declared"),
+        CheckRow("external data", f"{found['external tensors']} tensors, all inside the bundle's files"),
     ]
 
 
-def _code_rows(content: Content) -> list[Row]:
+def _code_rows(content: Content) -> list[CheckRow]:
     """Programs that lie in the bundle, which only a person can judge."""
     written = [program for runtime in PACKAGING.values() for program in runtime.programs().items()]
     own = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in written}
     programs = [name for name in content.files if name.endswith(PROGRAMS)]
     known = {name: content.files[name].sha256 == own.get(name) for name in programs}
     told = [name if same else f"{name} (not this release's: read it before you run it)" for name, same in known.items()]
-    return [Row("code", ("" if all(known.values()) else "not judged: ") + ", ".join(told))] if told else []
+    return [CheckRow("code", ("" if all(known.values()) else "not judged: ") + ", ".join(told))] if told else []
 
 
 def _check_signature(content: Content, key: Path | None) -> str:

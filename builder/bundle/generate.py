@@ -1,6 +1,6 @@
 """Ask a bundle: from a text and picture files to a streamed answer, through our own exact preprocessing.
 
-In: a bundle, a prompt, picture files. Out: text as it comes, then an `Answer`.
+In: a bundle, a prompt, picture files. Out: text as it comes, then an `GeneratedText`.
 Guaranteed: greedy, whatever the bundle's generation settings say; one generator a question.
 A bundle for `onnxruntime` is driven by the pipeline.py that lies in it. That is code: run what you trust.
 """
@@ -20,7 +20,7 @@ from builder.util.errors import BuildError, BundleError, ImageError, MissingPack
 
 
 @dataclass(frozen=True)
-class Answer:
+class GeneratedText:
     """`token_ids` are the generated ones, the stop token included; `text` is without special tokens."""
 
     text: str
@@ -35,7 +35,7 @@ def answer(
     *,
     max_new_tokens: int,
     on_text: Callable[[str], None],
-) -> Answer:
+) -> GeneratedText:
     """One question, one answer.
 
     Args:
@@ -61,7 +61,7 @@ def answer(
             break
         pieces.append(piece)
         on_text(piece)
-    return Answer("".join(pieces), tuple(tokens), inputs.input_ids.shape[1])
+    return GeneratedText("".join(pieces), tuple(tokens), inputs.input_ids.shape[1])
 
 
 def open_bundle(folder: Path) -> Runner:
@@ -99,7 +99,7 @@ def _in_use(folder: Path, what: str) -> Iterator[None]:
         raise BundleError(
             f"{folder} {what}",
             found=f"{type(error).__name__}: {error}",
-            next="build it again with `python -m builder build`",
+            next="build it again with `qwen3vl-onnx build`",
         ) from error
 
 

@@ -34,7 +34,7 @@ def check_bundle(folder: Path) -> str:
         BundleError: no bundle, or files that are not those of its manifest.
         UnsafeError: a file that lies outside the folder.
     """
-    manifest = _read(folder / MANIFEST, "`python -m builder build` prints the path of a bundle on its last line")
+    manifest = _read(folder / MANIFEST, "`qwen3vl-onnx build` prints the path of a bundle on its last line")
     target = manifest.get("target")
     if not isinstance(target, str):
         raise BundleError(f"{folder} is no bundle", expected=f"a {MANIFEST} that names its target", found=target)

@@ -112,7 +112,7 @@ def _use(manifest: Mapping[str, Any]) -> str:
     install = [f"pip install {pinned}"] if pinned else []
     lines = ["## Run it", "", "```", *install, *told.run, "```"]
     lines += ["", "In the bundle's folder:", "", f"```{told.language}", told.code.rstrip(), "```"] if told.code else []
-    return "\n".join([*lines, "", f"Or with {TOOL}: `python -m builder run FOLDER --prompt TEXT --image FILE`."])
+    return "\n".join([*lines, "", f"Or with {TOOL}: `qwen3vl-onnx run FOLDER --prompt TEXT --image FILE`."])
 
 
 def _check() -> str:
@@ -121,7 +121,7 @@ def _check() -> str:
             "## Check it",
             "",
             "```",
-            "python -m builder check .      # every file's SHA-256, the graphs' contract, nothing besides",
+            "qwen3vl-onnx check .      # every file's SHA-256, the graphs' contract, nothing besides",
             "```",
             "`manifest.json` has the size and SHA-256 of every file, each graph's ports and operators, the "
             "checkpoint's files,\nthe recipe, the versions and the patches; `bom.cdx.json` is the bill of materials.",

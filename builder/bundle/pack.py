@@ -1,4 +1,4 @@
-"""`python -m builder pack`: a bundle as one file, the same bytes wherever and by whomever it is packed.
+"""`qwen3vl-onnx pack`: a bundle as one file, the same bytes wherever and by whomever it is packed.
 
 In: a bundle. Out: `<name>.tar` with what runs, `<name>-evidence.tar` with what was measured, and the SHA-256 of both.
 Guaranteed: times, owners and permissions are left out, names are sorted, everything lies below one folder `<name>/`;
@@ -14,7 +14,6 @@ import io
 import os
 import tarfile
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -23,6 +22,7 @@ from builder.bundle.check import check_settings, compare_digest
 from builder.bundle.inventory import Content, open_content
 from builder.bundle.layout import MANIFEST
 from builder.util.errors import BundleError, OutputError
+from builder.util.files import atomic_write
 from builder.util.progress import progress
 
 SUFFIX, EVIDENCE = ".tar", "-evidence"
@@ -58,16 +58,13 @@ def pack(folder: Path, output: Path | None = None) -> tuple[Packed, ...]:
 
 
 def _written(content: Content, names: Iterable[str], path: Path) -> Packed:
-    part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part.unlink(missing_ok=True)
-        with part.open("xb") as file:
+        with atomic_write(path) as part, part.open("xb") as file:
             target = _Hashed(file)
             _archive(content, names, target)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(part, path)
     except OSError as error:
         raise OutputError(
             f"{path} cannot be written",
@@ -75,9 +72,6 @@ def _written(content: Content, names: Iterable[str], path: Path) -> Packed:
             found=error.strerror or str(error),
             next="give another --output",
         ) from error
-    finally:
-        with suppress(OSError):
-            part.unlink()
     return Packed(path, path.stat().st_size, target.digest.hexdigest())
 
 

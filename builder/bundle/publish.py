@@ -1,4 +1,4 @@
-"""`python -m builder publish`: a checked bundle becomes a repository on the hub.
+"""`qwen3vl-onnx publish`: a checked bundle becomes a repository on the hub.
 
 In: a bundle, a repository's name, a branch. Out: a `Plan` (what is there, what is to be sent), then one commit.
 Guaranteed: all files come in one commit, so that a repository has the old bundle or the new one; what has arrived in an
@@ -8,21 +8,18 @@ has afterwards is what was checked, by digest. Connections, tokens, retries and 
 
 from __future__ import annotations
 
-import hashlib
-import io
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
+from rich.console import RenderableType
 
 from builder.bundle.inventory import OF_THE_HUB, Content
-from builder.checkpoint.hub import Remote
+from builder.checkpoint.hub import Remote, first_line, remote_files, transport_error
+from builder.util.console_table import console_table
 from builder.util.errors import BuildError, UploadError
-from builder.util.files import sha256
+from builder.util.files import git_blob, sha256
 from builder.util.units import size
 
 MAIN = "main"
@@ -70,20 +67,12 @@ class Plan:
             "others": list(self.others),
         }
 
-    def table(self, width: int = 110) -> str:
-        """A row a file, and what is in the way."""
-        table = Table(title=f"{self.repo}, {self.revision}", title_justify="left")
-        table.add_column("file")
-        table.add_column("size", justify="right")
-        table.add_column("there")
-        for one in self.files:
-            table.add_row(one.name, size(one.size), one.state)
-        console = Console(file=io.StringIO(), width=width, color_system=None, markup=False, emoji=False)
-        console.print(table)
+    def renderables(self) -> Iterator[RenderableType]:
+        """A row a file, and what is missing at the hub."""
+        rows = ((one.name, size(one.size), one.state) for one in self.files)
+        yield console_table(f"{self.repo}, {self.revision}", ("file", "size", "there"), rows, right=("size",))
         made = "" if self.exists and self.branch else "; the branch is made" if self.exists else "; it is made"
-        console.print(f"to send: {len(self.sent)} files, {size(sum(one.size for one in self.sent))}{made}")
-        assert isinstance(console.file, io.StringIO)
-        return console.file.getvalue().rstrip()
+        yield f"to send: {len(self.sent)} files, {size(sum(one.size for one in self.sent))}{made}"
 
 
 def plan(content: Content, repo: str, revision: str = MAIN) -> Plan:
@@ -100,7 +89,7 @@ def plan(content: Content, repo: str, revision: str = MAIN) -> Plan:
     with _errors(repo):
         try:
             info = HfApi().model_info(repo, revision=revision, files_metadata=True)
-            commit, remotes = info.sha, _remotes(info)
+            commit, remotes = info.sha, remote_files(info)
         except RevisionNotFoundError:
             branch = False
         except RepositoryNotFoundError:  # of both, the more general
@@ -162,20 +151,8 @@ def _upload(content: Content, name: str, remote: Remote | None) -> Upload:
         known = content.files.get(name)
         same = remote.sha256 == (known.sha256 if known else sha256(path))
     else:
-        same = remote.git == _git_blob(path)
+        same = remote.git == git_blob(path)
     return Upload(name, length, "same" if same else "changed")
-
-
-def _remotes(info: Any) -> Mapping[str, Remote]:
-    return {
-        one.rfilename: Remote(one.size, sha256=one.lfs.sha256) if one.lfs else Remote(one.size, git=one.blob_id)
-        for one in info.siblings or []
-    }
-
-
-def _git_blob(path: Path) -> str:
-    content = path.read_bytes()  # of a file outside LFS, and so a small one
-    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
 
 
 def _address(repo: str, commit: str | None) -> str:
@@ -188,27 +165,22 @@ def _address(repo: str, commit: str | None) -> str:
 def _errors(repo: str) -> Iterator[None]:
     from huggingface_hub import errors
 
-    transport: type[Exception] = errors.HTTPError  # type: ignore[attr-defined]
     try:
         yield
     except BuildError:
         raise
     except errors.HFValidationError as error:
         raise UploadError(
-            f"{repo} is no repository's name", expected="Org/Name", found=_line(error), next="write Org/Name"
+            f"{repo} is no repository's name", expected="Org/Name", found=first_line(error), next="write Org/Name"
         ) from error
-    except (OSError, transport, RuntimeError, ValueError) as error:
+    except (OSError, transport_error(), RuntimeError, ValueError) as error:
         # What broke a file's upload lies behind the error that names the file.
         cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
         status = getattr(getattr(cause, "response", None), "status_code", None)
         refused = status in (401, 403)
         raise UploadError(
-            f"{repo}: " + (_line(error) if isinstance(error, RuntimeError) else "the hub did not take it"),
+            f"{repo}: " + (first_line(error) if isinstance(error, RuntimeError) else "the hub did not take it"),
             expected="an answer from the hub, and a token that may write there",
-            found=f"{type(cause).__name__}: {_line(cause)}",
+            found=f"{type(cause).__name__}: {first_line(cause)}",
             next="`hf auth login` with a token that may write to it, or set HF_TOKEN" if refused else None,
         ) from error
-
-
-def _line(error: BaseException) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

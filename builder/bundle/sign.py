@@ -8,7 +8,6 @@ all its files but evidence/, which every later verification writes. Guaranteed: 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING
 from builder.bundle.inventory import SIGNATURE, Content
 from builder.bundle.layout import EVIDENCE, OTHERWISE
 from builder.util.errors import MissingPackageError, OutputError, SignatureError
+from builder.util.files import atomic_write
 
 if TYPE_CHECKING:
     from model_signing import hashing
@@ -36,7 +36,7 @@ def sign(content: Content, key: Path) -> Path:
         MissingPackageError: the extra [sign] is not installed.
     """
     _check_key(key, "a private key")
-    path, part = content.folder / SIGNATURE, content.folder / f"{SIGNATURE}.part"
+    path = content.folder / SIGNATURE
     with _needs_package():
         from model_signing import signing
     try:
@@ -49,12 +49,10 @@ def sign(content: Content, key: Path) -> Path:
             next=MAKE_KEY,
         ) from error
     try:
-        config.set_hashing_config(_signed_files()).sign(content.folder, part)
-        os.replace(part, path)
+        with atomic_write(path) as part:
+            config.set_hashing_config(_signed_files()).sign(content.folder, part)
     except OSError as error:
         raise OutputError(f"{path} cannot be written", found=error.strerror or error, next="mend it") from error
-    finally:
-        part.unlink(missing_ok=True)
     return path
 
 
@@ -70,7 +68,7 @@ def check_signature(content: Content, key: Path) -> None:
             f"{content.folder} is not signed",
             expected=f"{SIGNATURE}, by the key {key}",
             found="no such file",
-            next="python -m builder sign BUNDLE --key PRIVATE_KEY, where it was built",
+            next="qwen3vl-onnx sign BUNDLE --key PRIVATE_KEY, where it was built",
         )
     _check_key(key, "a public key")
     with _needs_package():

@@ -6,19 +6,18 @@ bundle's own manifest and evidence; a bundle that could not be played says why; 
 
 from __future__ import annotations
 
-import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
+from rich.console import RenderableType
 
 from builder.bundle.layout import EVIDENCE, MANIFEST, check_bundle
 from builder.targets.registry import PACKAGING
 from builder.targets.runners.registry import RUNTIMES
+from builder.util.console_table import console_table
 from builder.util.errors import BundleError
 from builder.util.files import write_text
 from builder.util.json_files import read_json
@@ -89,8 +88,8 @@ def bundles_in(folders: Sequence[Path]) -> list[Path]:
         if not inside:
             raise BundleError(
                 f"{folder} holds no bundles",
-                expected="a bundle, or the folder that `python -m builder build --output` was given",
-                next="python -m builder build --recipe fp32-everywhere",
+                expected="a bundle, or the folder that `qwen3vl-onnx build --output` was given",
+                next="qwen3vl-onnx build --recipe fp32-everywhere",
             )
         found += inside
     return found
@@ -112,7 +111,7 @@ def _row(bundle: Path) -> Row:
         raise BundleError(
             f"{bundle} was never verified",
             expected=f"{EVIDENCE}/{PARITY} in it",
-            next=f"python -m builder verify {bundle} --reference CHECKPOINT",
+            next=f"qwen3vl-onnx verify {bundle} --reference CHECKPOINT",
         )
     parity = read_json(path)
     facts, not_run = parity.get("facts", {}), parity.get("not run", {})
@@ -143,17 +142,15 @@ def _runtime(target: str, versions: Mapping[str, str]) -> str:
     return ", ".join(f"{name} {versions.get(name, own[name])}" for name in own) or first
 
 
-def text(found: Sequence[Row], width: int = 132) -> str:
-    """For a terminal."""
-    table = Table(title="Bundles, each in its own runtime, against PyTorch", title_justify="left")
-    for name in COLUMNS:
-        table.add_column(name, justify="right" if name in ("cases", "tokens equal", "size") else "left")
+def renderables(found: Sequence[Row]) -> Iterator[RenderableType]:
+    """For the console, where what is long follows the table."""
+    narrow = [index for index, name in enumerate(COLUMNS) if name not in ("runtime", "")]
+    headings = [COLUMNS[index] for index in narrow]
+    rows = ([row.cells[index] for index in narrow] for row in found)
+    title = "Bundles, each in its own runtime, against PyTorch"
+    yield console_table(title, headings, rows, right=("cases", "tokens equal", "size"))
     for row in found:
-        table.add_row(*row.cells)
-    console = Console(file=io.StringIO(), width=width, color_system=None, markup=False, emoji=False)
-    console.print(table)
-    assert isinstance(console.file, io.StringIO)
-    return console.file.getvalue().rstrip()
+        yield f"{row.target}: {row.runtime}{'' if row.played == RUN else f', {row.played}'}"
 
 
 def markdown(found: Sequence[Row]) -> str:

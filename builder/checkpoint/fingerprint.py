@@ -1,4 +1,4 @@
-"""Which checkpoint this is: what tells its files from those of another."""
+"""Fingerprints of a checkpoint: what tells its files from those of another."""
 
 from __future__ import annotations
 
@@ -29,39 +29,30 @@ def resolve(source: Source) -> Source:
     return source if source.repo is None else settle(source)
 
 
-def identity(source: Source, *, rehash: bool = False) -> dict[str, str]:
-    """What a stage key is made of: equal for equal checkpoints, as far as file names and headers tell.
+def hub_fingerprint(source: Source) -> dict[str, str]:
+    """What a resolved hub source adds to a stage key: its id and commit."""
+    return {"repository": str(source.repo), "revision": str(source.revision)}
+
+
+def folder_fingerprint(checkpoint: Checkpoint, *, rehash: bool = False) -> dict[str, str]:
+    """What a local checkpoint adds to a stage key: its name, and each file that a build reads → its fingerprint.
 
     Args:
-        source: resolved.
-        rehash: tell weight files apart by all their bytes, rather than by size, time and header.
-
-    Returns:
-        of the hub, its id and commit; of a folder, its name and each file that a build needs → what tells it from
-        another.
-
-    Raises:
-        BuildError: the folder is no checkpoint, see `builder.checkpoint.load`.
+        rehash: fingerprint weight files by all their bytes, rather than by size, time and header.
     """
-    if source.folder is None:
-        return {"repository": str(source.repo), "revision": str(source.revision)}
-    folder = source.folder
-    told = (*open_checkpoint(folder).files, *_notices(folder))
-    marks = {file: mark(folder / file, rehash) for file in told}
-    return {"checkpoint name": source.name, **marks}
+    folder = checkpoint.folder
+    files = (*checkpoint.files, *_notices(folder))
+    return {"checkpoint name": checkpoint.name, **{file: file_fingerprint(folder / file, rehash) for file in files}}
 
 
-def fetched(out: Path, moved: Path | None = None) -> Checkpoint:
-    """The checkpoint that an earlier `run` fetched, opened again.
-
-    Args:
-        moved: the folder where the same files lie by now; None for where they were.
+def open_fetched(out: Path) -> Checkpoint:
+    """Open the checkpoint that the stage `fetch` recorded in `out`.
 
     Raises:
-        CheckpointError: `run` did not end, or its folder is gone.
+        CheckpointError: the stage did not end, or its folder is gone.
     """
     record = read_json(out / FETCHED)
-    folder = moved or Path(record["folder"])
+    folder = Path(record["folder"])
     if not folder.is_dir():
         raise CheckpointError(
             f"the checkpoint that was fetched is gone from {folder}",
@@ -78,8 +69,8 @@ def _notices(folder: Path) -> tuple[str, ...]:
     return notice_files(names)
 
 
-def mark(path: Path, rehash: bool = False) -> str:
-    """What tells a checkpoint's file from another: SHA-256; of weights, unless `rehash`, size, time and header."""
+def file_fingerprint(path: Path, rehash: bool = False) -> str:
+    """SHA-256 of a file; of weights, unless `rehash`, size, time and SHA-256 of the header."""
     if rehash or path.suffix != WEIGHTS:
         return f"sha256 {_sha256(path)}"
     stat = path.stat()
@@ -89,13 +80,13 @@ def mark(path: Path, rehash: bool = False) -> str:
     return f"{stat.st_size} bytes, time {stat.st_mtime_ns}, header {hashlib.sha256(header).hexdigest()}"
 
 
-def beside(source: Source, name: str) -> str:
-    """What tells the cases in the folder `name` beside a local checkpoint's from others: a digest of all its files."""
+def cases_fingerprint(source: Source, name: str) -> str:
+    """SHA-256 over all files of the folder `name` next to a local checkpoint; "none" where it holds no cases."""
     folder = None if source.folder is None else source.folder.resolve().parent / name
     if folder is None or not (folder / "cases.jsonl").is_file():
         return "none"
-    told = [f"{file.name} {mark(file)}" for file in sorted(folder.iterdir()) if file.is_file()]
-    return hashlib.sha256("\n".join(told).encode()).hexdigest()
+    lines = [f"{file.name} {file_fingerprint(file)}" for file in sorted(folder.iterdir()) if file.is_file()]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:

@@ -137,13 +137,18 @@ def _listing(source: Source) -> dict[str, Remote]:
 
     try:
         info = HfApi().model_info(_repo(source), revision=source.revision, files_metadata=True)
-    except (OfflineModeIsEnabled, _transport_error()) as error:
+    except (OfflineModeIsEnabled, transport_error()) as error:
         config = try_to_load_from_cache(_repo(source), CONFIG, revision=source.revision)
         if isinstance(error, HfHubHTTPError) or not isinstance(config, str):
             raise
         folder = Path(config).parent
         files = (path for path in folder.rglob("*") if path.is_file())
         return {path.relative_to(folder).as_posix(): Remote() for path in files}
+    return remote_files(info)
+
+
+def remote_files(info: Any) -> dict[str, Remote]:
+    """The files of a `ModelInfo` that was requested with `files_metadata`, by name."""
     return {
         one.rfilename: Remote(one.size, sha256=one.lfs.sha256) if one.lfs else Remote(one.size, git=one.blob_id)
         for one in info.siblings or []
@@ -176,7 +181,7 @@ def _bar(advance: Callable[[int], None]) -> type[Any]:
     return Bar
 
 
-def _transport_error() -> type[Exception]:
+def transport_error() -> type[Exception]:
     """The base class of the HTTP library that this release of huggingface_hub is built on."""
     from huggingface_hub import errors
 
@@ -195,30 +200,30 @@ def _hub_errors(source: Source) -> Iterator[None]:
     except errors.GatedRepoError as error:
         raise DownloadError(
             f"{source.repo} is gated",
-            found=_first_line(error),
+            found=first_line(error),
             next=f"accept its conditions at {_page(source)}, then `hf auth login`, or set HF_TOKEN",
         ) from error
     except errors.RevisionNotFoundError as error:
         raise DownloadError(
             f"{source.repo} has no revision {source.revision}",
-            found=_first_line(error),
+            found=first_line(error),
             next=f"pick a branch, a tag or a commit from {_page(source)}/commits",
         ) from error
     except errors.RepositoryNotFoundError as error:
         raise DownloadError(
             f"the hub has no repository {source.repo}, or not for you, and there is no folder of that name",
-            found=_first_line(error),
+            found=first_line(error),
             next="check the spelling; for a private repository, `hf auth login`, or set HF_TOKEN",
         ) from error
     except errors.RemoteEntryNotFoundError as error:
-        raise DownloadError(f"{source} lacks a file that it lists", found=_first_line(error)) from error
-    except (OSError, _transport_error()) as error:
+        raise DownloadError(f"{source} lacks a file that it lists", found=first_line(error)) from error
+    except (OSError, transport_error()) as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise DownloadError(
             f"{source} could not be downloaded",
             expected="an answer from " + _page(source),
-            found=f"{type(error).__name__}: {_first_line(error)}",
+            found=f"{type(error).__name__}: {first_line(error)}",
             next=f"{source.command} once the hub can be reached; files that are whole are not fetched again",
         ) from error
 
@@ -229,5 +234,6 @@ def _page(source: Source) -> str:
     return f"{constants.ENDPOINT}/{source.repo}"
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text that is not blank; the error's type where there is none."""
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

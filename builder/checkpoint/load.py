@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,7 @@ class Checkpoint:
         generation: `generation_config.json`, empty if there is none.
         preprocessor: the image settings, see `builder.checkpoint.image_settings`.
         files: every file that a build needs, relative to `folder`, sorted.
+        states: each of `files` → its size in bytes and its modification time in ns, from before it was read.
     """
 
     folder: Path
@@ -74,6 +75,7 @@ class Checkpoint:
     generation: Mapping[str, Any]
     preprocessor: Mapping[str, Any]
     files: tuple[str, ...]
+    states: Mapping[str, tuple[int, int]]
 
     def read(self, name: str) -> npt.NDArray[Any]:
         """One weight, memory-mapped and read-only, in its own type (`ml_dtypes.bfloat16` for BF16).
@@ -134,6 +136,7 @@ def open_checkpoint(folder: Path, *, name: str | None = None, revision: str | No
         raise CheckpointError(f"{folder} is not a folder", expected="a folder with config.json and safetensors files")
     names = frozenset(path.name for path in folder.iterdir())
     refuse_names(names, str(folder))
+    states = file_states(folder, names)
     config = read_json(folder / CONFIG)
     for file in MAY_NAME_CODE:
         if file in names:
@@ -142,6 +145,8 @@ def open_checkpoint(folder: Path, *, name: str | None = None, revision: str | No
     shards = weight_files(folder, names)
     preprocessor = read_preprocessor(*_image_settings(folder, names), vision)
     _check_tokenizer(folder, text)
+    states |= file_states(folder, shards)
+    files = needed_files(names, shards)
     tensors = index_tensors(folder, shards)
     return Checkpoint(
         folder=folder,
@@ -157,8 +162,15 @@ def open_checkpoint(folder: Path, *, name: str | None = None, revision: str | No
         tensors=check_tensors(folder, tensors, config, expected_tensors(config, text, vision)),
         generation=_generation(folder, names, config, text),
         preprocessor=preprocessor,
-        files=needed_files(names, shards),
+        files=files,
+        states={file: states[file] for file in files if file in states},
     )
+
+
+def file_states(folder: Path, files: Iterable[str]) -> dict[str, tuple[int, int]]:
+    """File → its size in bytes and its modification time in ns; what is not a file is left out."""
+    stats = {file: (folder / file).stat() for file in files if (folder / file).is_file()}
+    return {file: (stat.st_size, stat.st_mtime_ns) for file, stat in stats.items()}
 
 
 def _image_settings(folder: Path, names: Collection[str]) -> tuple[Mapping[str, Any], str]:

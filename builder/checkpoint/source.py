@@ -49,7 +49,7 @@ class Source:
     @property
     def command(self) -> str:
         """What builds this source again."""
-        return f"python -m builder build {shlex.quote(str(self))}"
+        return f"qwen3vl-onnx build {shlex.quote(str(self))}"
 
 
 def parse_source(text: str) -> Source:

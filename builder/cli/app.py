@@ -1,8 +1,7 @@
-"""The command line: `python -m builder`, or `qwen3vl-onnx`.
+"""The command line, `qwen3vl-onnx`.
 
-In: arguments. Out: results on stdout (a path, a table, an answer, or one JSON object), everything else on
-stderr, and an exit code a kind of error (`builder.util.errors`). Guaranteed: nothing else in `builder` ends the
-process; a user's error never shows a traceback; nothing heavy is imported before it is needed.
+Results (a path, a table, an answer, or one JSON object) go to stdout, everything else to stderr; each kind of error has
+its exit code (`builder.util.errors`). Heavy packages are imported only by the commands that need them.
 """
 
 from __future__ import annotations
@@ -24,8 +23,8 @@ app = typer.Typer(
 )
 
 
-def _version(asked: bool) -> None:
-    if asked:
+def _version(requested: bool) -> None:
+    if requested:
         from builder.util import versions
 
         print("qwen3vl-onnx", versions.version("qwen3vl-onnx"))
@@ -38,7 +37,7 @@ def options(
         bool, typer.Option("--version", is_eager=True, callback=_version, help="Print the version.")
     ] = False,
 ) -> None:
-    """From a Qwen3-VL checkpoint to ONNX bundles that provably equal the model."""
+    """Convert Qwen3-VL checkpoints to ONNX bundles that provably equal the model."""
 
 
 # In the order of `--help`.

@@ -1,8 +1,4 @@
-"""The arguments that several commands share, each with its help in one place.
-
-In: what the user wrote. Out: typer's annotated types. Guaranteed: a name that is no stage is a usage error,
-with the nearest spelling.
-"""
+"""Arguments shared by several commands, as typer's annotated types."""
 
 from __future__ import annotations
 
@@ -22,7 +18,7 @@ def _stage(name: str | None) -> str | None:
         return name
     near = nearest(name, names)
     meant = f"; did you mean {near!r}?" if near else ""
-    raise typer.BadParameter(f"no stage is called {name!r}; they are: {', '.join(names)}{meant}")
+    raise typer.BadParameter(f"{name!r} is not a stage; expected one of: {', '.join(names)}{meant}")
 
 
 def _stages(names: list[str] | None) -> list[str]:
@@ -32,7 +28,7 @@ def _stages(names: list[str] | None) -> list[str]:
 def _bytes(text: str) -> int:
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", text.strip(), re.IGNORECASE)
     if not found:
-        raise typer.BadParameter(f"{text!r} is no amount of memory; write 4GB, or 800MB")
+        raise typer.BadParameter(f"{text!r} is not an amount of memory; write 4GB, or 800MB")
     power = " KMGT".index(found[2].upper() or " ")
     return round(float(found[1]) * 1000.0**power)
 
@@ -41,38 +37,40 @@ Checkpoint = Annotated[
     str | None,
     typer.Argument(
         help="A local folder, or a hub id with an optional revision (Org/Name@commit). "
-        "Without one: the embedded miniature.",
+        "Default: the embedded miniature.",
         show_default=False,
     ),
 ]
-RecipeOption = Annotated[str, typer.Option("--recipe", help="A shipped recipe's name, or a .toml file.")]
+RecipeOption = Annotated[str, typer.Option("--recipe", help="Name of a shipped recipe, or a .toml file.")]
 Output = Annotated[Path | None, typer.Option(help="Default: outputs/<checkpoint>-<recipe>.", show_default=False)]
-Until = Annotated[str | None, typer.Option(help="The last stage to build.", show_default=False, callback=_stage)]
+Until = Annotated[str | None, typer.Option(help="Stop after this stage.", show_default=False, callback=_stage)]
 Force = Annotated[
     list[str] | None,
     typer.Option(
-        help="Run this stage, and what is made from it, although nothing changed; repeatable.",
+        help="Run this stage, and all that depends on it, even if nothing changed; repeatable.",
         callback=_stages,
     ),
 ]
 DryRun = Annotated[
     bool,
-    typer.Option("--dry-run", help="Say what it would write, download, need and take, and whether it fits; no more."),
+    typer.Option(
+        "--dry-run", help="Print what would be written, downloaded and needed, and whether it fits; build nothing."
+    ),
 ]
 Memory = Annotated[
     int | None,
     typer.Option(
-        help="Memory that verification may use, e.g. 4GB: what does not fit is compared slice by slice. "
-        "Default: all that this process may have.",
+        help="Memory limit of verification, e.g. 4GB: what does not fit is compared layer by layer. "
+        "Default: all that this process may use.",
         show_default=False,
         parser=_bytes,
         metavar="SIZE",
     ),
 ]
-Rehash = Annotated[bool, typer.Option("--rehash", help="Compare a local checkpoint by all its bytes.")]
+Rehash = Annotated[bool, typer.Option("--rehash", help="Hash all bytes of a local checkpoint.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
-Bundle = Annotated[Path, typer.Argument(help="A target's folder, as `build` printed it.", show_default=False)]
+Bundle = Annotated[Path, typer.Argument(help="A bundle's folder, as printed by `build`.", show_default=False)]
 Cases = Annotated[
     list[Path] | None,
-    typer.Option(help="Cases besides the shipped ones: a .toml file, or a folder of them; repeatable."),
+    typer.Option(help="Additional cases: a .toml file, or a folder of them; repeatable."),
 ]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
-from dataclasses import asdict, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,33 +32,35 @@ def build(
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
-    """Build, verify and bundle a checkpoint; the last line printed is the first target's bundle."""
+    """Build, verify and bundle a checkpoint; the last line printed is the path of the first target's bundle."""
     with reported(as_json):
         from builder.bundle import table as bundle_table
         from builder.cli.progress_bars import watching
         from builder.stages.engine.execute import execute
+        from builder.util.console_table import show
 
-        plan = replace(_prepared(checkpoint, recipe, output, until, force or [], rehash), memory=memory)
+        plan = _prepared(checkpoint, recipe, output, until, force or [], rehash, memory)
         _refuse_what_cannot_fit(plan, until, force or [], shown=dry_run, as_json=as_json)
         if dry_run:
             return
         with watching(plan) as on_event:
             done = execute(plan, until, force or [], on_event)
         if all(step.state == "cached" for step, _ in done):
-            print("nothing to run: nothing has changed", file=sys.stderr)
+            print("nothing to run: nothing changed", file=sys.stderr)
         last = plan.folder(done[-1][0].stage.name)
         whole = done[-1][0].stage == plan.stages[-1]
         bundles = {one.runtime: str(last / one.runtime) for one in plan.recipe.targets} if whole else {}
         table = _table(plan, bundles)
         if as_json:
-            told = {"bundles": bundles, "table": bundle_table.as_dicts(table)}
-            emit({**_head(plan), **told, "stages": [_stage_facts(plan, *one) for one in done]})
+            results = {"bundles": bundles, "table": bundle_table.as_dicts(table)}
+            emit({**_head(plan), **results, "stages": [_stage_facts(plan, *one) for one in done]})
             return
         for _, record in done:
             if report := record.facts.get("report"):
                 print(report)
+        _show_reports(plan, [step.stage.name for step, _ in done])
         if len(table) > 1:
-            print(f"\n{bundle_table.text(table)}")
+            show(*bundle_table.renderables(table))
         print(next(iter(bundles.values()), last))
 
 
@@ -71,7 +73,7 @@ def explain(
     rehash: Rehash = False,
     as_json: Json = False,
 ) -> None:
-    """Say which stages `build` would run with the same arguments, and why; build nothing."""
+    """Print which stages `build` would run with the same arguments, and why; build nothing."""
     with reported(as_json):
         from builder.cli.progress_bars import line
         from builder.stages.engine.execute import plan
@@ -93,6 +95,7 @@ def _prepared(
     until: str | None,
     force: list[str],
     rehash: bool,
+    memory: int | None = None,
 ) -> Build:
     from builder.stages.engine.build import STAGES
     from builder.stages.engine.prepare import prepared
@@ -101,25 +104,36 @@ def _prepared(
     late = [one for one in force if until is not None and names.index(one) > names.index(until)]
     if late:
         raise typer.BadParameter(f"{late[0]} comes after --until {until}", param_hint="--force")
-    return prepared(checkpoint, recipe, output, rehash=rehash, settle_again="fetch" in force)
+    return prepared(checkpoint, recipe, output, rehash=rehash, settle_again="fetch" in force, memory=memory)
 
 
 def _refuse_what_cannot_fit(build: Build, until: str | None, force: list[str], *, shown: bool, as_json: bool) -> None:
-    """The figures of `--dry-run` are `shown` on stdout; a build that fits is silent."""
+    """Raise where the build cannot fit; with `shown`, print the estimate."""
     from builder.stages.engine.execute import plan
 
     steps = plan(build, until, force)
     if not shown and all(step.state == "cached" for step in steps):
         return
-    from builder.cli.estimate_table import tables
+    from builder.cli.estimate_table import renderables
     from builder.stages.engine.dry_run import estimated
+    from builder.util.console_table import show
 
     estimate = estimated(build, steps)
     if shown and not as_json:
-        print(tables(estimate))
+        show(*renderables(estimate))
     estimate.refuse()
     if shown and as_json:
         emit({**_head(build), "estimate": estimate.as_dict()})
+
+
+def _show_reports(build: Build, stages: Sequence[str]) -> None:
+    """Print a table of gates for each target."""
+    from builder.util.console_table import show
+    from builder.verify.report.console import renderables
+    from builder.verify.report.formats import read_report
+
+    for target in build.recipe.targets if "verify" in stages else ():
+        show(*renderables(read_report(build.folder("verify") / target.runtime)))
 
 
 def _head(build: Build) -> dict[str, Any]:
@@ -127,7 +141,7 @@ def _head(build: Build) -> dict[str, Any]:
 
 
 def _table(build: Build, bundles: Mapping[str, str]) -> list[Row]:
-    """What their verifications found, also written into the output folder's `evidence/`."""
+    """One row per bundle, also written into the output folder's `evidence/`."""
     from builder.bundle import table as bundle_table
 
     found = bundle_table.rows([Path(folder) for folder in bundles.values()])

@@ -1,7 +1,4 @@
-"""The commands that ship a bundle: `check`, `sign`, `pack`, `publish`, `diff`.
-
-In: arguments. Out: see `builder.cli.app`, where they are registered.
-"""
+"""The commands for a finished bundle: `run`, `check`, `sign`, `pack`, `publish`, `diff`."""
 
 from __future__ import annotations
 
@@ -18,13 +15,13 @@ from builder.cli.arguments import Bundle, Json
 from builder.cli.exit_codes import emit, reported
 
 PublicKey = Annotated[
-    Path | None, typer.Option(help="A PEM file: the bundle must be signed by this key's owner.", show_default=False)
+    Path | None, typer.Option(help="A PEM file: require a signature by this public key.", show_default=False)
 ]
 DIFFERENT = 1  # the exit code of `diff`, as that of diff(1)
 
 
 def check(bundle: Bundle, key: PublicKey = None, as_json: Json = False) -> None:
-    """Check a bundle's files, contract, safety and signature; believes nothing in it, runs nothing of it."""
+    """Check a bundle's files, graphs, safety and signature, without trusting or running any of it."""
     with _shown(as_json):
         from builder.bundle.check import check
 
@@ -32,7 +29,9 @@ def check(bundle: Bundle, key: PublicKey = None, as_json: Json = False) -> None:
         if as_json:
             emit({"ok": True, **done.as_dict()})
         else:
-            print(done.table())
+            from builder.util.console_table import show
+
+            show(*done.renderables())
 
 
 def sign(
@@ -61,7 +60,7 @@ def pack(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Check a bundle and pack it, to the same bytes anywhere; prints SHA-256 and path as sha256sum does."""
+    """Check a bundle and pack it into a reproducible .tar; prints SHA-256 and path like sha256sum."""
     with _shown(as_json):
         from builder.bundle.pack import pack
 
@@ -76,15 +75,17 @@ def pack(
 
 def publish(
     bundle: Bundle,
-    repo: Annotated[str, typer.Argument(help="A model repository, Org/Name; made where it is not there.")],
-    revision: Annotated[str, typer.Option(help="A branch; made where it is not there.")] = "main",
-    private: Annotated[bool, typer.Option("--private", help="A repository that is made is a private one.")] = False,
-    evidence: Annotated[bool, typer.Option(help="Send evidence/ too; it tells folders of this machine.")] = True,
-    prune: Annotated[bool, typer.Option("--prune", help="Remove the repository's other files.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would be sent; send nothing.")] = False,
+    repo: Annotated[str, typer.Argument(help="A model repository, Org/Name; created if absent.")],
+    revision: Annotated[str, typer.Option(help="A branch; created if absent.")] = "main",
+    private: Annotated[bool, typer.Option("--private", help="Create the repository as private.")] = False,
+    evidence: Annotated[
+        bool, typer.Option(help="Upload evidence/ too; it contains folder names of this machine.")
+    ] = True,
+    prune: Annotated[bool, typer.Option("--prune", help="Delete the repository's other files.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would be uploaded; upload nothing.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Check a bundle and send it to the hub as one commit; prints the commit's address."""
+    """Check a bundle and upload it to the hub in one commit; prints the commit's URL."""
     with _shown(as_json):
         from builder.bundle.check import check
         from builder.bundle.inventory import open_content
@@ -96,39 +97,52 @@ def publish(
         asked = plan(content, repo, revision)
         if asked.others and not prune:
             names = ", ".join(asked.others[:8])
-            print(f"{repo} has files besides, so that a download fails `check`: {names}; --prune", file=sys.stderr)
+            print(
+                f"{repo} has other files, with which a download fails `check`: {names}; --prune deletes them",
+                file=sys.stderr,
+            )
         address = None if dry_run else publish(content, asked, private=private, prune=prune)
         if as_json:
             emit({"ok": True, "bundle": str(bundle), **asked.as_dict(), "commit": address})
         else:
-            print(asked.table() if address is None else address)
+            from builder.util.console_table import show
+
+            if address is None:
+                show(*asked.renderables())
+            else:
+                print(address)
 
 
 def diff(
     bundle: Bundle,
-    other: Annotated[Path, typer.Argument(help="Another bundle, of the same target or not.", show_default=False)],
-    markdown: Annotated[bool, typer.Option("--markdown", help="Tables for a pull request.")] = False,
+    other: Annotated[Path, typer.Argument(help="Another bundle, of any target.", show_default=False)],
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown tables.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Say what differs between two bundles: graphs, weights, settings, versions; exits with 1 where anything does."""
+    """Compare two bundles: graphs, weights, settings, versions; exits with 1 if they differ."""
     with _shown(as_json):
         from builder.bundle.diff import render
         from builder.bundle.diff.diff import diff
 
         if markdown and as_json:
-            raise typer.BadParameter("give one of them", param_hint="--markdown, --json")
+            raise typer.BadParameter("give one of the two", param_hint="--markdown, --json")
         found = diff(bundle, other)
         if as_json:
             emit({"ok": True, **found.as_dict()})
         else:
-            print(render.markdown(found) if markdown else render.text(found))
+            from builder.util.console_table import show
+
+            if markdown:
+                print(render.markdown(found))
+            else:
+                show(*render.renderables(found))
         if not found.equal:
             raise typer.Exit(DIFFERENT)
 
 
 @contextmanager
 def _shown(as_json: bool) -> Iterator[None]:
-    """`reported`, and a bar for every file that takes long where someone looks."""
+    """`reported`, with a bar for each long step on a terminal."""
     with reported(as_json):
         if not sys.stderr.isatty():
             yield
@@ -141,24 +155,24 @@ def _shown(as_json: bool) -> Iterator[None]:
 
 def run(
     bundle: Bundle,
-    prompt: Annotated[str, typer.Option(help="What to ask.")],
-    image: Annotated[list[Path] | None, typer.Option(help="A picture to ask about; repeabundle_table.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Where the answer is cut.")] = 256,
+    prompt: Annotated[str, typer.Option(help="The text of the prompt.")],
+    image: Annotated[list[Path] | None, typer.Option(help="An image of the prompt; repeatable.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the answer at most.")] = 256,
     as_json: Json = False,
 ) -> None:
-    """Ask a bundle, greedily; the answer streams to stdout."""
+    """Generate an answer with a bundle, greedily; it streams to stdout."""
     with reported(as_json):
         from builder.bundle.generate import answer
 
-        said: list[str] = []
+        pieces: list[str] = []
 
         def on_text(text: str) -> None:
-            said.append(text)
+            pieces.append(text)
             if not as_json:
                 print(text, end="", flush=True)
 
         answer(bundle, prompt, image or [], max_new_tokens=max_new_tokens, on_text=on_text)
         if as_json:
-            emit({"ok": True, "bundle": str(bundle), "prompt": prompt, "text": "".join(said)})
+            emit({"ok": True, "bundle": str(bundle), "prompt": prompt, "text": "".join(pieces)})
         else:
             print()

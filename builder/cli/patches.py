@@ -13,13 +13,14 @@ from builder.cli.exit_codes import emit, reported
 
 
 def patches(
-    diff: Annotated[bool, typer.Option("--diff", help="Print what each patch changes in upstream.")] = False,
+    diff: Annotated[bool, typer.Option("--diff", help="Print each patch as a diff of upstream's source.")] = False,
     record: Annotated[
-        bool, typer.Option("--record", help="Re-verify every patch and record the installed release.")
+        bool,
+        typer.Option("--record", help="Rerun the equivalence check of every patch and record the installed release."),
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """List the patches of upstream, and their state against the installed transformers."""
+    """List the patches of transformers, and whether the installed release is verified."""
     with reported(as_json):
         from builder.stages import patch
 

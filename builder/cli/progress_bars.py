@@ -1,7 +1,6 @@
-"""What the command line shows of a build while it goes, on stderr.
+"""Progress on stderr: one line per stage, with a spinner and bars on a terminal.
 
-In: a terminal, or anything else. Out: one line a stage; a spinner and bars besides where someone looks.
-Guaranteed: stdout is left alone, so that its last line is the result.
+stdout is left to results: its last line is the path of a bundle.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from builder.util.progress import Advance, shown_by
 
 
 def line(build: Build, step: Step, record: Record | None = None) -> str:
-    """`3-export     run: first time … 12.3 s, 610 MB`; the cost only of what has run."""
+    """`3-export     run: first time … 12.3 s, 610 MB`; cached stages have no cost."""
     text = f"{build.folder(step.stage.name).name:<12} {step.text}"
     if record is None or step.state == "cached":
         return text
@@ -31,14 +30,14 @@ def line(build: Build, step: Step, record: Record | None = None) -> str:
 
 @contextmanager
 def watching(build: Build) -> Iterator[Callable[[Event], None]]:
-    """Show the events of `execute`, and each `progress` inside a stage."""
+    """Show the events of `execute`, and every `progress` inside a stage."""
     console = Console(stderr=True)
 
-    def tell(text: str) -> None:
+    def write(text: str) -> None:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     if not console.is_terminal:
-        yield lambda event: tell(line(build, event.step, event.record)) if event.record else None
+        yield lambda event: write(line(build, event.step, event.record)) if event.record else None
         return
     with _bars(console) as bars:
         running = bars.add_task("", visible=False, total=None)
@@ -46,7 +45,7 @@ def watching(build: Build) -> Iterator[Callable[[Event], None]]:
         def on_event(event: Event) -> None:
             bars.reset(running, description=line(build, event.step), visible=event.record is None, total=None)
             if event.record is not None:
-                tell(line(build, event.step, event.record))
+                write(line(build, event.step, event.record))
 
         with shown_by(lambda label, total: _bar(bars, label, total)):
             yield on_event
@@ -54,7 +53,7 @@ def watching(build: Build) -> Iterator[Callable[[Event], None]]:
 
 @contextmanager
 def bars() -> Iterator[None]:
-    """Show each `progress` inside, on stderr."""
+    """Show every `progress` inside on stderr."""
     with _bars(Console(stderr=True)) as shown, shown_by(lambda label, total: _bar(shown, label, total)):
         yield
 

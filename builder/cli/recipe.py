@@ -1,20 +1,18 @@
-"""The command that makes a recipe: `sensitivity`.
-
-In: arguments. Out: see `builder.cli.app`, where it is registered.
-"""
+"""The command `sensitivity`, which writes a mixed-precision recipe."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import RenderableType
 
 from builder.cli.arguments import Checkpoint, Json, RecipeOption
 from builder.cli.exit_codes import emit, reported
+from builder.util.console_table import console_table, show
 
 if TYPE_CHECKING:
     from builder.quantization.sensitivity import Group, Sensitivity
@@ -24,20 +22,18 @@ def sensitivity(
     checkpoint: Checkpoint = None,
     recipe: RecipeOption = "int4",
     budget: Annotated[
-        float, typer.Option(min=0, help="How much larger the quantized matrices may become, in percent.")
+        float, typer.Option(min=0, help="Growth of the quantized matrices that is allowed, in percent of their bytes.")
     ] = 2.0,
-    positions: Annotated[int, typer.Option(min=1, help="Tokens that are compared, at least.")] = 512,
-    write: Annotated[
-        Path | None, typer.Option(help="Write the recipe into this .toml file.", show_default=False)
-    ] = None,
+    positions: Annotated[int, typer.Option(min=1, help="Positions to compare, at least.")] = 512,
+    write: Annotated[Path | None, typer.Option(help="Write the recipe to this .toml file.", show_default=False)] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure which 4-bit matrices an answer depends on most, and give these 8 bits under a budget of bytes."""
+    """Measure which 4-bit matrices the output depends on most, and give those 8 bits, within a budget of bytes."""
     with reported(as_json):
         from builder.cli.progress_bars import bars
         from builder.quantization import mixed_precision
         from builder.quantization.rules import resolve
-        from builder.quantization.sensitivity import groups, measured
+        from builder.quantization.sensitivity import estimate_sensitivities, groups
         from builder.stages.engine.prepare import reference_checkpoint
         from builder.targets.recipe_file import as_toml, load_recipe
         from builder.util.errors import RecipeError
@@ -53,9 +49,9 @@ def sensitivity(
         opened, base = reference_checkpoint(checkpoint), load_recipe(recipe)
         count = len(groups(opened, resolve(base.rules, opened.tensors)))
         with bars(), progress("sensitivity, groups", count) as advance:
-            found = measured(opened, base.rules, positions, advance)
+            found = estimate_sensitivities(opened, base.rules, positions, advance)
         whole = mixed_precision.stored_bytes(opened, base.rules)
-        taken = mixed_precision.chosen(found, round(whole * budget / 100))
+        taken = mixed_precision.choose_groups(found, round(whole * budget / 100))
         text = as_toml(
             replace(base, rules=mixed_precision.with_more_bits(opened, base.rules, taken)),
             f"{base.name}, with 8 bits where {opened.name} is most sensitive: {budget:g} % of bytes more at most.",
@@ -65,7 +61,7 @@ def sensitivity(
         if as_json:
             emit({"ok": True, "bytes": whole, "recipe": text, "groups": [_facts(one, taken) for one in found]})
             return
-        print(_table(found, taken, whole))
+        show(_table(found, taken, whole))
         print(text if write is None else write)
 
 
@@ -79,21 +75,17 @@ def _facts(one: Sensitivity, taken: Sequence[Group]) -> dict[str, object]:
     }
 
 
-def _table(found: Sequence[Sensitivity], taken: Sequence[Group], whole: int) -> str:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title="Rounded alone, against PyTorch in fp32", title_justify="left")
-    for name in ("KL, mean", "share", "8 bits cost", ""):
-        table.add_column(name, justify="right" if name else "left")
-    table.add_column("group", overflow="fold")
+def _table(found: Sequence[Sensitivity], taken: Sequence[Group], whole: int) -> RenderableType:
     total = sum(one.kl for one in found) or 1.0
-    for one in found:
-        cost = f"{one.group.more / whole:.1%} of bytes"
-        table.add_row(
-            f"{one.kl:.2e}", f"{one.kl / total:.0%}", cost, "8 bits" if one.group in taken else "", one.group.name
+    rows = (
+        (
+            one.group.name,
+            f"{one.kl:.2e}",
+            f"{one.kl / total:.0%}",
+            f"{one.group.more / whole:.1%}",
+            "8 bits" if one.group in taken else "",
         )
-    console = Console(file=io.StringIO(), width=120, color_system=None, markup=False, emoji=False)
-    console.print(table)
-    assert isinstance(console.file, io.StringIO)
-    return console.file.getvalue().rstrip()
+        for one in found
+    )
+    headings = ("group", "KL, mean", "share", "more bytes", "chosen")
+    return console_table("Rounded alone, against PyTorch in fp32", headings, rows, right=headings[1:4])

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from builder.cli.arguments import Bundle, Cases, Checkpoint, Json, Memory
 from builder.cli.exit_codes import emit, reported
 from builder.util.errors import BundleError, VerificationError
+
+if TYPE_CHECKING:
+    from builder.checkpoint.load import Checkpoint as Opened
 
 
 def verify(
@@ -41,13 +44,15 @@ def verify(
 ) -> None:
     """Compare a bundle with PyTorch; exits with 0 only when every gate holds."""
     with reported(as_json):
-        from builder.stages.engine.prepare import reference_folder
+        from builder.stages.engine.prepare import reference_checkpoint
+        from builder.util.console_table import show
+        from builder.verify.report.console import renderables
 
         if self_test and (reference is None or golden is not None or cases):
             raise typer.BadParameter("needs --reference, and neither --golden nor --cases", param_hint="--self-test")
         if golden is not None and (memory is not None or store is not None):
             raise typer.BadParameter("has no use for --memory or --store", param_hint="--golden")
-        checkpoint = reference_folder(reference) if reference else None
+        checkpoint = reference_checkpoint(reference) if reference else None
         if self_test and checkpoint is not None:
             _test_itself(bundle, checkpoint, memory, store, as_json)
             return
@@ -66,7 +71,7 @@ def verify(
         if as_json:
             emit({**report.as_dict(), "ok": report.ok})
             raise typer.Exit(0 if report.ok else VerificationError.exit_code)
-        print(report.table())
+        show(*renderables(report))
         if not report.ok:
             raise failed(report, evidence)
 
@@ -110,7 +115,8 @@ def report(
             print(path)
 
 
-def _test_itself(bundle: Path, checkpoint: Path, memory: int | None, store: Path | None, as_json: bool) -> None:
+def _test_itself(bundle: Path, checkpoint: Opened, memory: int | None, store: Path | None, as_json: bool) -> None:
+    from builder.util.console_table import show
     from builder.verify.report.write import render
     from builder.verify.self_test.run import failed, self_test
 
@@ -122,7 +128,7 @@ def _test_itself(bundle: Path, checkpoint: Path, memory: int | None, store: Path
     if as_json:
         emit({**done.as_dict(), "ok": done.ok})
         raise typer.Exit(0 if done.ok else VerificationError.exit_code)
-    print(done.table())
+    show(*done.renderables())
     if not done.ok:
         raise failed(done, bundle / "evidence")
 
@@ -136,9 +142,10 @@ def table(
     """One table of bundles: runtime, cases, tokens, task, size, as their own verifications found."""
     with reported(as_json):
         from builder.bundle import table
+        from builder.util.console_table import show
 
         found = table.rows(table.bundles_in(folders))
         if as_json:
             emit({"ok": True, "bundles": table.as_dicts(found)})
         else:
-            print(table.text(found))
+            show(*table.renderables(found))

@@ -30,7 +30,10 @@ DATA_TYPES = {"float32": "FLOAT", "float16": "FLOAT16", "bfloat16": "BFLOAT16", 
 
 @dataclass(frozen=True)
 class Binding:
-    """initializer ← checkpoint tensor, reshaped to `shape` ([] keeps it), transposed, cast to `dtype`.
+    """initializer ← checkpoint tensor, reshaped to `shape` ([] keeps it), transposed, cast to `dtype` or quantized.
+
+    One type for three keys, as they differ by blanks only: all of it names an initializer; `content` the bytes, which
+    initializers of several graphs share; `source` the matrix that the parts of a quantized one are made of together.
 
     Args:
         tensor: of the checkpoint.
@@ -46,7 +49,7 @@ class Binding:
     tensor: str
     dtype: str
     shape: tuple[int, ...]
-    transpose: bool = False
+    transposed: bool = False
     below: tuple[str, ...] = ()
     blocks: Blocks | None = None
     part: Part | None = None
@@ -64,8 +67,8 @@ class Binding:
             return self.view
         if self.blocks is not None and self.part is not None:
             shape = part_shape(self.part, self.blocks, *self.shape)
-            return self.shape[::-1] if self.transpose and self.part == "levels" else shape
-        return self.shape[::-1] if self.transpose else self.shape
+            return self.shape[::-1] if self.transposed and self.part == "levels" else shape
+        return self.shape[::-1] if self.transposed else self.shape
 
     @property
     def content(self) -> Binding:
@@ -82,9 +85,9 @@ class Binding:
         """Bytes of the initializer."""
         return math.prod(self.stored_shape) * np.dtype(self.dtype).itemsize
 
-    def transposed(self) -> Binding:
+    def with_axes_swapped(self) -> Binding:
         """The same tensor, its two axes swapped."""
-        return replace(self, transpose=not self.transpose)
+        return replace(self, transposed=not self.transposed)
 
 
 @dataclass(frozen=True)

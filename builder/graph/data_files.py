@@ -11,7 +11,7 @@ import onnx_ir as ir
 from builder.checkpoint.load import Checkpoint
 from builder.graph.binding import Binding, BoundGraph
 from builder.graph.external_data import DataFile, write_data
-from builder.graph.quantized_data import Given
+from builder.graph.quantized_data import CalibratedRows
 from builder.util.files import link
 
 
@@ -32,7 +32,7 @@ def fill(
     targets: Sequence[Mapping[Path, BoundGraph]],
     checkpoint: Checkpoint,
     on_read: Callable[[int], None] = lambda _: None,
-    given: Given | None = None,
+    given: CalibratedRows | None = None,
     apart: Sequence[bool] = (),
 ) -> tuple[Mapping[Path, DataFile], Mapping[str, str]]:
     """Writes each target's graphs at their paths, and the data that they refer to beside them.

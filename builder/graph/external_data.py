@@ -28,14 +28,15 @@ from builder.checkpoint.load import Checkpoint
 from builder.checkpoint.safetensors import NUMPY_TYPES, Tensor
 from builder.checkpoint.shard_reader import BLOCK, Shard, blocks_of, open_shard
 from builder.graph.binding import Binding
-from builder.graph.quantized_data import PARTS, Given, Source, quantized_parts
+from builder.graph.quantized_data import PARTS, CalibratedRows, QuantizationSource, quantized_parts
 from builder.util.errors import WeightError
+from builder.util.files import atomic_write
 
 DIGESTS = "digests.json"  # beside the data files: what lies in them, and what was read
 ALIGNMENT = 4096  # pages: the runtime maps the file instead of copying it
 STRIP = 256 << 20  # bytes of a tensor that are held to be transposed
-TILE = 64  # rows turned at a time: what fits a core's cache is 2.8 times as fast as the whole (measured)
-WORD = 8  # bytes of a row that move as one when it is turned
+TILE = 64  # rows transposed at a time: what fits a core's cache is 2.8 times as fast as the whole (measured)
+WORD = 8  # bytes of a row that move as one when it is transposed
 UNFLUSHED = 64 << 20  # bytes written before the disk is told to take them
 WORKERS = 2  # that quantize rows while the next are read
 QUEUED = 48  # blocks that wait to be written and hashed while the next is made
@@ -53,7 +54,7 @@ class DataFile:
 
 
 @dataclass(frozen=True)
-class Written:
+class WrittenData:
     """What a pass over the checkpoint wrote, and the SHA-256 of every safetensors file it read."""
 
     files: Mapping[Path, DataFile]
@@ -78,14 +79,14 @@ def write_data(
     wanted: Mapping[Path, Sequence[Binding]],
     checkpoint: Checkpoint,
     on_read: Callable[[int], None] = lambda count: None,
-    given: Given | None = None,
-) -> Written:
+    given: CalibratedRows | None = None,
+) -> WrittenData:
     """Writes every file of `wanted` in one pass over the checkpoint.
 
     Args:
         wanted: data file → what lies in it; names of initializers do not matter.
         on_read: called with the number of bytes of each tensor once it is written.
-        given: see `builder.graph.quantized_data.Source`.
+        given: see `builder.graph.quantized_data.QuantizationSource`.
 
     Raises:
         WeightError: a tensor that the checkpoint does not have, or one of more than two axes that is to be transposed.
@@ -95,14 +96,15 @@ def write_data(
     jobs = _jobs(layouts, checkpoint)
     digests: dict[str, str] = {}
     with ExitStack() as stack:
-        opened = {path: stack.enter_context(_part(path).open("wb")) for path in wanted}
+        parts = {path: stack.enter_context(atomic_write(path)) for path in wanted}
+        opened = {path: stack.enter_context(part.open("wb")) for path, part in parts.items()}
         threads = _Threads(*(stack.enter_context(ThreadPoolExecutor(1)) for _ in range(3)))
         queue: deque[Future[None]] = deque()
         files = {path: _Output(file, threads, queue) for path, file in opened.items()}
         workers = stack.enter_context(ThreadPoolExecutor(WORKERS))
         for name in sorted({tensor.file for tensor in checkpoint.tensors.values()}):
             with open_shard(checkpoint.folder / name) as shard:
-                source = Source(checkpoint, shard, workers, given or {})
+                source = QuantizationSource(checkpoint, shard, workers, given or {})
                 for tensor in _tensors(checkpoint, name):
                     for path, contents in jobs[tensor.name]:
                         for pieces in _written(contents, tensor, shard, source):
@@ -110,9 +112,7 @@ def write_data(
                     on_read(tensor.nbytes)
                 digests[name] = shard.sha256()
         done = {path: DataFile(layouts[path], *files[path].finish()) for path in wanted}
-    for path in wanted:
-        os.replace(_part(path), path)
-    return Written(done, digests)
+    return WrittenData(done, digests)
 
 
 def _jobs(
@@ -126,7 +126,9 @@ def _jobs(
     return jobs
 
 
-def _written(contents: Sequence[Binding], tensor: Tensor, shard: Shard, source: Source) -> Iterator[Iterable[Array]]:
+def _written(
+    contents: Sequence[Binding], tensor: Tensor, shard: Shard, source: QuantizationSource
+) -> Iterator[Iterable[Array]]:
     """The bytes of each content, in their order."""
     if contents[0].blocks is None:
         yield _pieces(contents[0], tensor, shard)
@@ -190,9 +192,9 @@ class _Output:
 def _pieces(content: Binding, tensor: Tensor, shard: Shard) -> Iterator[Array]:
     """The content's bytes, row-major, about `BLOCK` at a time."""
     rows, columns = (content.shape[0], math.prod(content.shape[1:])) if content.shape else (1, 1)
-    if content.transpose and rows and columns:
+    if content.transposed and rows and columns:
         for strip in _strips(tensor, shard, rows, columns):
-            yield from _turned(strip, content.dtype)
+            yield from _transposed(strip, content.dtype)
     else:
         for block in blocks_of(tensor, shard, rows, columns, np.dtype(content.dtype).itemsize):
             yield block.astype(content.dtype)
@@ -215,7 +217,7 @@ def _strips(tensor: Tensor, shard: Shard, rows: int, columns: int) -> Iterator[A
         yield strip
 
 
-def _turned(strip: Array, dtype: str) -> Iterator[Array]:
+def _transposed(strip: Array, dtype: str) -> Iterator[Array]:
     """The strip's transpose in blocks of rows: neighbouring columns move together, and are parted when they are cast.
 
     A transposition costs by the element, whatever its size; this way it is 2.3 times as fast as one by one (measured).
@@ -244,12 +246,12 @@ def _order(content: Binding, checkpoint: Checkpoint) -> tuple[Any, ...]:
             expected=f"shape {list(content.shape)}",
             found=[list(shape) for shape in shapes] or "no such tensor",
         )
-    if content.transpose and len(content.shape) > 2:
+    if content.transposed and len(content.shape) > 2:
         raise WeightError(
-            f"a binding to {content.tensor} turns more than a matrix",
+            f"a binding to {content.tensor} transposes more than a matrix",
             expected="two axes at most",
             found=list(content.shape),
-            next="run `python -m builder patches`: an upstream change alters what is traced",
+            next="run `qwen3vl-onnx patches`: an upstream change alters what is traced",
         )
     # The parts of a quantized matrix lie next to one another: they are made together.
     parted = (repr(content.blocks), "" if content.blocks is None else PARTS.index(content.part))
@@ -261,13 +263,9 @@ def _order(content: Binding, checkpoint: Checkpoint) -> tuple[Any, ...]:
         *parted,
         content.dtype,
         content.shape,
-        content.transpose,
+        content.transposed,
     )
 
 
 def _tensors(checkpoint: Checkpoint, file: str) -> list[Tensor]:
     return sorted((t for t in checkpoint.tensors.values() if t.file == file), key=lambda t: (t.offset, t.name))
-
-
-def _part(path: Path) -> Path:
-    return path.with_name(path.name + ".part")

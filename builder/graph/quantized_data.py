@@ -1,7 +1,7 @@
 """Quantize a checkpoint's matrix while it is read: a block of rows at a time, a few of them side by side.
 
 In: the parts of one quantized matrix, and the open checkpoint. Out: the bytes of each part, in the order in which
-they lie in the file. Guaranteed: levels are handed on as they come, but for a matrix that is turned, which is held;
+they lie in the file. Guaranteed: codes are handed on as they come, but for a matrix that is transposed, which is held;
 what is held beside them are the matrix's scales and zero points, which are a sixteenth of it or less.
 """
 
@@ -27,42 +27,42 @@ PARTS: tuple[Part, ...] = get_args(Part)
 AHEAD = 4  # blocks of rows on their way
 
 Array = npt.NDArray[Any]
-Given = Mapping[str, Callable[[], Quantized]]
+CalibratedRows = Mapping[str, Callable[[], Quantized]]
 
 
 @dataclass(frozen=True)
-class Source:
+class QuantizationSource:
     """
     Args:
         shard: the file of it that is being read.
         workers: that quantize.
-        given: tensor → what reads its levels, scales and zeros where they are known
+        given: tensor → what reads its codes, scales and zeros where they are known
         (builder/quantization/calibrate.py).
     """
 
     checkpoint: Checkpoint
     shard: Shard
     workers: ThreadPoolExecutor
-    given: Given = field(default_factory=dict)
+    given: CalibratedRows = field(default_factory=dict)
 
 
-def quantized_parts(contents: Sequence[Binding], source: Source) -> Iterator[Iterable[Array]]:
-    """The pieces of each content: levels, then scales, then zero points."""
+def quantized_parts(contents: Sequence[Binding], source: QuantizationSource) -> Iterator[Iterable[Array]]:
+    """The pieces of each content: codes, then scales, then zero points."""
     kept: dict[Part, list[Array]] = {one.part: [] for one in contents[1:] if one.part}
     scales = next(one.dtype for one in contents if one.part == "scales")
 
-    def levels() -> Iterator[Array]:
+    def codes() -> Iterator[Array]:
         for quantized, blocks in _quantized(contents[0], source):
             packed = packed_parts(quantized, blocks, scales)
             for part, pieces in kept.items():
                 pieces.append(packed[part])
             yield packed["levels"]
 
-    yield [np.concatenate(list(levels())).T.copy()] if contents[0].transpose else levels()
+    yield [np.concatenate(list(codes())).T.copy()] if contents[0].transposed else codes()
     yield from kept.values()
 
 
-def _quantized(content: Binding, source: Source) -> Iterator[tuple[Quantized, Blocks]]:
+def _quantized(content: Binding, source: QuantizationSource) -> Iterator[tuple[Quantized, Blocks]]:
     blocks, columns = content.blocks, content.shape[1]
     assert blocks is not None
     waiting: deque[Future[Quantized]] = deque()
@@ -80,7 +80,7 @@ def _quantized(content: Binding, source: Source) -> Iterator[tuple[Quantized, Bl
         yield waiting.popleft().result(), blocks
 
 
-def _rows(source: Source, tensor: Tensor, columns: int) -> Iterator[Array]:
+def _rows(source: QuantizationSource, tensor: Tensor, columns: int) -> Iterator[Array]:
     """[some rows, columns]; of a matrix in another file than its neighbours', mapped: that file has its own turn."""
     count, width = tensor.shape[0], np.dtype(np.float32).itemsize
     if source.shard.path == source.checkpoint.folder / tensor.file:

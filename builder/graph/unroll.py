@@ -25,14 +25,14 @@ _INDEXED = re.compile(r"(?:^|(?<=\.))(layers|blocks|past_key_values|present)\.(\
 
 
 @dataclass(frozen=True)
-class Kinds:
+class LayerKinds:
     """Which layers are `traced`, and, as places among these, which one each layer of the whole is a copy of."""
 
     traced: tuple[int, ...]
     copies: tuple[int, ...]
 
     @classmethod
-    def of(cls, layers: int, deepstack: Iterable[int]) -> Kinds:
+    def of(cls, layers: int, deepstack: Iterable[int]) -> LayerKinds:
         """A layer at which DeepStack features leave or enter is a kind of its own; all others are one."""
         special = {index for index in deepstack if index < layers}
         plain = [index for index in range(layers) if index not in special]
@@ -40,14 +40,14 @@ class Kinds:
         return cls(traced, tuple(traced.index(i if i in special else plain[0]) for i in range(layers)))
 
 
-def decoder_kinds(checkpoint: Checkpoint) -> Kinds:
+def decoder_kinds(checkpoint: Checkpoint) -> LayerKinds:
     """Of the text decoder, whose first layers take a DeepStack level each."""
-    return Kinds.of(checkpoint.text.layers, range(len(checkpoint.vision.deepstack)))
+    return LayerKinds.of(checkpoint.text.layers, range(len(checkpoint.vision.deepstack)))
 
 
-def vision_kinds(checkpoint: Checkpoint) -> Kinds:
+def vision_kinds(checkpoint: Checkpoint) -> LayerKinds:
     """Of the vision encoder."""
-    return Kinds.of(checkpoint.vision.depth, checkpoint.vision.deepstack)
+    return LayerKinds.of(checkpoint.vision.depth, checkpoint.vision.deepstack)
 
 
 def shortened(checkpoint: Checkpoint) -> Checkpoint:
@@ -71,7 +71,7 @@ def shortened(checkpoint: Checkpoint) -> Checkpoint:
     )
 
 
-def unroll(traced: BoundGraph, kinds: Kinds, component: Component) -> BoundGraph:
+def unroll(traced: BoundGraph, kinds: LayerKinds, component: Component) -> BoundGraph:
     """The graph with every layer of `kinds.copies`, its ports those of `component`.
 
     Raises:

@@ -22,8 +22,7 @@ from builder.reference.cases import suite_cases
 from builder.reference.model import Reference
 
 MAGNITUDES = "largest magnitudes"  # what they are called in a report
-CASES = ("text", "one picture", "wide, tall", "three pictures", "long prompt")
-LARGEST = float(np.finfo(np.float16).max)
+FP16_MAX = float(np.finfo(np.float16).max)
 MARGIN = 4.0  # between the largest magnitude seen and the largest that fits
 
 
@@ -39,7 +38,7 @@ class Range:
     @property
     def wide(self) -> bool:
         """Whether the layer is kept in fp32."""
-        return self.magnitude * MARGIN > LARGEST
+        return self.magnitude * MARGIN > FP16_MAX
 
 
 def activation_ranges(reference: Reference) -> list[Range]:
@@ -61,7 +60,7 @@ def activation_ranges(reference: Reference) -> list[Range]:
                 for name, module in layer.named_modules():
                     hooks.enter_context(module.register_forward_hook(note((graph, index), name)))
         for case in suite_cases(reference.checkpoint, Path(drawn)):
-            if case.name in CASES:
+            if "ranges" in case.tags:
                 reference.hidden_states(reference.prepare(case.prompt, case.images, lifted=case.lifted), keep=1)
     return [Range(graph, layer, *figures) for (graph, layer), figures in sorted(found.items(), reverse=False)]
 

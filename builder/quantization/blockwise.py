@@ -1,6 +1,6 @@
 """Blockwise quantization of a matrix's rows: the arithmetic, without a model, a graph or torch.
 
-In: rows in fp32 and a format. Out: levels, a scale a block and, where the format has them, a zero point a block.
+In: rows in fp32 and a format. Out: codes, a scale a block and, where the format has them, a zero point a block.
 Guaranteed: rows do not depend on one another, so that a matrix can be quantized in pieces; a block of zeros, of one
 value or of denormal numbers has finite scales; what comes out is the same whatever the pieces and the number of
 threads.
@@ -16,15 +16,15 @@ import numpy.typing as npt
 
 Search = Literal["none", "mse", "gptq"]
 Rows = npt.NDArray[np.float32]
-Levels = npt.NDArray[np.uint8]
+Codes = npt.NDArray[np.uint8]
 
-SMALLEST, LARGEST = 16, 256  # block sizes that the runtimes' kernels know
+SMALLEST, LARGEST_BLOCK = 16, 256  # block sizes that the runtimes' kernels know
 # What the largest magnitude of a block is divided by to get its scale, over 2^(bits - 1). Above 1 it is clipped a
-# little and all others get finer levels; below 1 the whole range of levels is not used, which suits blocks whose
+# little and all others get finer steps; below 1 the whole range of codes is not used, which suits blocks whose
 # second largest magnitude has the other sign. More of them gain little (six got 96 % of what twenty did, on normal and
 # on trained weights).
 DIVISORS = (1.0, 0.86, 0.93, 1.08, 1.16)
-SPANS = (1.0, 0.94, 0.88, 0.82)  # with zero points: the share of the block's span that levels cover
+SPANS = (1.0, 0.94, 0.88, 0.82)  # with zero points: the share of the block's span that codes cover
 TINY = np.float32(1e-30)
 PIECE = 1 << 16  # elements that are worked on at a time: they stay in a core's cache with what is made of them
 
@@ -34,11 +34,11 @@ class Blocks:
     """A format.
 
     Args:
-        bits: of a level, 4 or 8.
+        bits: of a code, 4 or 8.
         size: elements of a row that share a scale.
-        zero_points: a zero point a block; without, the middle level is zero.
+        zero_points: a zero point a block; without, the middle code is zero.
         search: "none" rounds to the nearest; "mse" tries several scales a block and keeps that of the smallest squared
-            error; "gptq" weighs errors by real activations and makes up for them (builder/quantization/gptq.py).
+            error; "gptq" weighs errors by real activations and compensates for them (builder/quantization/gptq.py).
     """
 
     bits: int
@@ -48,12 +48,12 @@ class Blocks:
 
     @property
     def middle(self) -> int:
-        """The level that is zero where there are no zero points."""
+        """The code that is zero where there are no zero points."""
         return 1 << (self.bits - 1)
 
     @property
     def top(self) -> int:
-        """The highest level."""
+        """The highest code."""
         return (1 << self.bits) - 1
 
     @property
@@ -71,9 +71,9 @@ class Blocks:
 class Quantized:
     """levels [rows, columns] uint8; scales [rows, blocks] fp32; zeros [rows, blocks] uint8, given or implied."""
 
-    levels: Levels
+    codes: Codes
     scales: Rows
-    zeros: Levels
+    zeros: Codes
 
 
 def scales_of(flat: Rows, blocks: Blocks, importance: Rows | None = None) -> tuple[Rows, Rows]:
@@ -90,7 +90,7 @@ def scales_of(flat: Rows, blocks: Blocks, importance: Rows | None = None) -> tup
 def quantize(rows: Rows, blocks: Blocks) -> Quantized:
     """Quantizes fp32 [rows, columns]; `columns` is a multiple of the block size."""
     count, columns = rows.shape
-    levels = np.empty((count, columns), np.uint8)
+    codes = np.empty((count, columns), np.uint8)
     scales = np.empty((count, columns // blocks.size), np.float32)
     zeros = np.empty(scales.shape, np.uint8)
     step = max(1, PIECE // columns)
@@ -99,70 +99,70 @@ def quantize(rows: Rows, blocks: Blocks) -> Quantized:
         # [blocks, size]: every block is a row
         flat = np.ascontiguousarray(rows[part], np.float32).reshape(-1, blocks.size)
         found, scale, zero = _asymmetric(flat, blocks) if blocks.zero_points else _symmetric(flat, blocks)
-        levels[part] = found.reshape(-1, columns)
+        codes[part] = found.reshape(-1, columns)
         scales[part] = scale.reshape(-1, scales.shape[1])
         zeros[part] = zero.reshape(-1, scales.shape[1])
-    return Quantized(levels, scales, zeros)
+    return Quantized(codes, scales, zeros)
 
 
 def dequantize(quantized: Quantized) -> Rows:
-    """(level - zero) · scale, fp32 [rows, columns]."""
-    count, columns = quantized.levels.shape
+    """(code - zero) · scale, fp32 [rows, columns]."""
+    count, columns = quantized.codes.shape
     shape = (count, quantized.scales.shape[1], -1)
-    centred = quantized.levels.reshape(shape).astype(np.float32) - quantized.zeros[..., None]
+    centred = quantized.codes.reshape(shape).astype(np.float32) - quantized.zeros[..., None]
     result: Rows = (centred * quantized.scales[..., None]).reshape(count, columns)
     return result
 
 
-def _symmetric(flat: Rows, blocks: Blocks, importance: Rows | None = None) -> tuple[Levels, Rows, Levels]:
-    """The block's largest magnitude gets the lowest level, which reaches one further than the highest."""
+def _symmetric(flat: Rows, blocks: Blocks, importance: Rows | None = None) -> tuple[Codes, Rows, Codes]:
+    """The block's largest magnitude gets the lowest code, which reaches one further than the highest."""
     low, high = np.float32(-blocks.middle), np.float32(blocks.middle - 1)
     largest = np.take_along_axis(flat, np.abs(flat).argmax(1)[:, None], 1)  # with its sign
     largest[np.abs(largest) < TINY] = TINY
     best = largest / low
-    levels, room = np.empty_like(flat), np.empty_like(flat)
+    codes, room = np.empty_like(flat), np.empty_like(flat)
     if blocks.search != "none":
         least = np.full((len(flat), 1), np.inf, np.float32)
         for divisor in DIVISORS:
             scale = largest / np.float32(divisor * low)
-            _levels(flat, scale, low, high, levels)
-            # With the scale that fits these levels best, the squared error is Σx² - (Σxl)² / Σl².
-            across, own = _dot(flat, levels, importance), np.maximum(_dot(levels, levels, importance), TINY)
+            _round(flat, scale, low, high, codes)
+            # With the scale that fits these codes best, the squared error is Σx² - (Σxl)² / Σl².
+            across, own = _dot(flat, codes, importance), np.maximum(_dot(codes, codes, importance), TINY)
             error = -across * across / own
             better = error < least
             np.copyto(best, _finite(across / own, scale), where=better)
             np.copyto(least, error, where=better)
         best[np.abs(best) < TINY] = TINY
-    _levels(flat, best, low, high, levels)
-    np.subtract(levels, low, out=room)
+    _round(flat, best, low, high, codes)
+    np.subtract(codes, low, out=room)
     return room.astype(np.uint8), best, np.full(best.shape, blocks.middle, np.uint8)
 
 
-def _asymmetric(flat: Rows, blocks: Blocks, importance: Rows | None = None) -> tuple[Levels, Rows, Levels]:
-    """Levels from the block's smallest value to its largest, zero among them."""
+def _asymmetric(flat: Rows, blocks: Blocks, importance: Rows | None = None) -> tuple[Codes, Rows, Codes]:
+    """Codes from the block's smallest value to its largest, zero among them."""
     top = np.float32(blocks.top)
     low = np.minimum(flat.min(1, keepdims=True), 0)
     high = np.maximum(flat.max(1, keepdims=True), 0)
-    levels = np.empty_like(flat)
+    codes = np.empty_like(flat)
     least = np.full((len(flat), 1), np.inf, np.float32)
     best, zero = np.empty_like(low), np.empty_like(low)
     for span in SPANS if blocks.search != "none" else SPANS[:1]:
         share = np.float32(span) / top
         scale = np.maximum(_finite((high - low) * np.float32(span) / top, high * share - low * share), TINY)
         middle = np.clip(np.rint(-low * np.float32(span) / scale), 0, top)
-        _levels(flat, scale, -middle, top - middle, levels)
-        across, own = _dot(flat, levels, importance), np.maximum(_dot(levels, levels, importance), TINY)
+        _round(flat, scale, -middle, top - middle, codes)
+        across, own = _dot(flat, codes, importance), np.maximum(_dot(codes, codes, importance), TINY)
         error = -across * across / own
         better = error < least
         fitted = _finite(np.maximum(across / own, TINY), scale) if blocks.search != "none" else scale
         np.copyto(best, fitted, where=better)
         np.copyto(zero, middle, where=better)
         np.copyto(least, error, where=better)
-    _levels(flat, best, -zero, top - zero, levels)
-    return (levels + zero).astype(np.uint8), best, zero.astype(np.uint8)
+    _round(flat, best, -zero, top - zero, codes)
+    return (codes + zero).astype(np.uint8), best, zero.astype(np.uint8)
 
 
-def _levels(flat: Rows, scale: Rows, low: Rows | np.float32, high: Rows | np.float32, out: Rows) -> None:
+def _round(flat: Rows, scale: Rows, low: Rows | np.float32, high: Rows | np.float32, out: Rows) -> None:
     """round(x / scale) between `low` and `high`, into `out`."""
     np.multiply(flat, np.float32(1) / scale, out=out)
     np.rint(out, out=out)

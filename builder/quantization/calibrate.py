@@ -1,8 +1,7 @@
 """Quantize the text decoder on what really flows through it, a layer at a time.
 
-In: the checkpoint, the formats of its matrices, cases to run. Out: a file a matrix with its levels, scales and zero
-points, for `builder.graph.quantized_data`. Guaranteed: one decoder layer is in memory at a time, with the second
-moments of
+In: the checkpoint, the formats of its matrices, cases to run. Out: a file a matrix with its codes, scales and zero
+points, for `builder.graph.quantized_data`. Guaranteed: one decoder layer is in memory at a time, with the Hessian of
 one input after the other; each layer is calibrated on what the layers before it, quantized, hand on; nothing of a
 held-out set is used. PyTorch's own layers run; the vision encoder and matrices that are not to be calibrated stay
 exact.
@@ -23,8 +22,8 @@ from builder.checkpoint.load import Checkpoint
 from builder.checkpoint.tensors import EMBEDDINGS, LM_HEAD
 from builder.quantization.blockwise import Blocks, Quantized, dequantize
 from builder.quantization.gptq import Compensation, compensation, quantize_compensated
-from builder.quantization.rules import Storage
-from builder.reference.cases import LARGEST, Case, read_calibration, suite_cases
+from builder.quantization.rules import WeightFormat
+from builder.reference.cases import MAX_PATCHES, Case, read_calibration, suite_cases
 from builder.reference.model import Prompt, Reference
 
 LAYERS = "model.language_model.layers"
@@ -48,7 +47,7 @@ class Stream:
 
 
 def calibrated(
-    checkpoint: Checkpoint, storages: Mapping[str, Storage], out: Path, advance: Callable[[], None] = lambda: None
+    checkpoint: Checkpoint, storages: Mapping[str, WeightFormat], out: Path, advance: Callable[[], None] = lambda: None
 ) -> dict[str, Path]:
     """Writes each matrix that is to be calibrated into `out`; returns where each lies.
 
@@ -63,7 +62,7 @@ def calibrated(
     def store(name: str, quantized: Quantized) -> None:
         files[name] = out / f"{name}.npz"
         with files[name].open("wb") as file:
-            np.savez(file, levels=quantized.levels, scales=quantized.scales, zeros=quantized.zeros)
+            np.savez(file, codes=quantized.codes, scales=quantized.scales, zeros=quantized.zeros)
 
     reference = Reference(checkpoint, streamed=True)
     with reference.torch.no_grad():
@@ -81,7 +80,7 @@ def calibrated(
 def load(path: Path) -> Quantized:
     """What `calibrated` wrote."""
     with np.load(path, allow_pickle=False) as arrays:
-        return Quantized(arrays["levels"], arrays["scales"], arrays["zeros"])
+        return Quantized(arrays["codes"], arrays["scales"], arrays["zeros"])
 
 
 def begin(reference: Reference, prompts: Iterable[tuple[Prompt, Sequence[int]]]) -> list[Stream]:
@@ -120,7 +119,7 @@ def calibration_prompts(reference: Reference, checkpoint: Checkpoint) -> Iterato
         cases: list[Case] = [*suite_cases(checkpoint, Path(drawn)), *read_calibration(checkpoint)]
         for case in cases:
             prompt = reference.prepare(case.prompt, case.images, lifted=case.lifted)
-            if prompt.pixel_values is None or len(prompt.pixel_values) <= LARGEST:
+            if prompt.pixel_values is None or len(prompt.pixel_values) <= MAX_PATCHES:
                 yield prompt, tuple(reference.tokenizer(case.answer or "")["input_ids"])
 
 
@@ -136,12 +135,15 @@ def _layer(
     layer = loaded_layer(reference, checkpoint, index)
     names = {f"{LAYERS}.{index}.{name}.weight": module for name, module in _linears(reference, layer)}
     groups = {name: module for name, module in names.items() if name in wanted}
-    moments = _moments(
-        reference, groups, lambda: [None for one in streams if through(layer, one, index, add=False) is None]
-    )
-    for key in list(moments):
-        members, matrix = moments.pop(key)
-        given = compensation(matrix)
+
+    def run() -> None:
+        for one in streams:
+            through(layer, one, index, add=False)
+
+    hessians = _hessians(reference, groups, run)
+    for key in list(hessians):
+        members, hessian = hessians.pop(key)
+        given = compensation(hessian)
         for name in members:
             weight = groups[name].weight
             quantized = quantize_compensated(weight.numpy(), wanted[name], given)
@@ -151,10 +153,10 @@ def _layer(
         one.hidden = through(layer, one, index, add=True)
 
 
-def _moments(
-    reference: Reference, modules: Mapping[str, Any], run: Callable[[], object]
+def _hessians(
+    reference: Reference, modules: Mapping[str, Any], run: Callable[[], None]
 ) -> dict[int, tuple[list[str], np.ndarray]]:
-    """E[x xᵀ] of each input, and which matrices it is multiplied with: those of one input share it."""
+    """The Hessian E[x xᵀ] of each input, and the matrices that it is multiplied with: those of one input share it."""
     torch = reference.torch
     inputs: list[Any] = []  # held, so that no other input gets the place of one in memory
     sources: dict[str, int] = {}
@@ -212,7 +214,7 @@ def _head(
     for start in range(0, tensor.shape[0], HEAD_ROWS):
         rows = read_rows(checkpoint.folder, tensor, start, min(start + HEAD_ROWS, tensor.shape[0]))
         pieces.append(quantize_compensated(rows.numpy(), blocks, given))
-    store(name, Quantized(*(np.concatenate([getattr(p, n) for p in pieces]) for n in ("levels", "scales", "zeros"))))
+    store(name, Quantized(*(np.concatenate([getattr(p, n) for p in pieces]) for n in ("codes", "scales", "zeros"))))
 
 
 def loaded_layer(reference: Reference, checkpoint: Checkpoint, index: int) -> Any:

@@ -1,9 +1,9 @@
-"""Quantize a matrix so that its products keep their values: each column's error is made up for by those that follow.
+"""GPTQ (Frantar et al., 2022, https://arxiv.org/abs/2210.17323): each column's error is compensated by later columns.
 
-In: rows of a matrix, and the second moments of what it is multiplied with. Out: levels, scales and zero points. Source:
-Frantar et al., GPTQ (2022), in the order of the columns; scales are searched a block at a time, on what is left to be
-quantized by then, each column's error weighed by the moments' diagonal. Guaranteed: rows do not depend on one another;
-a column that was never active is rounded.
+In: rows of a matrix, and the Hessian E[x xᵀ] of its inputs. Out: codes, scales and zero points. Columns are taken in
+their order; scales are searched a block at a time, on what is left to be quantized by then, each column's error
+weighted by the Hessian's diagonal. Guaranteed: rows do not depend on one another; a column that was never active is
+rounded.
 """
 
 from __future__ import annotations
@@ -15,30 +15,30 @@ import numpy.typing as npt
 
 from builder.quantization.blockwise import Blocks, Quantized, Rows, scales_of
 
-DAMPING = 0.01  # of the mean of the moments' diagonal, added to it: directions that calibration has not seen
+DAMPING = 0.01  # of the mean of the Hessian's diagonal, added to it: directions that calibration has not seen
 
 
 @dataclass(frozen=True)
 class Compensation:
-    """What follows from the moments.
+    """What follows from the Hessian.
 
     Args:
-        upper: [columns, columns] fp32, the upper Cholesky factor of the inverse of the damped moments.
-        importance: [columns] fp32, their diagonal.
+        upper: [columns, columns] fp32, the upper Cholesky factor of the inverse of the damped Hessian.
+        importance: [columns] fp32, its diagonal.
     """
 
     upper: Rows
     importance: Rows
 
 
-def compensation(moments: npt.NDArray[np.float32], damping: float = DAMPING) -> Compensation:
+def compensation(hessian: npt.NDArray[np.float32], damping: float = DAMPING) -> Compensation:
     """From E[x xᵀ] of the inputs, [columns, columns]."""
-    diagonal = moments.diagonal().copy()
+    diagonal = hessian.diagonal().copy()
     mean = float(diagonal.mean()) or 1.0
-    work = moments.astype(np.float64)
+    work = hessian.astype(np.float64)
     at = np.arange(len(work))
     work[at, at] = np.where(diagonal > 0, diagonal, mean) + damping * mean
-    # inv(H) = Lᵀ⁻¹ L⁻¹; its upper factor comes from the lower one of the moments in reverse order.
+    # inv(H) = Lᵀ⁻¹ L⁻¹; its upper factor comes from the lower one of the Hessian in reverse order.
     reverse = np.linalg.cholesky(work[::-1, ::-1])
     upper = np.linalg.inv(reverse)[::-1, ::-1]
     return Compensation(np.ascontiguousarray(upper, np.float32), np.maximum(diagonal, 1e-6 * mean).astype(np.float32))
@@ -48,7 +48,7 @@ def quantize_compensated(rows: Rows, blocks: Blocks, given: Compensation) -> Qua
     """Quantizes fp32 [rows, columns]; `columns` is a multiple of the block size."""
     count, columns = rows.shape
     left = np.ascontiguousarray(rows.T)  # columns are rows here: they are read and changed one after the other
-    levels = np.empty((columns, count), np.uint8)
+    codes = np.empty((columns, count), np.uint8)
     scales = np.empty((columns // blocks.size, count), np.float32)
     zeros = np.empty_like(scales)
     errors = np.empty((blocks.size, count), np.float32)
@@ -60,12 +60,12 @@ def quantize_compensated(rows: Rows, blocks: Blocks, given: Compensation) -> Qua
         inverse = 1 / scales[number]
         for at in range(blocks.size):
             column, upper = part[at], given.upper[begin + at]
-            level = np.clip(np.rint(column * inverse) + zeros[number], 0, blocks.top)
-            levels[begin + at] = level
-            error = (column - (level - zeros[number]) * scales[number]) / upper[begin + at]
+            code = np.clip(np.rint(column * inverse) + zeros[number], 0, blocks.top)
+            codes[begin + at] = code
+            error = (column - (code - zeros[number]) * scales[number]) / upper[begin + at]
             errors[at] = error
             part[at + 1 :] -= upper[begin + at + 1 : end, None] * error
         left[end:] -= given.upper[begin:end, end:].T @ errors
     return Quantized(
-        np.ascontiguousarray(levels.T), np.ascontiguousarray(scales.T), np.ascontiguousarray(zeros.T).astype(np.uint8)
+        np.ascontiguousarray(codes.T), np.ascontiguousarray(scales.T), np.ascontiguousarray(zeros.T).astype(np.uint8)
     )

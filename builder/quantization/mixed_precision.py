@@ -15,7 +15,7 @@ from builder.quantization.rules import Rule, matrices, resolve
 from builder.quantization.sensitivity import Group, Sensitivity
 
 
-def chosen(sensitivities: Sequence[Sensitivity], budget: int) -> list[Group]:
+def choose_groups(sensitivities: Sequence[Sensitivity], budget: int) -> list[Group]:
     """Groups for 8 bits, those whose bytes save most first, as long as `budget` bytes last."""
     taken, left = [], budget
     for one in sorted(sensitivities, key=lambda one: -one.per_byte):

@@ -1,8 +1,8 @@
 """The bytes that onnxruntime's operators read of a quantized matrix.
 
-In: levels, scales and zero points of builder/quantization/blockwise.py. Out: the three parts of
+In: codes, scales and zero points of builder/quantization/blockwise.py. Out: the three parts of
 com.microsoft::MatMulNBits, whose
-levels and scales com.microsoft::GatherBlockQuantized reads as well (with each row's levels on one axis). Guaranteed:
+codes and scales com.microsoft::GatherBlockQuantized reads as well (with each row's codes on one axis). Guaranteed:
 packing and unpacking are each other's inverse; nothing here rounds.
 """
 
@@ -13,9 +13,9 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from builder.quantization.blockwise import Blocks, Levels, Quantized
+from builder.quantization.blockwise import Blocks, Codes, Quantized
 
-Part = Literal["levels", "scales", "zero_points"]
+Part = Literal["levels", "scales", "zero_points"]  # the ends of the initializers' names; "levels" holds codes
 
 
 def parts(blocks: Blocks) -> tuple[Part, ...]:
@@ -24,7 +24,7 @@ def parts(blocks: Blocks) -> tuple[Part, ...]:
 
 
 def part_shape(part: Part, blocks: Blocks, rows: int, columns: int) -> tuple[int, ...]:
-    """As MatMulNBits declares it: levels [rows, blocks, bytes], scales [rows, blocks], zero points [rows, bytes]."""
+    """As MatMulNBits declares it: codes [rows, blocks, bytes], scales [rows, blocks], zero points [rows, bytes]."""
     count = columns // blocks.size
     if part == "levels":
         return rows, count, blocks.size * blocks.bits // 8
@@ -32,54 +32,54 @@ def part_shape(part: Part, blocks: Blocks, rows: int, columns: int) -> tuple[int
 
 
 def lookup_shape(part: Part, blocks: Blocks, rows: int, columns: int) -> tuple[int, ...]:
-    """The same bytes as GatherBlockQuantized declares them: levels [rows, bytes]."""
+    """The same bytes as GatherBlockQuantized declares them: codes [rows, bytes]."""
     return (rows, columns * blocks.bits // 8) if part == "levels" else part_shape(part, blocks, rows, columns)
 
 
-def pack(values: Levels, bits: int) -> Levels:
-    """[rows, columns] of 4 or 8 bits each → [rows, bytes]: the first of two levels in the lower nibble."""
+def pack(values: Codes, bits: int) -> Codes:
+    """[rows, columns] of 4 or 8 bits each → [rows, bytes]: the first of two codes in the lower nibble."""
     if bits == 8:
         return values
     rows, columns = values.shape
     if columns % 2:
         values = np.concatenate([values, np.zeros((rows, 1), np.uint8)], axis=1)
-    packed: Levels = (values[:, 0::2] | (values[:, 1::2] << 4)).astype(np.uint8)
+    packed: Codes = (values[:, 0::2] | (values[:, 1::2] << 4)).astype(np.uint8)
     return packed
 
 
-def unpack(packed: Levels, bits: int, columns: int) -> Levels:
+def unpack(packed: Codes, bits: int, columns: int) -> Codes:
     """The inverse of `pack`: [rows, bytes] → [rows, columns]."""
     if bits == 8:
         return packed[:, :columns]
     both = np.stack([packed & 15, packed >> 4], axis=-1)
-    values: Levels = both.reshape(len(packed), -1)[:, :columns]
+    values: Codes = both.reshape(len(packed), -1)[:, :columns]
     return values
 
 
 def packed_parts(quantized: Quantized, blocks: Blocks, scales: str) -> dict[Part, npt.NDArray[np.generic]]:
-    """Each part's array, in the shape of `part_shape` but for the levels' last two axes, which are one.
+    """Each part's array, in the shape of `part_shape` but for the codes' last two axes, which are one.
 
     Args:
         scales: numpy's name of the scales' type.
     """
     found: dict[Part, npt.NDArray[np.generic]] = {
-        "levels": pack(quantized.levels, blocks.bits),
+        "levels": pack(quantized.codes, blocks.bits),
         "scales": quantized.scales.astype(scales),
     }
     return found | ({"zero_points": pack(quantized.zeros, blocks.bits)} if blocks.zero_points else {})
 
 
 def unpacked(
-    levels: Levels, scales: npt.NDArray[np.generic], zero_points: Levels | None, blocks: Blocks, columns: int
+    codes: Codes, scales: npt.NDArray[np.generic], zero_points: Codes | None, blocks: Blocks, columns: int
 ) -> Quantized:
-    """What an operator reads, of any of its shapes, as levels, scales and zero points again."""
-    rows = len(levels)
+    """What an operator reads, of any of its shapes, as codes, scales and zero points again."""
+    rows = len(codes)
     count = columns // blocks.size
     zeros = np.full((rows, count), blocks.middle, np.uint8)
     if zero_points is not None:
         zeros = unpack(zero_points.reshape(rows, -1), blocks.bits, count)
     return Quantized(
-        unpack(levels.reshape(rows, -1), blocks.bits, columns),
+        unpack(codes.reshape(rows, -1), blocks.bits, columns),
         scales.reshape(rows, count).astype(np.float32),
         zeros,
     )

@@ -1,8 +1,7 @@
 """Which weights are stored how: the policy of a recipe.
 
-In: a recipe's rules and the names and shapes of a checkpoint's matrices. Out: a `Storage` for each matrix that a rule
-names. Guaranteed: the first rule that matches wins; one that decides nothing is an error; what no rule names is kept as
-it is. Vectors (norms, biases) and position tables are never quantized, whatever a pattern matches.
+The first rule that matches a matrix wins; a rule that decides nothing is an error; a matrix that no rule names is kept
+as it is. Vectors (norms, biases) and position tables are never quantized, whatever a pattern matches.
 """
 
 from __future__ import annotations
@@ -10,10 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import AfterValidator, ConfigDict, Field
+from pydantic.dataclasses import dataclass as checked
 
 from builder.checkpoint.tensors import EMBEDDINGS, LM_HEAD
-from builder.quantization.blockwise import SMALLEST, Blocks, Search
+from builder.quantization.blockwise import LARGEST_BLOCK, SMALLEST, Blocks, Search
 from builder.util.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -25,28 +27,35 @@ BITS: Mapping[Store, int] = {"int4": 4, "int8": 8}
 POSITIONS = "model.visual.pos_embed.weight"  # a table that is interpolated, not looked up
 
 
-@dataclass(frozen=True)
+def _block_size(value: int) -> int:
+    if not SMALLEST <= value <= LARGEST_BLOCK or value & (value - 1):
+        raise ValueError(f"a power of two from {SMALLEST} to {LARGEST_BLOCK}")
+    return value
+
+
+@checked(frozen=True, config=ConfigDict(extra="forbid", defer_build=True))
 class Rule:
-    """
+    """How the matrices that it matches are stored; also the schema of `[[rules]]` in a recipe.
+
     Args:
-        weights: patterns (`*`, `?`, `[…]`) of checkpoint tensors; one that matches is enough.
-        store: as what.
-        block: elements that share a scale; where a row's length is no multiple of it, its half, its quarter, and so on.
-        zero_points: a zero point a block.
-        search: how levels are found (`builder.quantization.blockwise.Blocks`); "gptq" is for the text decoder and the
-        head.
-        accuracy: least precision of the activations in the product, as the operator counts: 1 fp32, 2 fp16, 4 int8.
-        activations: "int8" rounds them as well, each tensor by its own range when it is there, and multiplies whole
-            numbers; a row of the matrix has one scale. Twice as fast as fp32 where many rows are multiplied at once,
+        weights: patterns (`*`, `?`, `[…]`) of checkpoint tensors; a tensor has to match one of them.
+        store: the type of the stored codes; "keep" leaves the matrices as they are.
+        block: elements that share a scale; half of it, a quarter and so on where it does not divide a row's length.
+        zero_points: whether each block has a zero point.
+        search: how codes are found (`builder.quantization.blockwise.Blocks`); "gptq" is for the text decoder and the
+            head.
+        accuracy: `accuracy_level` of MatMulNBits, the least precision of the activations: 1 fp32, 2 fp16, 4 int8.
+        activations: "int8" quantizes the activations as well, each tensor by its range at run time, and multiplies
+            integers; a row of the matrix has one scale. Twice as fast as fp32 where many rows are multiplied at once,
             and wrong where a few activations are far larger than all others: then the limits of the build fail.
     """
 
-    weights: tuple[str, ...]
+    weights: Annotated[tuple[str, ...], Field(min_length=1)]
     store: Store
-    block: int = 32
-    zero_points: bool = False
+    block: Annotated[int, Field(strict=True), AfterValidator(_block_size)] = 32
+    zero_points: Annotated[bool, Field(strict=True)] = False
     search: Search = "mse"
-    accuracy: int = 4
+    accuracy: Literal[1, 2, 4] = 4
     activations: Activations = "float"
 
     def matches(self, name: str) -> bool:
@@ -54,16 +63,16 @@ class Rule:
 
 
 @dataclass(frozen=True)
-class Storage:
-    """How one matrix is stored, and the least precision of what it is multiplied with (see `Rule`).
+class WeightFormat:
+    """How one matrix is stored, and the least precision of the activations that it is multiplied with (see `Rule`).
 
     Args:
-        turned: a row of the file is a column of the checkpoint's matrix, as products of whole numbers want it.
+        transposed: a row of the file is a column of the checkpoint's matrix, as integer matmuls need it.
     """
 
     blocks: Blocks
     accuracy: int
-    turned: bool = False
+    transposed: bool = False
 
 
 def matrices(tensors: Mapping[str, Tensor]) -> dict[str, int]:
@@ -75,20 +84,20 @@ def matrices(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     }
 
 
-def resolve(rules: Sequence[Rule], tensors: Mapping[str, Tensor]) -> dict[str, Storage]:
+def resolve(rules: Sequence[Rule], tensors: Mapping[str, Tensor]) -> dict[str, WeightFormat]:
     """How each matrix is stored that is not kept.
 
     Raises:
         RecipeError: a rule decides nothing, or no block size fits a matrix.
     """
-    found: dict[str, Storage] = {}
+    found: dict[str, WeightFormat] = {}
     used: set[int] = set()
     for name, columns in matrices(tensors).items():
         for number, rule in enumerate(rules):
             if rule.matches(name):
                 used.add(number)
                 if rule.store != "keep":
-                    found[name] = _storage(name, columns, rule)
+                    found[name] = _weight_format(name, columns, rule)
                 break
     idle = [rule for number, rule in enumerate(rules) if number not in used]
     if idle:
@@ -106,9 +115,9 @@ def shares_the_head(tensors: Mapping[str, Tensor], name: str) -> bool:
     return name == EMBEDDINGS and LM_HEAD not in tensors
 
 
-def _storage(name: str, columns: int, rule: Rule) -> Storage:
+def _weight_format(name: str, columns: int, rule: Rule) -> WeightFormat:
     if rule.activations == "int8":
-        return Storage(Blocks(BITS[rule.store], columns, search=rule.search), rule.accuracy, turned=True)
+        return WeightFormat(Blocks(BITS[rule.store], columns, search=rule.search), rule.accuracy, transposed=True)
     asked = Blocks(BITS[rule.store], rule.block, rule.zero_points, rule.search)
     size = asked.fitting(columns)
     if size is None:
@@ -118,7 +127,7 @@ def _storage(name: str, columns: int, rule: Rule) -> Storage:
             found=f"rows of {columns}",
             next=f'put a rule before it: weights = ["{name}"], store = "keep"',
         )
-    return Storage(Blocks(asked.bits, size, asked.zero_points, asked.search), rule.accuracy)
+    return WeightFormat(Blocks(asked.bits, size, asked.zero_points, asked.search), rule.accuracy)
 
 
 def _why_idle(rule: Rule, tensors: Iterable[str]) -> str:

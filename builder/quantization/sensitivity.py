@@ -2,7 +2,7 @@
 
 In: a checkpoint, and a recipe that stores matrices in 4 bits. Out: what each group of them costs when it alone is
 rounded (KL divergence of the next token against PyTorch in fp32, in nats). Guaranteed: groups are what becomes one
-product (q, k and v; gate and up), the embeddings with a tied head, or a block of the vision encoder; one layer is in
+matmul (q, k and v; gate and up), the embeddings with a tied head, or a block of the vision encoder; one layer is in
 memory at a time; nothing of a held-out set is used.
 """
 
@@ -22,7 +22,7 @@ from builder.checkpoint.load import Checkpoint
 from builder.checkpoint.tensors import EMBEDDINGS, LM_HEAD
 from builder.quantization.blockwise import Blocks, dequantize, quantize
 from builder.quantization.calibrate import Stream, begin, calibration_prompts, loaded_layer, through
-from builder.quantization.rules import Rule, Storage, resolve, shares_the_head
+from builder.quantization.rules import Rule, WeightFormat, resolve, shares_the_head
 from builder.reference.model import Prompt, Reference
 from builder.util.errors import RecipeError
 from builder.util.statistics import kl_divergence, log_softmax
@@ -68,7 +68,7 @@ class Sensitivity:
         return self.kl / self.group.more
 
 
-def groups(checkpoint: Checkpoint, storages: Mapping[str, Storage]) -> list[Group]:
+def groups(checkpoint: Checkpoint, storages: Mapping[str, WeightFormat]) -> list[Group]:
     """Everything that is stored in 4 bits."""
     members: dict[str, list[str]] = {}
     for name, storage in storages.items():
@@ -80,7 +80,7 @@ def groups(checkpoint: Checkpoint, storages: Mapping[str, Storage]) -> list[Grou
     ]
 
 
-def measured(
+def estimate_sensitivities(
     checkpoint: Checkpoint, rules: Sequence[Rule], positions: int, advance: Callable[[], None] = lambda: None
 ) -> list[Sensitivity]:
     """The sensitivity of every group, the largest KL divergence first.
@@ -138,14 +138,14 @@ class _Measuring:
     """One measurement: what is asked, and the exact streams as they enter the layer that has been reached."""
 
     checkpoint: Checkpoint
-    storages: Mapping[str, Storage]
+    storages: Mapping[str, WeightFormat]
     reference: Reference
     asked: list[tuple[Prompt, tuple[int, ...], int]]
     reached: int = 0
     streams: list[Stream] = field(default_factory=list)
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, storages: Mapping[str, Storage], positions: int) -> _Measuring:
+    def of(cls, checkpoint: Checkpoint, storages: Mapping[str, WeightFormat], positions: int) -> _Measuring:
         reference = Reference(checkpoint, streamed=True)
         return cls(checkpoint, storages, reference, list(_asked(reference, checkpoint, positions)))
 
@@ -163,7 +163,7 @@ class _Measuring:
             layer = loaded_layer(self.reference, self.checkpoint, index)
             for name in rounded if index == first else ():
                 weight = layer.get_submodule(name.removesuffix(".weight").partition(f"layers.{index}.")[2]).weight
-                weight.copy_(self.levels(weight, self.storages[name].blocks))
+                weight.copy_(self.rounded(weight, self.storages[name].blocks))
             streams = [replace(one, hidden=through(layer, one, index, add=True)) for one in streams]
         return list(streams)
 
@@ -195,8 +195,8 @@ class _Measuring:
             self.streams = [replace(one, hidden=through(own, one, self.reached, add=True)) for one in self.streams]
             self.reached += 1
 
-    def levels(self, rows: Any, blocks: Blocks) -> Any:
-        """Rows as their levels have them: scales are searched, nothing is made up for."""
+    def rounded(self, rows: Any, blocks: Blocks) -> Any:
+        """Rows as their codes represent them: scales are searched, errors are not compensated."""
         searched = Blocks(blocks.bits, blocks.size, blocks.zero_points, "mse")
         return self.reference.torch.from_numpy(dequantize(quantize(rows.numpy(), searched)))
 
@@ -219,7 +219,7 @@ class _Measuring:
             yield
 
     def looked_up(self, blocks: Blocks) -> Callable[..., Any]:
-        return lambda _module, _args, out: self.levels(out.reshape(-1, out.shape[-1]), blocks).reshape(out.shape)
+        return lambda _module, _args, out: self.rounded(out.reshape(-1, out.shape[-1]), blocks).reshape(out.shape)
 
     def multiplied(self, blocks: Blocks) -> Callable[..., Any]:
         from builder.reference.streaming import HEAD_BYTES, read_rows
@@ -230,7 +230,7 @@ class _Measuring:
             step, logits = max(1, HEAD_BYTES // (4 * args[0].shape[-1])), torch.empty_like(out)
             for start in range(0, out.shape[-1], step):
                 stop = min(start + step, out.shape[-1])
-                rows = self.levels(read_rows(head.folder, head.tensor, start, stop), blocks)
+                rows = self.rounded(read_rows(head.folder, head.tensor, start, stop), blocks)
                 logits[..., start:stop] = torch.nn.functional.linear(args[0], rows)
             return logits
 
@@ -240,7 +240,7 @@ class _Measuring:
         kept: list[Any] = []  # the same rows at every call
 
         def hook(module: Any, _args: Any) -> None:
-            kept.extend([] if kept else [self.levels(module.weight, blocks)])
+            kept.extend([] if kept else [self.rounded(module.weight, blocks)])
             module.weight.copy_(kept[0])
 
         return hook

@@ -1,17 +1,17 @@
-"""Cases as data: a TOML file of prompts, pictures, and what is to be compared.
+"""Read cases from a TOML file of prompts, images, and what is to be compared.
 
-In: a file. Out: `Written` cases, in the file's order. Guaranteed: an unknown key, a wrong type, a picture outside the
-file's folder, or checks that do not go together is a `CasesError` that names the file and the case; nothing in a file
-is ignored, a drawn picture that no case uses included.
+An unknown key or tag, a wrong type, an image outside the file's folder, checks that do not go together, or a drawn
+image that no case uses is a `CasesError` that names the file and the case.
 
     [[case]]
-    name = "a street sign"                 # its own
+    name = "a street sign"                 # unique, also among the shipped cases
     prompt = "What does the sign say?"
-    images = ["signs/stop.jpg", "small"]   # files below this file's folder, or pictures that are drawn; default none
+    images = ["signs/stop.jpg", "small"]   # files below this file's folder, or images that are drawn; default none
     checks = ["inputs", "features"]        # default all
     tolerance = "fp32"                     # default; or "tight", a fifth of it
     max_new_tokens = 64                    # default
-    limits = "lifted"                      # pictures may exceed the checkpoint's pixels; with checks = ["features"]
+    limits = "lifted"                      # images may exceed the checkpoint's pixels; with checks = ["features"]
+    tags = ["layerwise"]                   # default none; see `Tag`
 
     [picture.small]
     draw = "noise"
@@ -29,7 +29,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import ConfigDict, Field, StrictFloat, StrictInt, TypeAdapter, ValidationError
+from pydantic import AfterValidator, ConfigDict, Field, StrictFloat, StrictInt, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked
 
 from builder.util.errors import CasesError
@@ -45,6 +45,15 @@ CHECKS: tuple[Check, ...] = get_args(Check)
 # Largest differences, over the standard deviation of PyTorch's values: what fp32 allows, and what is usually seen.
 Tolerance = Literal["fp32", "tight"]
 TOLERANCES: Mapping[Tolerance, float] = {"fp32": FP32, "tight": FP32 / 5}
+# Which shipped cases take part where not all of them can. They do not restrict a case that the user adds, and are not
+# part of a case's digest in a golden.
+#   layerwise: compared layer by layer where the model does not fit in memory, and on the fp32 copy of a quantized
+#     bundle: each graph, with no image, one image and several. Cases that differ in preprocessing alone are compared
+#     on fp32 bundles, whose preprocessing is the same.
+#   ranges: run in PyTorch to measure the ranges of activations.
+#   self-test: compared on each mutant of `verify --self-test`; the least that shows all: one image, and two of
+#     different sizes. The first one also measures the thresholds.
+Tag = Literal["layerwise", "ranges", "self-test"]
 TOKENS = 64  # greedy tokens a case
 MOST_BYTES = 2**20  # of one file
 
@@ -71,34 +80,40 @@ class Drawn:
     picture: Picture
 
 
-@dataclass(frozen=True)
-class Written:
-    """One case as its file describes it; `images` are files, or are still to be drawn."""
-
-    file: Path
-    name: str
-    prompt: str
-    images: tuple[Path | Drawn, ...]
-    checks: tuple[str, ...]
-    tolerance: Tolerance
-    max_new_tokens: int
-    limits: str
+def _in_order(checks: tuple[Check, ...]) -> tuple[Check, ...]:
+    return tuple(check for check in CHECKS if check in checks)
 
 
 @checked(frozen=True, config=_STRICT)
-class _Case:
+class Entry:
+    """One `[[case]]` of a file, key by key; `checks` in the order of `CHECKS`."""
+
     name: Annotated[str, Field(min_length=1, max_length=80)]
     prompt: str
     images: tuple[str, ...] = ()
-    checks: Annotated[tuple[Check, ...], Field(min_length=1)] = CHECKS
+    checks: Annotated[tuple[Check, ...], Field(min_length=1), AfterValidator(_in_order)] = CHECKS
     tolerance: Tolerance = "fp32"
     max_new_tokens: Annotated[StrictInt, Field(ge=1, le=4096)] = TOKENS
     limits: Literal["kept", "lifted"] = "kept"
+    tags: tuple[Tag, ...] = ()
+
+
+@dataclass(frozen=True)
+class Written:
+    """A case and its file; `images` are the entry's, as files or still to be drawn."""
+
+    file: Path
+    entry: Entry
+    images: tuple[Path | Drawn, ...]
+
+    @property
+    def name(self) -> str:
+        return self.entry.name
 
 
 @checked(frozen=True, config=_STRICT)
 class _Document:
-    case: Annotated[tuple[_Case, ...], Field(min_length=1)]
+    case: Annotated[tuple[Entry, ...], Field(min_length=1)]
     picture: dict[str, Picture] = field(default_factory=dict)
 
 
@@ -137,7 +152,7 @@ def read_file(path: Path) -> tuple[Written, ...]:
     return tuple(_written(path, case, document.picture) for case in document.case)
 
 
-def _written(path: Path, case: _Case, pictures: Mapping[str, Picture]) -> Written:
+def _written(path: Path, case: Entry, pictures: Mapping[str, Picture]) -> Written:
     where = f"{path}: case {case.name!r}"
     if {"tokens", "runtime"} & set(case.checks) and "decoder" not in case.checks:
         raise CasesError(
@@ -154,8 +169,7 @@ def _written(path: Path, case: _Case, pictures: Mapping[str, Picture]) -> Writte
     images = tuple(
         Drawn(image, pictures[image]) if image in pictures else _inside(path, where, image) for image in case.images
     )
-    checks = tuple(check for check in CHECKS if check in case.checks)
-    return Written(path, case.name, case.prompt, images, checks, case.tolerance, case.max_new_tokens, case.limits)
+    return Written(path, case, images)
 
 
 def _inside(path: Path, where: str, image: str) -> Path:
@@ -198,7 +212,7 @@ def _explained(path: Path, error: ValidationError) -> CasesError:
     place = [str(part) for part in problem["loc"]]
     key = ".".join(place)
     if problem["type"] == _UNKNOWN:
-        kind: Any = {"case": _Case, "picture": Picture}[place[0]] if len(place) > 1 else _Document
+        kind: Any = {"case": Entry, "picture": Picture}[place[0]] if len(place) > 1 else _Document
         known = [one.name for one in fields(kind)]
         near = nearest(place[-1], known)
         return CasesError(

@@ -1,8 +1,7 @@
-"""What a bundle is verified on: cases that files describe, and a checkpoint's held-out set.
+"""What a bundle is verified on: the cases of the shipped files (builder/suite) and of the user's, and a checkpoint's
+held-out set.
 
-In: the shipped files (builder/suite), files of the user's, the checkpoint's sizes, a held-out set beside it.
-Out: `Case`s. Guaranteed: every case names pictures that exist, and its name is no other case's; the same files give
-the same cases, and for one checkpoint the same pictures.
+The same files give the same cases and, for one checkpoint, the same images.
 """
 
 from __future__ import annotations
@@ -12,13 +11,14 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from builder.checkpoint.load import Checkpoint
-from builder.reference.case_file import CHECKS, TOKENS, TOLERANCES, Tolerance, Written, read_file
-from builder.reference.synthetic_images import Limits, draw
+from builder.reference.case_file import CHECKS, TOKENS, TOLERANCES, Tag, Tolerance, Written, read_file
+from builder.reference.synthetic_images import SizeLimits, draw
 from builder.util.errors import CasesError
 
-LARGEST = 2500  # patches: a case of ten thousand costs minutes and adds the few positions of its question
+MAX_PATCHES = 2500  # patches: a case of ten thousand costs minutes and adds the few positions of its question
 
 SUITE = Path(__file__).parents[1] / "suite"
 PICTURES = SUITE / "pictures"
@@ -27,15 +27,13 @@ __all__ = ["CHECKS", "PICTURES", "SUITE", "TOKENS", "Case", "Suite", "held_out",
 
 @dataclass(frozen=True)
 class Case:
-    """One question.
+    """One question; what is not described here is as in `builder.reference.case_file.Entry`.
 
     Args:
         answer: the expected text where there is one (held-out sets).
-        checks: what is compared, of `builder.reference.case_file.CHECKS`.
-        tolerance: what decides `limit`.
-        tokens: greedy tokens.
-        lifted: pictures may have more pixels than the checkpoint allows.
+        tolerance: decides `limit`.
         drawn: which of `images` were drawn for this checkpoint.
+        shipped: whether it is one of builder/suite.
     """
 
     name: str
@@ -44,9 +42,16 @@ class Case:
     answer: str | None = None
     checks: tuple[str, ...] = CHECKS
     tolerance: Tolerance = "fp32"
-    tokens: int = TOKENS
-    lifted: bool = False
+    max_new_tokens: int = TOKENS
+    limits: Literal["kept", "lifted"] = "kept"
+    tags: tuple[Tag, ...] = ()
     drawn: tuple[bool, ...] = ()
+    shipped: bool = False
+
+    @property
+    def lifted(self) -> bool:
+        """Whether images may have more pixels than the checkpoint allows."""
+        return self.limits == "lifted"
 
     @property
     def limit(self) -> float:
@@ -88,7 +93,7 @@ def whole_suite(checkpoint: Checkpoint, folder: Path, more: Sequence[Path] = ())
 
 def suite_cases(checkpoint: Checkpoint, folder: Path, more: Sequence[Path] = ()) -> tuple[Case, ...]:
     """The same without the held-out set, which is not even read."""
-    return placed(read_cases((SUITE, *more)), Limits.of(checkpoint), folder)
+    return placed(read_cases((SUITE, *more)), SizeLimits.of(checkpoint), folder)
 
 
 def read_cases(paths: Sequence[Path]) -> tuple[Written, ...]:
@@ -116,7 +121,7 @@ def read_cases(paths: Sequence[Path]) -> tuple[Written, ...]:
     return tuple(written)
 
 
-def placed(written: Sequence[Written], limits: Limits, folder: Path) -> tuple[Case, ...]:
+def placed(written: Sequence[Written], limits: SizeLimits, folder: Path) -> tuple[Case, ...]:
     """The same with every picture in a file: what is drawn is drawn into `folder`.
 
     Raises:
@@ -124,28 +129,22 @@ def placed(written: Sequence[Written], limits: Limits, folder: Path) -> tuple[Ca
     """
     cases = []
     for case in written:
-        paths = []
-        for image in case.images:
-            paths.append(image if isinstance(image, Path) else draw(image, limits, folder, case))
-        cases.append(
-            Case(
-                case.name,
-                case.prompt,
-                tuple(paths),
-                checks=case.checks,
-                tolerance=case.tolerance,
-                tokens=case.max_new_tokens,
-                lifted=case.limits == "lifted",
-                drawn=tuple(not isinstance(image, Path) for image in case.images),
-            )
-        )
+        images = [image if isinstance(image, Path) else draw(image, limits, folder, case) for image in case.images]
+        drawn = tuple(not isinstance(image, Path) for image in case.images)
+        keys = {**vars(case.entry), "images": tuple(images)}
+        cases.append(Case(**keys, drawn=drawn, shipped=case.file.parent == SUITE))
     return tuple(cases)
+
+
+def layerwise(cases: Sequence[Case]) -> tuple[Case, ...]:
+    """The shipped cases tagged "layerwise", and every case that the user added."""
+    return tuple(case for case in cases if not case.shipped or "layerwise" in case.tags)
 
 
 def shipped_cases() -> tuple[Case, ...]:
     """Those shipped cases that are the same for every checkpoint: all but the ones with drawn pictures."""
     same = [case for case in read_cases((SUITE,)) if all(isinstance(image, Path) for image in case.images)]
-    return placed(same, Limits(1, 1, 1, 1), SUITE)
+    return placed(same, SizeLimits(1, 1, 1, 1), SUITE)
 
 
 def held_out(checkpoint: Checkpoint) -> tuple[Case, ...]:

@@ -19,7 +19,7 @@ from builder.util.errors import CasesError
 
 
 @dataclass(frozen=True)
-class Limits:
+class SizeLimits:
     """What a checkpoint says of pictures: pixels of a patch's side, patches of a merged square's side, fewest and most
     pixels of a picture."""
 
@@ -29,20 +29,20 @@ class Limits:
     most: int
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint) -> Limits:
+    def of(cls, checkpoint: Checkpoint) -> SizeLimits:
         size = checkpoint.preprocessor["size"]
         vision = checkpoint.vision
         return cls(vision.patch_size, vision.merge_size, size["shortest_edge"], size["longest_edge"])
 
 
-def draw(drawn: Drawn, limits: Limits, folder: Path, case: Written) -> Path:
+def draw(drawn: Drawn, limits: SizeLimits, folder: Path, case: Written) -> Path:
     """The picture in `folder`, under a name that no other file of cases gives it.
 
     Raises:
         CasesError: more patches than the checkpoint takes, where `case` does not lift its limits.
     """
     width, height = drawn.picture.pixels or _sides(drawn.picture, limits)
-    if drawn.picture.pixels is None and width * height > limits.most and case.limits != "lifted":
+    if drawn.picture.pixels is None and width * height > limits.most and case.entry.limits != "lifted":
         raise CasesError(
             f"{case.file}: case {case.name!r}: {drawn.name!r} is larger than the checkpoint takes without a resize",
             expected=f"at most {limits.most // limits.patch**2} patches",
@@ -61,7 +61,7 @@ def draw(drawn: Drawn, limits: Limits, folder: Path, case: Written) -> Path:
     return path
 
 
-def _sides(picture: Picture, limits: Limits) -> tuple[int, int]:
+def _sides(picture: Picture, limits: SizeLimits) -> tuple[int, int]:
     """Width and height in pixels, multiples of a merged square's side; the longer side makes up what is missing."""
     unit = limits.patch * limits.merge
     asked = limits.least / limits.patch**2 if picture.patches == "least" else int(picture.patches or 1)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -18,8 +17,9 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from builder.checkpoint.fingerprint import mark
+from builder.checkpoint.fingerprint import file_fingerprint
 from builder.reference.model import Prompt, Reference, Trace
+from builder.util.files import atomic_write
 
 COMPUTED_WITH = ("torch", "transformers", "numpy")
 
@@ -32,17 +32,16 @@ def traced(reference: Reference, prompt: Prompt, folder: Path, answer: Sequence[
     except (OSError, SafetensorError):
         trace = reference.hidden_states(prompt, answer)
     folder.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    save_file(_packed(trace), part)
-    os.replace(part, path)
+    with atomic_write(path) as part:
+        save_file(_packed(trace), part)
     return trace
 
 
 def _key(reference: Reference, prompt: Prompt, answer: Sequence[int]) -> str:
     checkpoint = reference.checkpoint
     digest = hashlib.sha256()
-    marks = {file: mark(checkpoint.folder / file) for file in checkpoint.files}
-    said = [marks, {name: version(name) for name in COMPUTED_WITH}, list(answer)]
+    files = {file: file_fingerprint(checkpoint.folder / file) for file in checkpoint.files}
+    said = [files, {name: version(name) for name in COMPUTED_WITH}, list(answer)]
     digest.update(json.dumps(said, sort_keys=True).encode())
     for array in (prompt.input_ids, prompt.pixel_values, prompt.image_grid_thw, prompt.position_ids):
         digest.update(b"-" if array is None else f"{array.dtype} {array.shape} ".encode() + array.tobytes())

@@ -9,7 +9,6 @@ download is of one commit, and its bytes are those that the hub names; the check
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shlex
 import shutil
@@ -19,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 from builder.checkpoint.fingerprint import FETCHED, NOTICES, WEIGHTS, _notices, _sha256
 from builder.checkpoint.hub import Remote, download
-from builder.checkpoint.load import open_checkpoint
+from builder.checkpoint.load import file_states, open_checkpoint
 from builder.util.errors import CheckpointError, DownloadError
+from builder.util.files import git_blob
 from builder.util.json_files import read_json
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ def run(build: Build, out: Path) -> dict[str, Any]:
 
     Raises:
         DownloadError: the hub failed, or sent other bytes than it names.
+        CheckpointError: a file changed since the checkpoint was opened.
         BuildError: the checkpoint is refused, see `builder.checkpoint.load`.
     """
     source = build.source
@@ -45,7 +46,7 @@ def run(build: Build, out: Path) -> dict[str, Any]:
         _check_bytes(folder, remotes, digests)
         checkpoint = open_checkpoint(folder, name=source.name, revision=source.revision)
     else:
-        checkpoint = open_checkpoint(source.folder.absolute(), name=source.name)
+        checkpoint = build.checkpoint
         read = [file for file in checkpoint.files if build.rehash or not file.endswith(WEIGHTS)]
         digests = _digests(checkpoint.folder, read)
     facts = {
@@ -54,18 +55,21 @@ def run(build: Build, out: Path) -> dict[str, Any]:
         "revision": checkpoint.revision,
         "command": source.command,
     }
-    stats = {file: (checkpoint.folder / file).stat() for file in checkpoint.files}
-    files = {
-        file: {"size": stat.st_size, "time": stat.st_mtime_ns, "sha256": digests.get(file, (0, None))[1]}
-        for file, stat in stats.items()
-    }
+    now = file_states(checkpoint.folder, checkpoint.files)
+    files: dict[str, dict[str, object]] = {}
+    for file, (size, time) in checkpoint.states.items():
+        files[file] = {"size": size, "time": time}
+        # A local folder was opened for the plan; its tensors must be of the bytes that are recorded here.
+        found = dict(zip(("size", "time"), now.get(file, ("none", "none")), strict=True))
+        _check_same(checkpoint.folder / file, "opened", files[file], found)
+        files[file]["sha256"] = digests.get(file, (0, None))[1]
     for file in _notices(checkpoint.folder):
         (out / NOTICES).mkdir(exist_ok=True)
         shutil.copyfile(checkpoint.folder / file, out / NOTICES / file)
     text = json.dumps({**facts, "files": files}, indent=2, sort_keys=True)
     (out / FETCHED).write_text(text + "\n", encoding="utf-8")
     report = {} if source.repo is None else {"report": f"pinned: {source.command}"}
-    return {**facts, "files": len(files), "bytes": sum(stat.st_size for stat in stats.values()), **report}
+    return {**facts, "files": len(files), "bytes": sum(size for size, _ in now.values()), **report}
 
 
 def check_unchanged(build: Build, shards: Mapping[str, str]) -> None:
@@ -79,17 +83,22 @@ def check_unchanged(build: Build, shards: Mapping[str, str]) -> None:
     """
     known = read_json(build.folder("fetch") / FETCHED)["files"]
     for file, digest in shards.items():
-        stat = (build.checkpoint.folder / file).stat()
+        path = build.checkpoint.folder / file
+        stat = path.stat()
         found = {"size": stat.st_size, "time": stat.st_mtime_ns, "sha256": digest}
         # A clone has new times; where all bytes were read, they tell nothing.
         telling = ("size", "time") if known[file]["sha256"] is None else ("size", "sha256")
-        if differ := [kind for kind in telling if known[file][kind] != found[kind]]:
-            raise CheckpointError(
-                f"{build.checkpoint.folder / file} changed since it was fetched",
-                expected=", ".join(f"{kind} {known[file][kind]}" for kind in differ),
-                found=", ".join(f"{kind} {found[kind]}" for kind in differ),
-                next="let whatever writes it finish, then run the same command again",
-            )
+        _check_same(path, "fetched", {kind: known[file][kind] for kind in telling}, found)
+
+
+def _check_same(path: Path, since: str, known: Mapping[str, object], found: Mapping[str, object]) -> None:
+    if differ := [kind for kind in known if known[kind] != found[kind]]:
+        raise CheckpointError(
+            f"{path} changed since it was {since}",
+            expected=", ".join(f"{kind} {known[kind]}" for kind in differ),
+            found=", ".join(f"{kind} {found[kind]}" for kind in differ),
+            next="let whatever writes it finish, then run the same command again",
+        )
 
 
 def _digests(folder: Path, files: Iterable[str]) -> dict[str, tuple[int, str]]:
@@ -105,7 +114,7 @@ def _check_bytes(folder: Path, remotes: Mapping[str, Remote], digests: Mapping[s
         found = {
             "bytes": size,
             "sha256": sha256,
-            "git blob": _git_blob(folder / file) if remote.git else None,
+            "git blob": git_blob(folder / file) if remote.git else None,
         }
         for kind, value in expected.items():
             if value is not None and found[kind] != value:
@@ -115,9 +124,3 @@ def _check_bytes(folder: Path, remotes: Mapping[str, Remote], digests: Mapping[s
                     found=f"{kind} {found[kind]}",
                     next=f"remove {shlex.quote(str((folder / file).resolve()))} and build again",
                 )
-
-
-def _git_blob(path: Path) -> str:
-    content = path.read_bytes()
-    # Git's name for a file, not a safeguard: SHA-1 is what the hub has for files outside LFS.
-    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()

@@ -52,7 +52,7 @@ def optimize(traced: BoundGraph, target: Target, name: str) -> tuple[BoundGraph,
                 f"pass {step} matched nowhere in {target.runtime}/{name}.onnx",
                 expected="at least one match",
                 found="; ".join(list(dict.fromkeys(outcome.misses))[:3]) or "no candidate",
-                next="run `python -m builder patches`: an upstream change alters what is traced",
+                next="run `qwen3vl-onnx patches`: an upstream change alters what is traced",
             )
         traced, matches[step] = outcome.graph, outcome.matches
     RemoveUnusedNodesPass()(traced.model)

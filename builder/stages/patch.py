@@ -1,7 +1,7 @@
 """Stage 2: hold the patches of upstream against the installed transformers, and leave readable evidence.
 
 In: the recipe's targets, whose `attention` says which patches are needed, and the installed transformers.
-Out: `NAME.diff` (upstream to patched) a patch and `patches.json`; besides, what `python -m builder patches`
+Out: `NAME.diff` (upstream to patched) a patch and `patches.json`; besides, what `qwen3vl-onnx patches`
 shows and records. Guaranteed: a source that a patch was not verified on stops the build here; nothing stays
 patched (it is `export` that applies them); verified.toml changes only in `record`, and only after every
 equivalence check passed.
@@ -140,7 +140,7 @@ def record(patches: Iterable[Patch] | None = None, file: Path = verified.FILE) -
             f"nothing recorded: on {chosen[0].package} {release(chosen[0])}, {', '.join(failures)} failed",
             expected="upstream and patched give the same numbers",
             found="\n".join(f"{name}: {said}" for name, said in failures.items()),
-            next="read `python -m builder patches --diff`, correct patches/NAME.py, record again",
+            next="read `qwen3vl-onnx patches --diff`, correct patches/NAME.py, record again",
         )
     before = verified.read(file)
     after = _with_installed(before, chosen)

@@ -23,11 +23,11 @@ from builder.graph.binding import BoundGraph, load
 from builder.graph.data_files import fill
 from builder.graph.external_data import DIGESTS
 from builder.graph.naming import rename
-from builder.graph.passes.convert_precision import narrow
+from builder.graph.passes.convert_precision import convert_precision
 from builder.graph.passes.quantize_weights import quantize_weights
-from builder.graph.quantized_data import Given
+from builder.graph.quantized_data import CalibratedRows
 from builder.quantization.activation_ranges import MAGNITUDES, Range, activation_ranges, wide_layers
-from builder.quantization.rules import Storage, resolve
+from builder.quantization.rules import WeightFormat, resolve
 from builder.stages.fetch import check_unchanged
 from builder.targets.graphs import GRAPHS, components
 from builder.util.errors import PassError, WeightError
@@ -77,7 +77,7 @@ def run(build: Build, out: Path) -> Mapping[str, object]:
     return dict(facts)
 
 
-def calibrated_rows(checkpoint: Checkpoint, storages: Mapping[str, Storage], folder: Path) -> Given:
+def calibrated_rows(checkpoint: Checkpoint, storages: Mapping[str, WeightFormat], folder: Path) -> CalibratedRows:
     """What calibration finds, read from `folder` when it is written; nothing where nothing is calibrated."""
     if not any(one.blocks.search == "gptq" for one in storages.values()):
         return {}
@@ -92,7 +92,7 @@ def stored(
     path: Path,
     bound: BoundGraph,
     precision: str,
-    storages: Mapping[str, Storage],
+    storages: Mapping[str, WeightFormat],
     wide: frozenset[int] = frozenset(),
     wide_ports: frozenset[str] = frozenset(),
 ) -> BoundGraph:
@@ -117,7 +117,7 @@ def stored(
             )
         bound = outcome.graph
     if precision != "fp32":
-        bound = narrow(bound, precision, wide, wide_ports).graph
+        bound = convert_precision(bound, precision, wide, wide_ports).graph
     RemoveUnusedNodesPass()(bound.model)
     rename(bound)
     return bound
@@ -141,7 +141,7 @@ def _check_complete(
             f"{len(kept)} matrices were not quantized for the target {runtime}",
             expected="every matrix that a rule names",
             found=", ".join(kept[:5]) + (" …" if len(kept) > 5 else ""),
-            next="run `python -m builder patches`: an upstream change alters what is traced",
+            next="run `qwen3vl-onnx patches`: an upstream change alters what is traced",
         )
     left = sorted(set(checkpoint.tensors) - used)
     if left:

@@ -25,7 +25,6 @@ def run(build: Build, out: Path) -> Mapping[str, object]:
     recipe = build.recipe
     terms = None if recipe.limits is None else LossLimits(recipe.precision, recipe.provider, recipe.limits)
     compared = comparison(build.checkpoint, build.memory, build.output / STORE, terms=terms)
-    tables = []
     for target in build.recipe.targets:
         report = compared(build.folder("configure") / target.runtime, target.runtime)
         if magnitudes := read_json(build.folder("quantize") / DIGESTS).get(MAGNITUDES):
@@ -34,8 +33,7 @@ def run(build: Build, out: Path) -> Mapping[str, object]:
         if not report.ok:
             raise failed(report, out / target.runtime)
         facts[target.runtime] = {"verdict": report.verdict, "gates": len(report.gates), **report.facts}
-        tables.append(report.table())
-    return {**facts, "report": "\n\n".join(tables)}
+    return facts
 
 
 def of_build(build: Build, target: str) -> Context:

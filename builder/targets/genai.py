@@ -124,7 +124,7 @@ NOTES = Notes(
     (
         "The runtime's own processor is bit-equal to transformers' for pictures that need no resize. Where it must "
         "resize, its grid can differ (sides ≡ 16 mod 64) and so can single pixels; resize first, or hand over "
-        "`pixel_values`, as `builder run` does.",
+        "`pixel_values`, as `qwen3vl-onnx run` does.",
         "The runtime's JPEG decoder differs from PIL's, and it does not turn pictures by their EXIF orientation.",
         "A padded batch is silently wrong in this runtime (0.18): use prompts of equal length.",
         "A second turn with a picture on one generator is silently wrong in this runtime (0.18): use a new "

@@ -23,7 +23,7 @@ from builder.targets.recipe import Attention, Target
 
 
 @dataclass(frozen=True)
-class Graphs:
+class GraphSettings:
     """The three graphs of a target.
 
     Args:
@@ -61,10 +61,10 @@ class Graphs:
         return PACKED_FEATURES if self.packed else PLAIN_FEATURES
 
 
-GRAPHS: dict[str, Graphs] = {
+GRAPHS: dict[str, GraphSettings] = {
     # onnxruntime-genai allocates `image_features` and `inputs_embeds` with `model.decoder.hidden_size` as their last
     # size, so that (1 + D)·H passes through it unchanged.
-    "genai": Graphs(
+    "genai": GraphSettings(
         attentions=("fused", "eager"),
         packed=True,
         merges=True,
@@ -72,16 +72,16 @@ GRAPHS: dict[str, Graphs] = {
         precisions=("fp32", "fp16", "bf16"),
         quantized=True,
     ),
-    "onnxruntime": Graphs(attentions=("eager",), domains=frozenset({STANDARD})),
+    "onnxruntime": GraphSettings(attentions=("eager",), domains=frozenset({STANDARD})),
     # OpenVINO fuses eager attention itself, and does not read the contrib RotaryEmbedding of the fused graphs. Weights
     # in blocks are contrib operators that it does read (MatMulNBits, GatherBlockQuantized).
-    "openvino": Graphs(attentions=("eager",), quantized=True),
+    "openvino": GraphSettings(attentions=("eager",), quantized=True),
     # transformers.js looks tokens up, writes each image token's row of `image_features` over its embedding, and passes
     # the result to the decoder, whatever its width. It copies those rows as raw memory, hence float32 in every
     # precision; it creates the empty cache from the decoder's ports, and knows the axis `batch_size` by name. A browser
     # gives each graph the data file that bears its name and no other. Without an image the library (4.3.1) places the
     # tokens of an answer at three times the prompt's length, hence the bound.
-    "transformersjs": Graphs(
+    "transformersjs": GraphSettings(
         attentions=("fused", "eager"),
         packed=True,
         batch="batch_size",

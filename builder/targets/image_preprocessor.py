@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from builder.checkpoint.load import Checkpoint
+from builder.util.onnx_session import open_session
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -38,11 +39,7 @@ def image_preprocessor_graph(checkpoint: Checkpoint, recipe: Any) -> Mapping[str
 
 def in_onnxruntime(path: Path) -> Preprocess:
     """The graph in a plain session, on one thread: thousands of its nodes are smaller than what starts one."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    session = open_session(path, intra_op_num_threads=1)
 
     def run(picture: Array) -> tuple[Array, Array]:
         pixels, grid = session.run(["pixel_values", "image_grid_thw"], {"image": np.ascontiguousarray(picture)})

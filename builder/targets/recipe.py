@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass as checked
 
 from builder.quantization.rules import Rule
 from builder.targets.providers import Name, Precision
 
 Attention = Literal["eager", "fused"]
+_Share = Annotated[float, Field(gt=0, le=1)]
+_Positive = Annotated[float, Field(gt=0)]
 
 
 @dataclass(frozen=True)
@@ -19,9 +24,10 @@ class Target:
     attention: Attention
 
 
-@dataclass(frozen=True)
+@checked(frozen=True, config=ConfigDict(extra="forbid", defer_build=True))
 class Limits:
     """What a build that is not exact may lose against PyTorch in fp32; a gate for each (builder/verify/quality.py).
+    Also the schema of `[limits]` in a recipe.
 
     Args:
         weight: largest relative error of a weight matrix.
@@ -32,13 +38,13 @@ class Limits:
         lead: largest lead, in logits, of PyTorch's own choice over a token that is generated in its place.
     """
 
-    weight: float
-    kl_mean: float
-    kl_p99: float
-    same_top: float
-    perplexity: float
-    task_lost: int
-    lead: float
+    weight: _Positive
+    kl_mean: _Positive
+    kl_p99: _Positive
+    same_top: _Share
+    perplexity: Annotated[float, Field(ge=1)]
+    task_lost: Annotated[int, Field(strict=True, ge=0)]
+    lead: _Positive
 
 
 @dataclass(frozen=True)

@@ -1,28 +1,26 @@
-"""A recipe says what to build; nothing else decides.
+"""Read a recipe, which alone says what to build, from a TOML file.
 
-In: a TOML file, or the name of a shipped one. Out: a frozen `Recipe` in which every default is filled in.
-Guaranteed: an unknown key, a wrong type, or a combination that no target can run is a `RecipeError` that
-names the file and the key; nothing in a recipe is ignored.
+An unknown key, a wrong type, or a combination that no target can run is a `RecipeError` that names the file and the
+key; nothing in a recipe is ignored.
 """
 
 from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, field, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked
 
-from builder.quantization.blockwise import LARGEST, SMALLEST, Search
-from builder.quantization.rules import Activations, Rule, Store
+from builder.quantization.rules import Rule
 from builder.targets.graphs import GRAPHS
-from builder.targets.providers import Name, Precision
+from builder.targets.providers import Name, Precision, check_provider
 from builder.targets.recipe import Attention, Limits, Recipe, Target
-from builder.targets.recipe_checks import check_runnable
+from builder.targets.registry import PACKAGING
 from builder.util.errors import RecipeError
 from builder.util.spelling import nearest
 
@@ -32,59 +30,24 @@ DEFAULT = "fp32"
 MAX_LENGTH = 4096
 
 
-_STRICT = ConfigDict(extra="forbid")
-
-
 def _known(runtime: str) -> str:
     if runtime not in GRAPHS:
         raise ValueError(f"Input should be one of: {', '.join(GRAPHS)}")
     return runtime
 
 
-def _block_size(value: int) -> int:
-    if not SMALLEST <= value <= LARGEST or value & (value - 1):
-        raise ValueError(f"a power of two from {SMALLEST} to {LARGEST}")
-    return value
-
-
-@checked(frozen=True, config=_STRICT)
-class _Rule:
-    weights: Annotated[tuple[str, ...], Field(min_length=1)]
-    store: Store
-    block: Annotated[int, Field(strict=True), AfterValidator(_block_size)] = 32
-    zero_points: Annotated[bool, Field(strict=True)] = False
-    search: Search = "mse"
-    accuracy: Literal[1, 2, 4] = 4
-    activations: Activations = "float"
-
-
-_Share = Annotated[float, Field(gt=0, le=1)]
-_Positive = Annotated[float, Field(gt=0)]
-
-
-@checked(frozen=True, config=_STRICT)
-class _Limits:
-    weight: _Positive
-    kl_mean: _Positive
-    kl_p99: _Positive
-    same_top: _Share
-    perplexity: Annotated[float, Field(ge=1)]
-    task_lost: Annotated[int, Field(strict=True, ge=0)]
-    lead: _Positive
-
-
-@checked(frozen=True, config=_STRICT)
+@checked(frozen=True, config=ConfigDict(extra="forbid", defer_build=True))
 class _Document:
     precision: Precision
     targets: Annotated[tuple[Annotated[str, AfterValidator(_known)], ...], Field(min_length=1)]
     attention: dict[str, Attention] = field(default_factory=dict)
     max_length: Annotated[int, Field(strict=True, ge=1)] = MAX_LENGTH
     provider: Name = "cpu"
-    rules: tuple[_Rule, ...] = ()
-    limits: _Limits | None = None
+    rules: tuple[Rule, ...] = ()
+    limits: Limits | None = None
 
 
-_SECTIONS: Mapping[str, type] = {"": _Document, "rules": _Rule, "limits": _Limits}
+_SECTIONS: Mapping[str, type] = {"": _Document, "rules": Rule, "limits": Limits}
 _UNKNOWN = "unexpected_keyword_argument"
 _A_TABLE = 'one of "eager", "fused" for every target, or a table such as { genai = "eager" }'
 
@@ -109,22 +72,12 @@ def load_recipe(name_or_path: str | Path = DEFAULT) -> Recipe:
     elif isinstance(attention, dict):
         _check_runtimes(path, attention)
     try:
-        checked_document = TypeAdapter(_Document).validate_python(document)
+        read = TypeAdapter(_Document).validate_python(document)
     except ValidationError as error:
         raise _explained(path, error) from None
-    targets = _targets(path, checked_document, one_for_all=isinstance(attention, str))
-    rules = tuple(Rule(**asdict(rule)) for rule in checked_document.rules)
-    limits = None if checked_document.limits is None else Limits(**asdict(checked_document.limits))
-    recipe = Recipe(
-        path.stem,
-        checked_document.precision,
-        targets,
-        checked_document.max_length,
-        checked_document.provider,
-        rules,
-        limits,
-    )
-    check_runnable(path, recipe)
+    targets = _targets(path, read, one_for_all=isinstance(attention, str))
+    recipe = Recipe(path.stem, read.precision, targets, read.max_length, read.provider, read.rules, read.limits)
+    _check_runnable(path, recipe)
     return recipe
 
 
@@ -236,3 +189,57 @@ def as_toml(recipe: Recipe, remark: str) -> str:
     if recipe.limits is not None:
         lines += ["", "[limits]", *(f"{key} = {json.dumps(value)}" for key, value in asdict(recipe.limits).items())]
     return "\n".join(lines) + "\n"
+
+
+def _check_runnable(path: Path, recipe: Recipe) -> None:
+    """Refuse limits that are missing or superfluous, and a precision, rules or a provider that a target cannot have."""
+    check_provider(recipe.provider, recipe.precision, recipe.rules, path)
+    for rule in recipe.rules:
+        if rule.activations == "int8" and (rule.store != "int8" or rule.zero_points or rule.search == "gptq"):
+            raise RecipeError(
+                f"recipe {path}: 8-bit activations are multiplied with 8-bit weights of one scale a row",
+                expected='store = "int8", no zero points, search = "none" or "mse"',
+                found=f"store = {rule.store!r}, zero_points = {rule.zero_points}, search = {rule.search!r}",
+                next="remove `activations`, or change the others",
+            )
+    if recipe.exact != (recipe.limits is None):
+        raise RecipeError(
+            f"recipe {path}: " + ("`limits` is for what may lose" if recipe.exact else "`limits` is missing"),
+            expected="no `limits`: fp32 equals the model" if recipe.exact else "what this build may lose, as a table",
+            found="limits" if recipe.exact else "none",
+            next="remove `limits`" if recipe.exact else "take those of a shipped recipe, or measure and set your own",
+        )
+    names = [target.runtime for target in recipe.targets]
+    exact = [name for name in names if not GRAPHS[name].quantized]
+    if recipe.rules and exact:
+        raise RecipeError(
+            f"recipe {path}: `rules` cannot be carried out for the target `{exact[0]}`",
+            expected=f"{_able(lambda name: GRAPHS[name].quantized)}: "
+            "the operators for quantized blocks are not standard ones",
+            found=", ".join(names),
+            next=f'remove "{exact[0]}" from `targets`, or `rules`',
+        )
+    for name in names:
+        precisions, chooses = GRAPHS[name].precisions, PACKAGING[name].provider
+        if recipe.precision not in precisions or (recipe.provider != "cpu" and not chooses):
+            provider = "" if chooses else ", and its runtime chooses the provider"
+            raise RecipeError(
+                f"recipe {path}: the target `{name}` is built in {' or '.join(precisions)}{provider}",
+                expected=f'provider = "cpu", precision = "{precisions[0]}"',
+                found=f"{recipe.provider}, {recipe.precision}",
+                next=_able(lambda name: recipe.precision in GRAPHS[name].precisions and PACKAGING[name].provider),
+            )
+    either = [target for target in recipe.targets if len(GRAPHS[target.runtime].attentions) > 1]
+    if not recipe.exact and any(target.attention == "eager" for target in either):
+        raise RecipeError(
+            f"recipe {path}: eager attention is built in fp32 only",
+            expected="fused",
+            found="eager",
+            next="remove `attention`",
+        )
+
+
+def _able(may: Callable[[str], bool]) -> str:
+    """The line of a recipe with every target that may."""
+    names = ", ".join(f'"{name}"' for name in GRAPHS if may(name))
+    return f"targets = [{names}]"

@@ -35,16 +35,16 @@ class Notes:
 
 
 @dataclass(frozen=True)
-class Place:
+class GraphFiles:
     """Where a graph and its data are in a bundle: relative, with `/`, both in one folder."""
 
     graph: str
     data: str
 
 
-def by_name(graph: str, recipe: Recipe) -> Place:
+def by_name(graph: str, recipe: Recipe) -> GraphFiles:
     """The graph's own name, at the top of the folder."""
-    return Place(f"{graph}.onnx", f"{graph}.onnx.data")
+    return GraphFiles(f"{graph}.onnx", f"{graph}.onnx.data")
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,6 @@ class Packaging:
     configs: Callable[[Checkpoint, Recipe, Target], Mapping[str, str]]
     notes: Notes
     programs: Callable[[], Mapping[str, str]] = dict
-    layout: Callable[[str, Recipe], Place] = by_name
+    layout: Callable[[str, Recipe], GraphFiles] = by_name
     further: Callable[[Checkpoint, Recipe], Mapping[str, ModelProto]] = lambda checkpoint, recipe: {}
     provider: bool = False

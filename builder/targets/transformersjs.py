@@ -18,7 +18,7 @@ from builder.graph.ports import ROLES
 from builder.targets.config_files import as_json, eos_token_ids, pipeline_settings, vision_processor
 from builder.targets.image_preprocessor import image_preprocessor_graph
 from builder.targets.runners.node import LIBRARY, PINNED_LIBRARY
-from builder.targets.spec import Notes, Packaging, Place
+from builder.targets.spec import GraphFiles, Notes, Packaging
 
 if TYPE_CHECKING:
     from builder.targets.recipe import Recipe, Target
@@ -39,10 +39,10 @@ def dtype(recipe: Recipe) -> str:
     return "q8" if stores else recipe.precision
 
 
-def layout(graph: str, recipe: Recipe) -> Place:
+def layout(graph: str, recipe: Recipe) -> GraphFiles:
     """Where the library looks."""
     path = f"onnx/{STEMS.get(graph, graph)}{SUFFIXES[dtype(recipe)] if graph in STEMS else ''}.onnx"
-    return Place(path, f"{path}_data")
+    return GraphFiles(path, f"{path}_data")
 
 
 def _configs(checkpoint: Checkpoint, recipe: Recipe, target: Target) -> Mapping[str, str]:

@@ -96,21 +96,21 @@ class PatchError(BuildError):
     """Upstream source that no patch was verified on, or a patch that never ran."""
 
     exit_code = 15
-    otherwise = "`python -m builder patches` shows every patch and its state"
+    otherwise = "`qwen3vl-onnx patches` shows every patch and its state"
 
 
 class WeightError(BuildError):
     """A graph initializer without a checkpoint tensor, or a tensor that no graph uses."""
 
     exit_code = 16
-    otherwise = "save the checkpoint again with `save_pretrained`; if it is right, see `python -m builder patches`"
+    otherwise = "save the checkpoint again with `save_pretrained`; if it is right, see `qwen3vl-onnx patches`"
 
 
 class PassError(BuildError):
     """A graph pass that the recipe expects to match and that did not."""
 
     exit_code = 17
-    otherwise = "`python -m builder patches`: an upstream change alters what is traced"
+    otherwise = "`qwen3vl-onnx patches`: an upstream change alters what is traced"
 
 
 class ImageError(BuildError):
@@ -138,7 +138,7 @@ class BundleError(BuildError):
     """A folder that is no bundle, or whose files differ from its manifest."""
 
     exit_code = 21
-    otherwise = "build it again with `python -m builder build`"
+    otherwise = "build it again with `qwen3vl-onnx build`"
 
 
 class MissingPackageError(BuildError):
@@ -166,7 +166,7 @@ class GoldenError(BuildError):
     """A golden that cannot be read, or that was made from something else."""
 
     exit_code = 26
-    otherwise = "make it again: python -m builder golden CHECKPOINT --output FILE"
+    otherwise = "make it again: qwen3vl-onnx golden CHECKPOINT --output FILE"
 
 
 class SignatureError(BuildError):

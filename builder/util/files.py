@@ -1,10 +1,12 @@
-"""Files that are the same bytes in two places."""
+"""Link, hash and replace files."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -23,11 +25,30 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replaces `path` as a whole: a hard link to the old file elsewhere keeps the old text."""
+def git_blob(path: Path) -> str:
+    """Git's name for a file's bytes, in hex: what the hub reports of files outside LFS."""
+    content = path.read_bytes()  # small, as it is outside LFS
+    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yield `path`.part to create; rename it to `path` at the end, or remove it on an error.
+
+    A hard link to the old file elsewhere keeps the old content.
+    """
     part = path.with_name(path.name + ".part")
-    # Made anew: a link that someone laid there would lead the text to another folder.
-    part.unlink(missing_ok=True)
-    with part.open("x", encoding="utf-8", newline="\n") as file:
+    part.unlink(missing_ok=True)  # a symbolic link placed there would redirect the bytes to another folder
+    try:
+        yield part
+        os.replace(part, path)
+    except BaseException:
+        with suppress(OSError):
+            part.unlink()
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace `path` atomically with `text`, in UTF-8."""
+    with atomic_write(path) as part, part.open("x", encoding="utf-8", newline="\n") as file:
         file.write(text)
-    os.replace(part, path)

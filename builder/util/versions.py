@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+from importlib import metadata
 
 MISSING = "not installed"
 
@@ -10,6 +10,6 @@ MISSING = "not installed"
 def version(distribution: str) -> str:
     """The installed version, or `MISSING`; imports nothing of it."""
     try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
         return MISSING

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from builder.bundle.layout import data_files
-from builder.reference.cases import SUITE, Case, Suite, read_cases, shipped_cases
+from builder.reference.cases import Case, Suite, layerwise, shipped_cases
 from builder.reference.model import Reference
 from builder.reference.trace_cache import traced
 from builder.targets.clients.pipeline import load_tokenizer, prepare, read_image_settings, read_settings
@@ -35,7 +35,6 @@ from builder.verify.report.exhibits import collecting, show_case
 from builder.verify.report.gates import Gate, Report, guarded
 from builder.verify.tokens import TIE, NearTies, counted, input_gates
 
-CASES = ("text", "one picture", "wide, tall")
 TOKENS = 16
 TWICE = 2  # a slice's peak over its weights: ONNX Runtime packs some while it still holds those that it read
 RUNNING = 1.25  # a whole bundle's peak over its data files (2B: 9.9 GB over 8.5 GB)
@@ -45,7 +44,7 @@ def verify_sliced(
     folder: Path,
     target: str,
     reference: Reference,
-    limit: int,
+    memory: int,
     store: Path,
     cases: Sequence[Case] | None = None,
     *,
@@ -54,15 +53,15 @@ def verify_sliced(
     """All gates of one folder.
 
     Args:
-        limit: bytes of memory that a process may take.
+        memory: bytes that a process may use.
         store: where the reference's outputs are kept.
-        cases: what to ask; `CASES` if None.
-        fail_fast: stop behind the first place that fails.
+        cases: what to compare; the shipped cases tagged "layerwise" if None.
+        fail_fast: stop after the first place that fails.
 
     Raises:
         BundleError: a graph or a setting that its runtime cannot open.
     """
-    chosen = [case for case in shipped_cases() if case.name in CASES] if cases is None else cases
+    chosen = layerwise(shipped_cases()) if cases is None else cases
     sizes = reference.checkpoint.vision
     with progress(f"verify {target} in slices", len(chosen) + 4) as advance, collecting(sizes) as exhibits:
         asked, gates = [], []
@@ -72,7 +71,7 @@ def verify_sliced(
             gates += compared
             advance()
         gates += preprocessor_gates(folder, target, reference)
-        graphs = SlicedGraphs(folder, target, reference.checkpoint.text.hidden, slice_budget(limit))
+        graphs = SlicedGraphs(folder, target, reference.checkpoint.text.hidden, slice_budget(memory))
         comparison = TraceComparison(graphs, reference)
         ended = False
         for place, compute in (
@@ -85,7 +84,7 @@ def verify_sliced(
             advance()
         not_run: dict[str, str] = {}
         if not (fail_fast and not all(gate.ok for gate in gates)):
-            told, not_run = _tokens(folder, target, reference, chosen, asked, gates, limit)
+            told, not_run = _tokens(folder, target, reference, chosen, asked, gates, memory)
             gates += told
         advance()
     versions = {name: version(name) for name in ("torch", "transformers", "onnxruntime", "numpy")}
@@ -99,14 +98,13 @@ def verify_sliced(
     return Report(target, reference.checkpoint.name, tuple(gates), facts, not_run, exhibits())
 
 
-def for_slices(suite: Suite) -> list[Case]:
-    """`CASES`, and every case that is not shipped.
+def for_slices(suite: Suite) -> tuple[Case, ...]:
+    """The cases that are compared layer by layer.
 
     Raises:
-        CasesError: one that leaves checks out, which a comparison in slices cannot.
+        CasesError: a case leaves checks out, which a comparison in slices cannot do.
     """
-    shipped = {case.name for case in read_cases((SUITE,))}
-    chosen = [case for case in suite.cases if case.name in CASES or case.name not in shipped]
+    chosen = layerwise(suite.cases)
     for case in chosen:
         if case.unchecked:
             raise CasesError(
@@ -118,9 +116,9 @@ def for_slices(suite: Suite) -> list[Case]:
     return chosen
 
 
-def slice_budget(limit: int) -> int:
-    """Bytes of weights in one slice, where a process may take `limit` bytes of memory."""
-    return min(SLICE, max(1, (limit - VERIFY_MEMORY) // TWICE))
+def slice_budget(memory: int) -> int:
+    """Bytes of weights in one slice, where a process may use `memory` bytes."""
+    return min(SLICE, max(1, (memory - VERIFY_MEMORY) // TWICE))
 
 
 def _asked(case: Case, folder: Path, reference: Reference, store: Path) -> tuple[TraceCase, list[Gate]]:
@@ -141,14 +139,14 @@ def _tokens(
     cases: Sequence[Case],
     asked: Sequence[TraceCase],
     gates: Sequence[Gate],
-    limit: int,
+    memory: int,
 ) -> tuple[list[Gate], dict[str, str]]:
     """Greedy tokens of the bundle's own runtime, each of which PyTorch must give after those before it."""
     if why := RUNTIMES[target].missing():
         return [], {"tokens": why}
     needed = VERIFY_MEMORY + round(RUNNING * sum(file.stat().st_size for file in data_files(folder)))
-    if needed > limit:
-        return [], {"tokens": f"needs {size(needed)} of memory, there are {size(limit)}"}
+    if needed > memory:
+        return [], {"tokens": f"needs {size(needed)} of memory, there are {size(memory)}"}
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         played = pool.submit(_played, folder, target, list(cases)).result()
     told: list[Gate] = []

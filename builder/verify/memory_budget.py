@@ -14,16 +14,14 @@ if TYPE_CHECKING:
     from builder.checkpoint.config import Vision
     from builder.checkpoint.safetensors import Tensor
 
-SLICE = 10**9  # bytes of weights in one slice, if the memory allows as much
-
 Mode = Literal["whole", "sliced"]
 ITEM = 4  # bytes of an element in PyTorch: fp32
 LAYERS = EMBEDDING_MATRIX.removesuffix("embed_tokens.weight") + "layers."
-# The runtimes' and PyTorch's own, activations and logits: whole came to 2.68 GB where this makes it 2.70.
-VERIFY_MEMORY = 1_000_000_000
-# What the largest shipped picture adds where a comparison is whole: copies of its pixel values (0.38 GB came with it in
-# the miniature), and four tensors [patches, intermediate] of the vision encoder, which is not measured.
-LARGEST_PATCHES, LARGEST_PIXELS = 10_168, 400_000_000
+SLICE = 10**9  # bytes of weights in one slice, if the memory allows as much; chosen
+# Bytes, measured on 2 x86-64 cores. The figures that only `--dry-run` shows are in builder/stages/engine/measured.py.
+VERIFY_MEMORY = 1_000_000_000  # the runtimes, PyTorch, activations, logits: whole took 2.68e9, estimated at 2.70e9
+LARGEST_PATCHES = 10_168  # of the largest shipped image; four tensors [patches, intermediate], which is not measured
+LARGEST_PIXELS = 400_000_000  # copies of that image's pixel values: 0.38e9 in the miniature
 
 
 class Sizes(Protocol):
@@ -49,6 +47,6 @@ def verify_memory(checkpoint: Sizes) -> tuple[int, int]:
     return whole, VERIFY_MEMORY + 2 * ITEM * max(*layers.values(), head)
 
 
-def verify_mode(checkpoint: Sizes, limit: int) -> Mode:
-    """Whole where that fits in `limit` bytes of memory."""
-    return "whole" if verify_memory(checkpoint)[0] <= limit else "sliced"
+def verify_mode(checkpoint: Sizes, memory: int) -> Mode:
+    """Whole where that fits in `memory` bytes."""
+    return "whole" if verify_memory(checkpoint)[0] <= memory else "sliced"

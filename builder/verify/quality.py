@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from builder.reference.cases import LARGEST, SUITE, Case, Suite
+from builder.reference.cases import MAX_PATCHES, SUITE, Case, Suite
 from builder.reference.model import Prompt, Reference
 from builder.targets.config_files import eos_token_ids
 from builder.targets.recipe import Limits
@@ -85,7 +85,7 @@ def quality_gates(
     compared = []
     for case in (*suite.cases, *suite.tasks):
         prompt = reference.prepare(case.prompt, case.images, lifted=case.lifted)
-        if prompt.pixel_values is None or len(prompt.pixel_values) <= LARGEST:
+        if prompt.pixel_values is None or len(prompt.pixel_values) <= MAX_PATCHES:
             compared.append(_compared(case, prompt, sides))
     positions = joined(compared)
     drift = [float(x) for x in np.mean([one.drift for one in compared], axis=0)]

@@ -16,9 +16,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from builder.bundle.dequantize import WeightError, write_dequantized
+from pydantic import ValidationError
+
+from builder.bundle.dequantize import RoundingError, write_dequantized
 from builder.checkpoint.load import Checkpoint, open_checkpoint
-from builder.reference.cases import Case, Suite
+from builder.reference.cases import Suite, layerwise
 from builder.reference.model import Reference
 from builder.targets.recipe import Limits
 from builder.targets.runners.registry import RUNTIMES
@@ -27,9 +29,6 @@ from builder.verify.graphs.fp32_copy import write_for_cpu, write_twins
 from builder.verify.quality import quality_gates
 from builder.verify.report.gates import Gate, Report
 
-# What the twin is asked: every graph, one and several pictures, a prompt without. Cases that differ in preprocessing
-# alone are asked of every fp32 bundle, whose preprocessing is the same.
-CASES = ("text", "one picture", "wide, tall")
 NO_BF16 = "onnxruntime's CPU provider has no bf16 MatMul: this bundle was checked through its fp32 twin alone"
 
 
@@ -46,16 +45,18 @@ class LossLimits:
         """From a manifest's "recipe"; None where the bundle has to be exact.
 
         Raises:
-            BundleError: limits that are none.
+            BundleError: the limits are not those of a recipe.
         """
         limits = recipe.get("limits")
         if not limits:
             return None
         try:
             return cls(recipe["precision"], recipe["provider"], Limits(**limits))
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValidationError) as error:
+            problems = error.errors() if isinstance(error, ValidationError) else []
+            found = "; ".join(f"limits.{one['loc'][0]}: {one['msg']}" for one in problems) or str(error)
             raise BundleError(
-                "the manifest's recipe cannot be read", expected="precision, provider, limits", found=str(error)
+                "the manifest's recipe cannot be read", expected="precision, provider, limits", found=found
             ) from error
 
 
@@ -72,7 +73,7 @@ def verify_lossy(
 
     Args:
         reference: of the checkpoint itself.
-        suite: what to ask.
+        suite: what to compare; with a streamed reference, already `builder.verify.layerwise.for_slices`.
         exact: (a twin's folder, the checkpoint that it is, what to ask it) → its report.
         scratch: where the dequantized checkpoint lies meanwhile, at 4 bytes a weight.
     """
@@ -82,16 +83,14 @@ def verify_lossy(
         twin, dequantized = Path(passing) / "twin", Path(passing) / checkpoint.name
         errors = write_dequantized(folder, checkpoint, terms.precision, dequantized)
         write_twins(folder, twin)
-        report = exact(twin, open_checkpoint(dequantized), replace(suite, cases=_chosen(suite.cases), tasks=()))
+        report = exact(twin, open_checkpoint(dequantized), replace(suite, cases=layerwise(suite.cases), tasks=()))
         gates, facts = [*weight_gates(errors, terms.limits), *report.gates], dict(report.facts)
         facts["weights"] = [vars(one) for one in errors]
         not_run = {**report.not_run, **_not_run(terms, target)}
         if terms.precision != "bf16":
-            # A streamed reference reads all weights for every case.
-            asked = replace(suite, cases=_chosen(suite.cases) if reference.streamed else suite.cases)
             on_cpu = Path(passing) / "cpu"
             write_for_cpu(folder, on_cpu)
-            lossy, measured = quality_gates(on_cpu, target, reference, terms.limits, asked)
+            lossy, measured = quality_gates(on_cpu, target, reference, terms.limits, suite)
             gates += lossy
             facts["quality"] = measured
             facts |= {"task": measured["task"]} if "task" in measured else {}
@@ -111,7 +110,7 @@ def _not_run(terms: LossLimits, target: str) -> dict[str, str]:
     return found
 
 
-def weight_gates(errors: Sequence[WeightError], limits: Limits) -> Iterator[Gate]:
+def weight_gates(errors: Sequence[RoundingError], limits: Limits) -> Iterator[Gate]:
     """The matrix that is furthest from the checkpoint's, of each bit width, and its worst row."""
     for bits in sorted({one.bits for one in errors}):
         some = [one for one in errors if one.bits == bits]
@@ -120,8 +119,3 @@ def weight_gates(errors: Sequence[WeightError], limits: Limits) -> Iterator[Gate
         name = f"{len(some)} matrices of {bits:g} bits"
         yield Gate("weights", f"{name}, worst: {worst.tensor}", worst.relative, limits.weight)
         yield Gate("weights", f"{name}, worst row: {row.tensor}", row.worst_row, 2 * limits.weight)
-
-
-def _chosen(cases: Sequence[Case]) -> tuple[Case, ...]:
-    """`CASES`, and every case that the user added."""
-    return tuple(case for case in cases if case.name in CASES)

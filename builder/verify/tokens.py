@@ -74,7 +74,7 @@ def token_gates(
     """
     if runner.not_run is not None:
         return [], NearTies(0, ())
-    name, tokens = case.name, min(tokens, case.tokens)
+    name, tokens = case.name, min(tokens, case.max_new_tokens)
     found: list[tuple[list[Gate], list[str]]] = []
     common = (reference, logit_error, tokens)
     if "tokens" in case.checks:
@@ -94,7 +94,7 @@ def takes(own: OwnProcessor, case: Case) -> bool:
 def file_gates(
     case: Case, prompt: Prompt, runner: Runner, reference: Reference, logit_error: float, tokens: int
 ) -> tuple[list[Gate], list[str]]:
-    """Our own preprocessing, as `builder run` does it."""
+    """Our own preprocessing, as `qwen3vl-onnx run` does it."""
     want = reference.generate(prompt, tokens, tokens)
     again = answer_from(runner, runner.prepare(case.prompt, case.images), want)
 

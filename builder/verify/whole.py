@@ -8,12 +8,13 @@ failing gate says where a difference began; a gate that cannot be computed fails
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from builder.bundle.layout import MANIFEST, check_bundle, own_evidence
-from builder.checkpoint.load import Checkpoint, open_checkpoint
+from builder.checkpoint.load import Checkpoint
 from builder.reference.cases import Case, Suite, whole_suite
 from builder.reference.model import Prompt, Reference
 from builder.targets.graphs import GRAPHS
@@ -40,32 +41,33 @@ RUNNING = ("torch", "transformers", "onnxruntime", "onnxruntime-genai", "tokeniz
 
 
 def comparison(
-    checkpoint: Checkpoint, limit: int | None, store: Path, more: Sequence[Path] = (), terms: LossLimits | None = None
+    checkpoint: Checkpoint, memory: int | None, store: Path, more: Sequence[Path] = (), terms: LossLimits | None = None
 ) -> Callable[[Path, str], Report]:
     """(folder, target) → its report: whole where PyTorch and ONNX Runtime fit in memory together, else sliced.
 
     Args:
-        limit: bytes of memory that may be used; None for all that this process may have.
+        memory: bytes that may be used; None for all that this process may have.
         store: where a sliced comparison keeps the reference's outputs.
         more: files of cases besides the shipped ones, or folders of them.
         terms: what a bundle that is not exact may lose; None for one that is.
     """
-    memory = machine.memory_limit() if limit is None else limit
-    whole = verify_mode(checkpoint, memory) == "whole"
+    available = machine.memory_limit() if memory is None else memory
+    whole = verify_mode(checkpoint, available) == "whole"
     reference = Reference(checkpoint, streamed=not whole)
 
     def exact(folder: Path, target: str, wanted: Reference, suite: Suite, kept: Path) -> Report:
         if whole:
             return verify(folder, target, wanted, suite)
-        return verify_sliced(folder, target, wanted, memory, kept, for_slices(suite))
+        return verify_sliced(folder, target, wanted, available, kept, suite.cases)
 
     def compared(folder: Path, target: str) -> Report:
         if terms is None and not more:
             if whole:
                 return verify(folder, target, reference)
-            return verify_sliced(folder, target, reference, memory, store)
+            return verify_sliced(folder, target, reference, available, store)
         with TemporaryDirectory() as drawn:
             suite = whole_suite(checkpoint, Path(drawn), more)
+            suite = suite if whole else replace(suite, cases=for_slices(suite))
             if terms is None:
                 return exact(folder, target, reference, suite, store)
 
@@ -79,15 +81,15 @@ def comparison(
 
 def verify_bundle(
     bundle: Path,
-    reference: Path,
-    limit: int | None = None,
+    reference: Checkpoint,
+    memory: int | None = None,
     store: Path | None = None,
     more: Sequence[Path] = (),
 ) -> Report:
-    """Compares a finished bundle with a checkpoint folder and writes the report into its `evidence/`.
+    """Compare a finished bundle with a checkpoint, and write the report into its `evidence/`.
 
     Args:
-        limit: see `comparison`.
+        memory: see `comparison`.
         store: where the reference's outputs are kept for the next time; None keeps nothing.
         more: files of cases besides the shipped ones, or folders of them.
 
@@ -96,11 +98,11 @@ def verify_bundle(
     """
     if store is None:
         with TemporaryDirectory() as passing:
-            return verify_bundle(bundle, reference, limit, Path(passing), more)
+            return verify_bundle(bundle, reference, memory, Path(passing), more)
     target, evidence = check_bundle(bundle), own_evidence(bundle)
     check_target(bundle, target)
     terms = LossLimits.of(read_json(bundle / MANIFEST).get("recipe", {}))
-    report = comparison(open_checkpoint(reference), limit, store, more, terms)(bundle, target)
+    report = comparison(reference, memory, store, more, terms)(bundle, target)
     write(report, evidence, of_bundle(bundle))
     return report
 

@@ -16,7 +16,7 @@ import pytest
 from onnx import NodeProto, TensorProto, helper
 from safetensors.numpy import load_file
 
-from builder.bundle.dequantize import WeightError, write_dequantized
+from builder.bundle.dequantize import RoundingError, write_dequantized
 from builder.checkpoint.load import Checkpoint, open_checkpoint
 from builder.checkpoint.parts import DECODER, EMBEDDINGS, VISION
 from builder.checkpoint.tensors import EMBEDDINGS as EMBEDDING_MATRIX
@@ -36,7 +36,7 @@ LAYER = "model.language_model.layers.{}.{}.weight"
 @pytest.fixture(scope="module")
 def written(
     finished: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Checkpoint, list[WeightError]]:
+) -> tuple[Checkpoint, list[RoundingError]]:
     """Of the miniature in int4."""
     folder = tmp_path_factory.mktemp("dequantized")
     errors = write_dequantized(finished("int4"), open_checkpoint(MINIATURE), "fp32", folder)
@@ -44,7 +44,7 @@ def written(
 
 
 @pytest.fixture(scope="module")
-def tensors(written: tuple[Checkpoint, list[WeightError]]) -> dict[str, Array]:
+def tensors(written: tuple[Checkpoint, list[RoundingError]]) -> dict[str, Array]:
     found: dict[str, Array] = load_file(written[0].folder / "model.safetensors")
     return found
 
@@ -117,7 +117,7 @@ def test_rows_are_what_the_runtime_looks_up(finished: Callable[[str], Path], ten
 
 
 def test_it_is_a_checkpoint_and_what_is_not_quantized_is_the_original(
-    written: tuple[Checkpoint, list[WeightError]], tensors: dict[str, Array]
+    written: tuple[Checkpoint, list[RoundingError]], tensors: dict[str, Array]
 ) -> None:
     opened, errors = written
     original = open_checkpoint(MINIATURE)
@@ -132,7 +132,7 @@ def test_it_is_a_checkpoint_and_what_is_not_quantized_is_the_original(
 
 
 def test_errors_are_those_of_the_matrices(
-    written: tuple[Checkpoint, list[WeightError]], tensors: dict[str, Array]
+    written: tuple[Checkpoint, list[RoundingError]], tensors: dict[str, Array]
 ) -> None:
     _, errors = written
     want = originals()
@@ -176,7 +176,7 @@ def test_a_head_of_its_own_is_not_the_embeddings(checkpoint: Callable[[str], Pat
 
 def head(quantized: Any, blocks: Blocks) -> onnx.ModelProto:
     """One product with the head, its weights inside the graph."""
-    count, columns = quantized.levels.shape
+    count, columns = quantized.codes.shape
     packed = packed_parts(quantized, blocks, "float32")
     names = [f"lm_head.weight.{part}" for part in packed]
     attributes = {"K": columns, "N": count, "bits": blocks.bits, "block_size": blocks.size}

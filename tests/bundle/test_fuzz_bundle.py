@@ -1,4 +1,4 @@
-"""Bundles that mean harm: `builder run` and `builder verify` refuse them before a runtime in C sees them.
+"""Bundles that mean harm: `qwen3vl-onnx run` and `qwen3vl-onnx verify` refuse them before a runtime in C sees them.
 
 A bundle's graphs run, and so does an `onnxruntime` bundle's pipeline.py: no more is promised than that a bundle that
 someone changed on its way is told from a whole one, that no file outside its folder is read or written, and that what

@@ -1,4 +1,4 @@
-"""`builder run` on bundles of both runtimes whose answers numpy knows."""
+"""`qwen3vl-onnx run` on bundles of both runtimes whose answers numpy knows."""
 
 from __future__ import annotations
 

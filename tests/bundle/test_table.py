@@ -12,6 +12,7 @@ from builder.bundle import table
 from builder.cli.app import app
 from builder.targets.registry import PACKAGING
 from builder.targets.runners.registry import RUNTIMES
+from builder.util.console_table import as_text
 from builder.util.errors import BundleError
 from builder.verify.report.context import Context
 from builder.verify.report.exhibits import Exhibit
@@ -57,7 +58,7 @@ def test_each_bundle_has_a_row_from_its_evidence(output: Path) -> None:
     assert genai.bytes == sum(one["size"] for one in manifest["files"].values())
     assert (openvino.tokens, openvino.task, openvino.verdict) == (0, None, "sliced")
     assert openvino.played.startswith("not run here, because openvino is not installed")
-    for shown in (table.text([genai, openvino]), table.markdown([genai, openvino])):
+    for shown in (as_text(*table.renderables([genai, openvino])), table.markdown([genai, openvino])):
         assert "699 / 700" in shown
         assert "not run here, because" in " ".join(shown.split())
 

@@ -13,10 +13,14 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 
-from builder.checkpoint.fingerprint import fetched, identity, resolve
+from builder.checkpoint.fingerprint import hub_fingerprint, open_fetched, resolve
 from builder.checkpoint.source import parse_source
+from builder.stages.engine.build import Build
+from builder.stages.engine.execute import execute, plan
+from builder.targets.recipe_file import load_recipe
 from builder.util.errors import BuildError, CheckpointError, DownloadError, UnsafeError, UnsupportedError
 from tests.helpers.hub_server import HubServer, Repository
+from tests.helpers.openings import count_openings
 from tests.stages.test_fetch import SHARD, fetch_into, sha256
 
 REPO = "Org/Tiny-VL"
@@ -62,12 +66,12 @@ def test_unpinned_id_is_resolved_once_and_only_needed_files_are_fetched(
 ) -> None:
     source = resolve(parse_source(REPO))
     assert source.revision == repository.commit
-    assert source.command == f"python -m builder build {REPO}@{repository.commit}"
+    assert source.command == f"qwen3vl-onnx build {REPO}@{repository.commit}"
     assert hub.fetched() == {"config.json"}
-    assert identity(source) == {"repository": REPO, "revision": repository.commit}
+    assert hub_fingerprint(source) == {"repository": REPO, "revision": repository.commit}
     facts = fetch_into(source, out)
     assert facts["report"] == f"pinned: {source.command}"
-    checkpoint = fetched(out)
+    checkpoint = open_fetched(out)
     assert (checkpoint.name, checkpoint.revision) == ("Tiny-VL", repository.commit)
     unwanted = {"pytorch_model.bin", "onnx/model.onnx"}
     assert hub.fetched() == {*checkpoint.files, "README.md"} == set(repository.files()) - unwanted
@@ -86,7 +90,7 @@ def test_dropped_connection_is_resumed(hub: HubServer, repository: Repository, o
     assert second.range is not None
     begin = int(second.range.removeprefix("bytes=").removesuffix("-"))
     assert 0 < begin <= 100_000
-    assert sha256(fetched(out).folder / SHARD) == sha256(repository.folder / SHARD)
+    assert sha256(open_fetched(out).folder / SHARD) == sha256(repository.folder / SHARD)
 
 
 def test_second_try_keeps_the_files_that_were_whole(hub: HubServer, repository: Repository, out: Path) -> None:
@@ -116,7 +120,18 @@ def test_other_bytes_than_the_hub_names_are_refused(
     removed = str(caught.value.next).split()[1]
     Path(removed).unlink()
     fetch_into(source, out)
-    assert sha256(fetched(out).folder / file) == sha256(repository.folder / file)
+    assert sha256(open_fetched(out).folder / file) == sha256(repository.folder / file)
+
+
+def test_a_download_is_opened_to_prove_it_and_once_more_from_the_record(
+    hub: HubServer, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = count_openings(monkeypatch)
+    build = Build(resolve(parse_source(REPO)), load_recipe(), out)
+    execute(build, until="fetch")
+    plan(build)
+    assert len(opened) == 2
+    assert build.checkpoint.folder == opened[0] == opened[1]
 
 
 def test_cached_commit_needs_no_network(hub: HubServer, repository: Repository, out: Path) -> None:
@@ -127,7 +142,7 @@ def test_cached_commit_needs_no_network(hub: HubServer, repository: Repository, 
     assert resolve(pinned) == pinned
     shutil.rmtree(out)
     fetch_into(pinned, out)
-    assert fetched(out).revision == repository.commit
+    assert open_fetched(out).revision == repository.commit
     assert len(hub.requests) == asked
     with pytest.raises(DownloadError, match="could not be downloaded"):
         resolve(parse_source(REPO))

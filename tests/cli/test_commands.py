@@ -15,8 +15,10 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
+from builder.checkpoint.load import Checkpoint
 from builder.cli.app import app
 from builder.util.errors import BundleError, VerificationError
+from builder.verify.report.gates import Gate, Report
 from tests.helpers.hub_server import HubServer, Repository
 
 ROOT = Path(__file__).parents[2]
@@ -90,7 +92,7 @@ def test_build_prints_a_line_a_stage_and_the_result_last(tmp_path: Path) -> None
     assert (tmp_path / "outputs" / "miniature-fp32" / "1-fetch" / "stage.json").is_file()
 
     again = invoke("build", "--until", "fetch")
-    assert again.stderr.splitlines() == ["1-fetch      cached", "nothing to run: nothing has changed"]
+    assert again.stderr.splitlines() == ["1-fetch      cached", "nothing to run: nothing changed"]
     assert again.stdout == result.stdout
 
     payload = json.loads(invoke("build", "--until", "fetch", "--force", "fetch", "--json").stdout)
@@ -136,7 +138,7 @@ def test_an_unpinned_hub_id_is_settled_once(tmp_path: Path) -> None:
         first = spawned("-m", "builder", "build", "Org/Mini", "--until", "fetch", **settings)
         assert first.returncode == 0, first.stderr
         pinned = f"Org/Mini@{repository.commit}"
-        assert f"python -m builder build {pinned}" in first.stdout
+        assert f"qwen3vl-onnx build {pinned}" in first.stdout
         marker = json.loads((tmp_path / "outputs" / "Mini-fp32" / "build.json").read_text())
         assert (marker["asked"], marker["checkpoint"]) == ("Org/Mini", pinned)
 
@@ -196,7 +198,7 @@ def test_a_folder_that_holds_something_else_is_refused(tmp_path: Path, verb: str
     ("arguments", "said"),
     [
         (["build", "--until", "bundel"], "did you mean 'bundle'?"),
-        (["build", "--force", "xyz"], "no stage is called 'xyz'"),
+        (["build", "--force", "xyz"], "'xyz' is not a stage"),
         (["explain", "--until", "export", "--force", "verify"], "verify comes after --until export"),
         (["build", "--recepi", "fp32"], "No such option"),
         (["run", "somewhere"], "Missing option"),
@@ -218,24 +220,17 @@ def module(monkeypatch: pytest.MonkeyPatch, name: str, **content: object) -> Non
     monkeypatch.setitem(sys.modules, name, stand_in)
 
 
-class Report:
-    def __init__(self, ok: bool) -> None:
-        self.ok = ok
-
-    def table(self) -> str:
-        return "vision  1e-6 [ok]"
-
-    def as_dict(self) -> dict[str, object]:
-        return {"target": "genai", "gates": []}
+def report_of(ok: bool) -> Report:
+    return Report("genai", "tiny", (Gate("image features", "text", 1e-6 if ok else 1.0, 1e-4),), {})
 
 
 @pytest.mark.parametrize(("ok", "code"), [(True, 0), (False, 20)])
 def test_verify_exits_by_the_gates(monkeypatch: pytest.MonkeyPatch, ok: bool, code: int) -> None:
     asked: list[tuple[object, ...]] = []
 
-    def verify_bundle(*arguments: object) -> Report:
-        asked.append(arguments)
-        return Report(ok)
+    def verify_bundle(bundle: Path, checkpoint: Checkpoint, *arguments: object) -> Report:
+        asked.append((bundle, checkpoint.folder, *arguments))
+        return report_of(ok)
 
     def failed(report: Report, folder: Path) -> VerificationError:
         return VerificationError("first difference: image features", next=f"read {folder}")
@@ -243,12 +238,12 @@ def test_verify_exits_by_the_gates(monkeypatch: pytest.MonkeyPatch, ok: bool, co
     module(monkeypatch, "builder.verify.whole", verify_bundle=verify_bundle, failed=failed)
     plain = invoke("verify", "there", "--reference", MINIATURE)
     assert plain.exit_code == code
-    assert plain.stdout == "vision  1e-6 [ok]\n"
+    assert ("pass" if ok else "FAIL") in plain.stdout.split()
     assert ("first difference: image features" in plain.stderr) is not ok
     limits = ("--memory", "4GB", "--store", "kept")
     as_json = invoke("verify", "there", "--reference", MINIATURE, *limits, "--json")
     assert as_json.exit_code == code
-    assert json.loads(as_json.stdout) == {"ok": ok, "target": "genai", "gates": []}
+    assert json.loads(as_json.stdout) == {**report_of(ok).as_dict(), "ok": ok}
     assert asked == [
         (Path("there"), MINIATURE, None, None, []),
         (Path("there"), MINIATURE, 4 * 10**9, Path("kept"), []),

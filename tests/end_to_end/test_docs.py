@@ -19,7 +19,7 @@ PICTURE = MINIATURE.parent / "heldout" / "pic002.png"
 # In an order in which each finds what the ones before it have made.
 PAGES = ("regenerate", "pipeline", "verify-in-ci", "troubleshooting", "ship")
 BLOCK = re.compile(r"^```(?P<kind>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
-NAMED = re.compile(r"(?:\S+/|--recipe |builder (?=publish))([\w-]+(?:\.sh)?)(?:$| \")", re.MULTILINE)
+NAMED = re.compile(r"(?:\S+/|--recipe |qwen3vl-onnx (?=publish))([\w-]+(?:\.sh)?)(?:$| \")", re.MULTILINE)
 RUN_ELSEWHERE = re.compile(r"`(tests/[\w/]+\.py)`:?\s*$")
 
 
@@ -75,7 +75,7 @@ def test_every_command_of_a_page_does_what_it_says(page: str, folder: Path) -> N
         )
         assert done.returncode == 0, f"{block.text}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
         assert "Traceback" not in done.stderr, done.stderr
-        if "builder run" in block.text or "pipeline.py" in block.text:
+        if "qwen3vl-onnx run" in block.text or "pipeline.py" in block.text:
             assert done.stdout.strip().splitlines()[-1] == "28"
 
 
@@ -107,7 +107,7 @@ def test_commands_that_are_named_in_passing_exist(page: str) -> None:
     from builder.cli.app import app
 
     commands = get_command(app).commands  # type: ignore[attr-defined]
-    named = re.findall(r"python -m builder (\w+)((?: +--[\w-]+)*)", (DOCS / f"{page}.md").read_text(encoding="utf-8"))
+    named = re.findall(r"qwen3vl-onnx (\w+)((?: +--[\w-]+)*)", (DOCS / f"{page}.md").read_text(encoding="utf-8"))
     assert named or page == "pipeline"
     for name, options in named:
         assert name in commands, name

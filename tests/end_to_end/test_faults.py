@@ -1,4 +1,4 @@
-"""`python -m builder build` when the disk, another build or a signal gets in the way: a clear error or a clean resume.
+"""`qwen3vl-onnx build` when the disk, another build or a signal gets in the way: a clear error or a clean resume.
 
 Each fault is the system's own: a limit on the size of files, a disk of a few megabytes that fills up, one that is
 mounted read-only, a file that is cut. Two of them need a mount in a namespace of the test's own, which a machine may

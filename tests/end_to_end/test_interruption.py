@@ -1,4 +1,4 @@
-"""`python -m builder build`, killed and started again: what is whole stays, and the end is the same bytes.
+"""`qwen3vl-onnx build`, killed and started again: what is whole stays, and the end is the same bytes.
 
 The process is killed with SIGKILL at a chosen call to the operating system, which an audit hook sees, so that every
 stage, however short, is hit where it is meant to be hit.
@@ -87,7 +87,7 @@ def test_a_second_build_runs_nothing_and_says_so(miniature_built: Path, tmp_path
     before = {file: file.stat().st_mtime_ns for file in output.rglob("*") if file.name not in ("build.json", ".lock")}
     done = build(output, *CONFIGURED)
     assert states(done) == dict.fromkeys(NAMES[:6], "cached")
-    assert done.stderr.splitlines()[-1] == "nothing to run: nothing has changed"
+    assert done.stderr.splitlines()[-1] == "nothing to run: nothing changed"
     assert done.stdout.splitlines() == [str(output / "6-configure")]
     assert {file: file.stat().st_mtime_ns for file in before} == before
 
@@ -129,5 +129,5 @@ def test_a_build_that_is_killed_in_every_stage(whole: Path, tmp_path: Path) -> N
     assert artifacts(output) == artifacts(whole)
     again = build(output)
     assert set(states(again).values()) == {"cached"}
-    assert again.stderr.splitlines()[-1] == "nothing to run: nothing has changed"
+    assert again.stderr.splitlines()[-1] == "nothing to run: nothing changed"
     assert again.stdout.splitlines()[-1] == str(output / "8-bundle" / "genai")

@@ -21,6 +21,7 @@ from builder.verify.report.gates import Report
 from builder.verify.whole import verify
 from tests.conftest import Built
 from tests.helpers.checkpoints import SHAPES
+from tests.helpers.shown import shown
 
 pytestmark = pytest.mark.torch
 
@@ -38,7 +39,7 @@ def test_the_smallest_shape_on_genai(built: Built, checkpoint: Callable[[str], P
     folder = checkpoint(SMALLEST)
     recipe = replace(load_recipe("fp32"), targets=(Target("genai", "fused"),))
     report = compared(built(folder, recipe), "genai", folder, FEW)
-    assert report.ok, report.table()
+    assert report.ok, shown(report)
 
 
 @pytest.mark.slow
@@ -47,8 +48,8 @@ def test_the_smallest_shape_on_genai(built: Built, checkpoint: Callable[[str], P
 def test_every_shape(built: Built, checkpoint: Callable[[str], Path], shape: str, target: str) -> None:
     folder = checkpoint(shape)
     report = compared(built(folder, load_recipe("fp32")), target, folder)
-    print(report.table())
-    assert report.ok, report.table()
+    print(shown(report))
+    assert report.ok, shown(report)
     places = {gate.place for gate in report.gates if gate.case == "own size"}
     assert ("runtime's pixel values" in places) == (target == "genai")
 
@@ -58,15 +59,15 @@ def test_every_shape(built: Built, checkpoint: Callable[[str], Path], shape: str
 def test_every_shape_with_eager_attention_on_genai(built: Built, checkpoint: Callable[[str], Path], shape: str) -> None:
     folder = checkpoint(shape)
     report = compared(built(folder, load_recipe("fp32-eager")), "genai", folder)
-    print(report.table())
-    assert report.ok, report.table()
+    print(shown(report))
+    assert report.ok, shown(report)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("recipe", "target"), [("fp32", "genai"), ("fp32", "onnxruntime"), ("fp32-eager", "genai")])
 def test_the_trained_miniature(built: Built, miniature: Path, recipe: str, target: str) -> None:
     report = compared(built(miniature, load_recipe(recipe)), target, miniature)
-    print(report.table())
-    assert report.ok, report.table()
+    print(shown(report))
+    assert report.ok, shown(report)
     right = report.facts["task"]
     assert right["ONNX"] == right["PyTorch"]

@@ -77,7 +77,7 @@ def required(asked: Iterable[Requirement]) -> list[Distribution]:
 
 
 def without_extra(base: Path, *arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """`python -m builder` where only the base install is: -S leaves this environment's packages out."""
+    """`qwen3vl-onnx` where only the base install is: -S leaves this environment's packages out."""
     return python("-S", "-m", "builder", *arguments, cwd=cwd, settings={"PYTHONPATH": f"{ROOT}{os.pathsep}{base}"})
 
 

@@ -21,7 +21,7 @@ from tests.helpers.small_graphs import bound_graph, drawn, run
 WEIGHTS = {"down": drawn(3, 4), "up": drawn(4, 3)}
 TEXT = "two (float[seq, 3] x) => (float[seq, 3] y) { h = MatMul(x, down) y = MatMul(h, up) }"
 MIXED = (
-    Binding("down", "model.down.weight", "float32", (4, 3), transpose=True),
+    Binding("down", "model.down.weight", "float32", (4, 3), transposed=True),
     Binding("up", "model.up.weight", "float32", (4, 3)),
 )
 
@@ -29,8 +29,8 @@ MIXED = (
 def test_stored_shape_is_that_of_the_graph() -> None:
     binding = Binding("w", "t", "float32", (2, 5))
     assert binding.stored_shape == (2, 5)
-    assert binding.transposed().stored_shape == (5, 2)
-    assert binding.transposed().transposed() == binding
+    assert binding.with_axes_swapped().stored_shape == (5, 2)
+    assert binding.with_axes_swapped().with_axes_swapped() == binding
 
 
 def test_bindings_and_graph_survive_the_disk(tmp_path: Path) -> None:
@@ -92,7 +92,7 @@ def test_a_binding_that_the_graph_on_disk_lost_is_an_error(tmp_path: Path) -> No
     "binding",
     [
         pytest.param(Binding("down", "t", "float32", (4, 3)), id="the other way round"),
-        pytest.param(Binding("down", "t", "float32", (3, 4), transpose=True), id="a transposition the graph lacks"),
+        pytest.param(Binding("down", "t", "float32", (3, 4), transposed=True), id="a transposition the graph lacks"),
         pytest.param(Binding("down", "t", "float32", (12,)), id="flat"),
         pytest.param(Binding("down", "t", "float32", (3, 5)), id="larger"),
     ],
@@ -150,7 +150,7 @@ def test_quantized_bindings_survive_the_disk(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("dtype", "kind"), [("float32", "FLOAT"), ("float16", "FLOAT16"), ("bfloat16", "BFLOAT16")])
 def test_a_stand_in_has_type_and_shape_and_no_bytes(dtype: str, kind: str) -> None:
-    tensor = unbound(Binding("w", "t", dtype, (2, 5), transpose=True))
+    tensor = unbound(Binding("w", "t", dtype, (2, 5), transposed=True))
     assert tensor.dtype == ir.DataType[kind]
     assert tensor.shape == (5, 2)
     with pytest.raises(FileNotFoundError):

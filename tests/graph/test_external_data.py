@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import tracemalloc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
 from math import prod
@@ -25,6 +26,7 @@ from builder.graph import external_data
 from builder.graph.binding import Binding
 from builder.graph.external_data import ALIGNMENT, DataFile, layout, padded, write_data
 from builder.util.errors import WeightError
+from builder.util.files import atomic_write
 from tests.helpers.small_graphs import Array, drawn
 
 FILE = "model.safetensors"
@@ -40,18 +42,18 @@ TENSORS = {
 # Initializers in an order that is not the file's.
 BINDINGS = (
     Binding("z.plain", "f32", "float32", (7, 5)),
-    Binding("y.turned", "f32", "float32", (7, 5), transpose=True),
+    Binding("y.turned", "f32", "float32", (7, 5), transposed=True),
     Binding("x.half", "f16", "float32", (7, 5)),
-    Binding("w.half_turned", "f16", "float32", (7, 5), transpose=True),
+    Binding("w.half_turned", "f16", "float32", (7, 5), transposed=True),
     Binding("v.brain", "bf16", "float32", (7, 5)),
-    Binding("u.brain_turned", "bf16", "float32", (7, 5), transpose=True),
+    Binding("u.brain_turned", "bf16", "float32", (7, 5), transposed=True),
     Binding("t.vector", "vector", "float32", (9,)),
     Binding("s.conv", "conv", "float32", (6, 3, 2, 4, 4)),
     Binding("r.flat", "conv", "float32", (6, 96)),
-    Binding("q.flat_turned", "conv", "float32", (6, 96), transpose=True),
+    Binding("q.flat_turned", "conv", "float32", (6, 96), transposed=True),
     Binding("p.scalar", "scalar", "float32", ()),
-    Binding("o.kept_half", "f16", "float16", (7, 5), transpose=True),
-    Binding("n.kept_brain", "bf16", "bfloat16", (7, 5), transpose=True),
+    Binding("o.kept_half", "f16", "float16", (7, 5), transposed=True),
+    Binding("n.kept_brain", "bf16", "bfloat16", (7, 5), transposed=True),
     Binding("m.empty", "empty", "float32", (0, 4)),
 )
 
@@ -96,7 +98,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int]]:
 def whole(binding: Binding) -> Array:
     """The initializer, all at once."""
     array = TENSORS[binding.tensor].reshape(binding.shape)
-    return np.ascontiguousarray((array.T if binding.transpose else array).astype(binding.dtype))
+    return np.ascontiguousarray((array.T if binding.transposed else array).astype(binding.dtype))
 
 
 def written(bindings: Sequence[Binding], source: Checkpoint, path: Path) -> DataFile:
@@ -135,14 +137,14 @@ def test_every_tensor_of_a_checkpoint(
     matrices = [name for name, tensor in opened.tensors.items() if len(tensor.shape) == 2 and tensor.nbytes < 50_000]
     bindings = [Binding(name, name, "float32", tensor.shape) for name, tensor in opened.tensors.items()]
     bindings += [
-        Binding(f"{name}.turned", name, "float32", opened.tensors[name].shape, transpose=True) for name in matrices[:5]
+        Binding(f"{name}.turned", name, "float32", opened.tensors[name].shape, transposed=True) for name in matrices[:5]
     ]
     data = written(bindings, opened, tmp_path / "data")
     content = np.fromfile(tmp_path / "data", np.uint8)
     for binding in bindings:
         (offset, length), want = data.placements[binding.content], opened.read(binding.tensor)
         got = content[offset : offset + length].view(np.float32).reshape(binding.stored_shape)
-        np.testing.assert_array_equal(got, (want.T if binding.transpose else want).astype(np.float32))
+        np.testing.assert_array_equal(got, (want.T if binding.transposed else want).astype(np.float32))
 
 
 @pytest.mark.parametrize("shape", ["biased", "deepstack0", "untied"])
@@ -217,7 +219,7 @@ def test_the_digests_of_what_is_read_are_those_of_the_files(
     opened = open_checkpoint(checkpoint("biased"))
     names = {"all of it": list(opened.tensors), "one tensor": ["model.visual.pos_embed.weight"], "nothing": []}[asked]
     bindings = [Binding(name, name, "float32", opened.tensors[name].shape) for name in names]
-    bindings += [one.transposed() for one in bindings if len(one.shape) == 2 and one.nbytes < 50_000]
+    bindings += [one.with_axes_swapped() for one in bindings if len(one.shape) == 2 and one.nbytes < 50_000]
     shards = write_data({tmp_path / "data": bindings}, opened).shards
     files = sorted(opened.folder.glob("*.safetensors"))
     assert len(files) == 3
@@ -251,7 +253,7 @@ def test_what_is_turned_is_read_once_a_strip(
     times: int,
 ) -> None:
     small(BLOCK=40, STRIP=strip)  # two rows of five
-    binding = Binding("y", "f32", "float32", (7, 5), transpose=True)
+    binding = Binding("y", "f32", "float32", (7, 5), transposed=True)
     data = written([binding], source, tmp_path / "data")
     assert placed(data, tmp_path / "data", binding) == whole(binding).tobytes()
     tensor = source.tensors["f32"]
@@ -303,7 +305,7 @@ def test_files_are_flushed_to_the_disk_before_any_has_its_name(
 BROKEN = [
     pytest.param(Binding("u.middle", "gone", "float32", (3,)), id="no such tensor"),
     pytest.param(Binding("u.middle", "f32", "float32", (4, 4)), id="another size"),
-    pytest.param(Binding("u.middle", "conv", "float32", (6, 3, 32), transpose=True), id="three axes turned"),
+    pytest.param(Binding("u.middle", "conv", "float32", (6, 3, 32), transposed=True), id="three axes turned"),
 ]
 
 
@@ -332,14 +334,24 @@ def test_a_failure_in_the_middle_leaves_nothing_under_a_final_name(source: Check
 
 
 @pytest.mark.parametrize("size", [10, 100_000], ids=["noticed when flushed", "noticed when written"])
-def test_a_disk_that_is_full_stops_the_pass(tmp_path: Path, miniature: Path, size: int) -> None:
+def test_a_disk_that_is_full_stops_the_pass(
+    tmp_path: Path, miniature: Path, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
     """The writing thread's error, not lost: `/dev/full` takes no byte."""
+
+    @contextmanager
+    def into_a_full_disk(path: Path) -> Iterator[Path]:
+        with atomic_write(path) as part:
+            if path.name == "data":
+                part.symlink_to("/dev/full")
+            yield part
+
+    monkeypatch.setattr(external_data, "atomic_write", into_a_full_disk)
     folder = tmp_path / "checkpoint"
     folder.mkdir()
     save_file({f"t{number:02}": np.ones(size, np.float32) for number in range(20)}, folder / FILE)
     source = replace(open_checkpoint(miniature), folder=folder, tensors=index_tensors(folder, [FILE]))
     bindings = [Binding(name, name, "float32", (size,)) for name in source.tensors]
-    (tmp_path / "data.part").symlink_to("/dev/full")
     counted: list[int] = []
     with pytest.raises(OSError, match="No space left on device"):
         write_data({tmp_path / "good": bindings, tmp_path / "data": bindings}, source, counted.append)

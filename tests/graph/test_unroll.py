@@ -14,7 +14,7 @@ import pytest
 from builder.checkpoint.load import open_checkpoint
 from builder.graph.binding import BoundGraph, bind
 from builder.graph.ports import RESIDUAL, Component, Port
-from builder.graph.unroll import LAYER, Kinds, shortened, unroll
+from builder.graph.unroll import LAYER, LayerKinds, shortened, unroll
 from builder.reference.meta_model import empty_model
 from builder.stages import export
 from builder.targets.graphs import components
@@ -97,7 +97,7 @@ def test_repeated_layers_are_traced_layers(checkpoint: Callable[[str], Path], sh
     ],
 )
 def test_kinds(layers: int, deepstack: tuple[int, ...], traced: tuple[int, ...], copies: tuple[int, ...]) -> None:
-    assert Kinds.of(layers, deepstack) == Kinds(traced, copies)
+    assert LayerKinds.of(layers, deepstack) == LayerKinds(traced, copies)
 
 
 def test_the_shortened_model_keeps_the_order_of_deepstack(tmp_path: Path) -> None:
@@ -135,7 +135,7 @@ def toy(layer_1: str) -> BoundGraph:
 
 
 def test_toy_layers_in_any_number_compute_what_they_say() -> None:
-    graph = unroll(toy("out_0"), Kinds((0, 1), (0, 1, 1, 0)), TOY)
+    graph = unroll(toy("out_0"), LayerKinds((0, 1), (0, 1, 1, 0)), TOY)
     assert list(graph.bindings) == [f"layers.{index}.w" for index in range(4)]
     assert [graph.bindings[f"layers.{index}.w"].tensor for index in range(4)] == [
         f"checkpoint.layers.{index}.w" for index in range(4)
@@ -151,11 +151,11 @@ def test_toy_layers_in_any_number_compute_what_they_say() -> None:
 
 def test_a_layer_that_reads_inside_a_repeated_one_is_refused() -> None:
     with pytest.raises(PassError, match="reads what another one computes") as caught:
-        unroll(toy("inside_0"), Kinds((0, 1), (0, 1, 0)), TOY)
+        unroll(toy("inside_0"), LayerKinds((0, 1), (0, 1, 0)), TOY)
     assert caught.value.found == "inside_0"
 
 
 def test_a_graph_of_another_number_of_layers_is_refused() -> None:
     with pytest.raises(PassError, match="does not come in layers") as caught:
-        unroll(toy("out_0"), Kinds((0, 1, 2), (0, 1, 2)), TOY)
+        unroll(toy("out_0"), LayerKinds((0, 1, 2), (0, 1, 2)), TOY)
     assert (caught.value.expected, caught.value.found) == ("4 marks around 3 layers", "3 marks")

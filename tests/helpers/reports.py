@@ -9,7 +9,7 @@ from PIL import Image
 
 from builder.checkpoint.config import Vision
 from builder.reference.cases import shipped_cases
-from builder.verify.report.context import Context, StageCost, Table
+from builder.verify.report.context import Context, MeasuredStage, Table
 from builder.verify.report.exhibits import Exhibit, collecting, show_answers, show_case, show_logits, show_pixels
 from builder.verify.report.gates import Gate, Report
 
@@ -30,7 +30,7 @@ GRID = np.array([[1, 4, 6]])
 CONTEXT = Context(
     facts=(("checkpoint", "miniature"), ("manifest.json", "sha256 " + "ab" * 32)),
     tables=(Table("Built with", ("package", "version"), (("torch", "2.13.0"),)),),
-    stages=(StageCost("export", 12.5, 500_000_000), StageCost("verify", 30.0, None)),
+    stages=(MeasuredStage("export", 12.5, 500_000_000), MeasuredStage("verify", 30.0, None)),
     self_test=(Table("mutants", ("name", "caught"), (("DeepStack zeroed", "yes"),)),),
 )
 HOLDS = (
@@ -88,7 +88,7 @@ def harmful() -> Report:
 
 def harmful_context() -> Context:
     rows = Table(HARM, (HARM, "sha256"), ((HARM, HARM),))
-    return Context(((HARM, HARM),), (rows,), (StageCost("verify", 1.0, 2),), (rows,))
+    return Context(((HARM, HARM),), (rows,), (MeasuredStage("verify", 1.0, 2),), (rows,))
 
 
 def exhibits(wrong: bool = False) -> tuple[Exhibit, ...]:

@@ -54,7 +54,7 @@ def session(graph: BoundGraph, weights: Weights, options: onnxruntime.SessionOpt
     model = ir.from_proto(ir.to_proto(graph.model))
     for name, binding in graph.bindings.items():
         array = weights[name].reshape(binding.shape)
-        value = ir.tensor(np.ascontiguousarray(array.T if binding.transpose else array), name=name)
+        value = ir.tensor(np.ascontiguousarray(array.T if binding.transposed else array), name=name)
         model.graph.initializers[name].const_value = value
     options = options or onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL

@@ -25,12 +25,12 @@ from builder.targets import graphs, registry
 from builder.targets.clients import pipeline
 from builder.targets.clients.pipeline import Inputs
 from builder.targets.config_files import pipeline_settings, vision_processor
-from builder.targets.graphs import Graphs
+from builder.targets.graphs import GraphSettings
 from builder.targets.recipe import Recipe, Target
 from builder.targets.runners import registry as runners
 from builder.targets.runners.protocol import SettingsRunner
 from builder.targets.runners.registry import Runtime
-from builder.targets.spec import Notes, Packaging, Place
+from builder.targets.spec import GraphFiles, Notes, Packaging
 from builder.util.files import sha256
 from builder.verify.graphs import sessions
 from builder.verify.report.context import Context
@@ -44,10 +44,10 @@ STEMS = {VISION: "vision_encoder", EMBEDDINGS: "embed_tokens", DECODER: "decoder
 RECIPE = Recipe("toy", "fp32", (Target(NAME, "eager"),), 512)
 
 
-def layout(graph: str, recipe: Recipe) -> Place:
+def layout(graph: str, recipe: Recipe) -> GraphFiles:
     suffix = "" if recipe.precision == "fp32" else f"_{recipe.precision}"
     path = f"onnx/{STEMS[graph]}{suffix}.onnx"
-    return Place(path, f"{path}_data")
+    return GraphFiles(path, f"{path}_data")
 
 
 class Third(SettingsRunner):
@@ -82,7 +82,7 @@ def further(checkpoint: Checkpoint, recipe: Recipe) -> Mapping[str, onnx.ModelPr
     return {EXTRA: helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)}
 
 
-GRAPHS = Graphs(
+GRAPHS = GraphSettings(
     attentions=("eager",),
     domains=frozenset({""}),
     packed=True,

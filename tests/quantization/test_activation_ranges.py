@@ -17,7 +17,7 @@ from builder.checkpoint.load import open_checkpoint
 from builder.checkpoint.parts import DECODER, VISION
 from builder.checkpoint.source import parse_source
 from builder.quantization import activation_ranges as module
-from builder.quantization.activation_ranges import LARGEST, MARGIN, Range, activation_ranges, wide_layers
+from builder.quantization.activation_ranges import FP16_MAX, MARGIN, Range, activation_ranges, wide_layers
 from builder.reference.cases import shipped_cases
 from builder.reference.model import Reference
 from builder.stages import quantize
@@ -88,7 +88,7 @@ def test_every_layer_of_both_graphs_is_measured_and_streaming_changes_nothing(
 
 
 def test_a_layer_near_the_end_of_fp16_is_wide() -> None:
-    near, far = Range(DECODER, 0, LARGEST / MARGIN * 1.01, ""), Range(DECODER, 1, LARGEST / MARGIN * 0.99, "")
+    near, far = Range(DECODER, 0, FP16_MAX / MARGIN * 1.01, ""), Range(DECODER, 1, FP16_MAX / MARGIN * 0.99, "")
     assert (near.wide, far.wide) == (True, False)
     other = Range(VISION, 2, np.inf, "mlp")
     assert wide_layers([near, far, other]) == {DECODER: frozenset({0}), VISION: frozenset({2})}
@@ -150,7 +150,7 @@ def test_a_layer_that_is_kept_wide_stays_finite(loud: Path, outputs: Path, monke
     ranges = activation_ranges(reference)
     assert wide_layers(ranges) == {VISION: frozenset(), DECODER: frozenset({1})}
     (one,) = [one for one in ranges if one.wide]
-    assert one.magnitude > LARGEST
+    assert one.magnitude > FP16_MAX
     assert one.module.startswith("mlp")
 
     wide = half(loud, outputs, "fp16-loud")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from builder.quantization import blockwise
-from builder.quantization.blockwise import LARGEST, SMALLEST, Blocks, Quantized, dequantize, quantize, scales_of
+from builder.quantization.blockwise import LARGEST_BLOCK, SMALLEST, Blocks, Quantized, dequantize, quantize, scales_of
 from tests.helpers.small_graphs import Array, drawn
 
 FORMATS = [
@@ -52,7 +52,7 @@ def test_what_is_not_clipped_is_half_a_scale_off_at_most(format_: Blocks, search
     outside = clipped(values, found, format_)
     assert np.all((wrong <= half * 1.0001) | outside)
     assert outside.mean() < 0.05
-    assert found.levels.max() <= format_.top
+    assert found.codes.max() <= format_.top
     if format_.zero_points and search == "none":
         assert not outside.any()
 
@@ -63,7 +63,7 @@ def test_without_a_search_the_largest_magnitude_gets_an_exact_level(bits: int, s
     format_, values = Blocks(bits, size), heavy(48, 128)
     found = quantize(values, format_)
     at = np.abs(by_block(values, format_)).argmax(-1)[..., None]
-    assert not np.take_along_axis(by_block(found.levels, format_), at, -1).any()
+    assert not np.take_along_axis(by_block(found.codes, format_), at, -1).any()
     got = np.take_along_axis(by_block(dequantize(found), format_), at, -1)
     np.testing.assert_allclose(got, np.take_along_axis(by_block(values, format_), at, -1), rtol=1e-6)
 
@@ -151,7 +151,7 @@ def test_the_block_that_fits_is_the_largest_half_that_divides_a_row(size: int, c
 
 def test_no_block_is_smaller_than_the_kernels_know() -> None:
     assert Blocks(4, SMALLEST).fitting(SMALLEST) == SMALLEST
-    assert Blocks(4, LARGEST).fitting(SMALLEST // 2 * 3) is None
+    assert Blocks(4, LARGEST_BLOCK).fitting(SMALLEST // 2 * 3) is None
 
 
 def test_bits_a_weight_by_hand() -> None:

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 from builder.checkpoint.load import Checkpoint, open_checkpoint
 from builder.quantization import calibrate
 from builder.quantization.blockwise import Blocks, dequantize, quantize
-from builder.quantization.rules import Rule, Storage, resolve
+from builder.quantization.rules import Rule, WeightFormat, resolve
 from builder.reference import cases
 from builder.reference.cases import shipped_cases
 from builder.reference.model import Reference
@@ -50,18 +50,18 @@ def _few(monkeypatch: pytest.MonkeyPatch) -> None:
 def moments(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, ...], Array]:
     """Filled by calibration: the matrices of one input → its second moments."""
     found: dict[tuple[str, ...], Array] = {}
-    original = calibrate._moments
+    original = calibrate._hessians
 
     def noted(*arguments: Any) -> dict[int, tuple[list[str], Array]]:
         result = original(*arguments)
         found.update({tuple(names): matrix.copy() for names, matrix in result.values()})
         return result
 
-    monkeypatch.setattr(calibrate, "_moments", noted)
+    monkeypatch.setattr(calibrate, "_hessians", noted)
     return found
 
 
-def storages(checkpoint: Checkpoint, *rules: Rule) -> dict[str, Storage]:
+def storages(checkpoint: Checkpoint, *rules: Rule) -> dict[str, WeightFormat]:
     return resolve(rules or RULES, checkpoint.tensors)
 
 
@@ -95,9 +95,9 @@ def test_every_wanted_matrix_is_written_in_its_format(random: Checkpoint, tmp_pa
     weights = load_file(random.folder / "model.safetensors")
     for name, path in files.items():
         got, weight = calibrate.load(path), weights[name].astype(np.float32)
-        assert got.levels.shape == weight.shape
+        assert got.codes.shape == weight.shape
         assert got.scales.shape == got.zeros.shape == (len(weight), weight.shape[1] // 16)
-        assert got.levels.max() <= 15
+        assert got.codes.max() <= 15
         assert np.linalg.norm(dequantize(got) - weight) < 0.3 * np.linalg.norm(weight)
 
 
@@ -124,7 +124,7 @@ def test_matrices_of_one_input_share_its_moments(
         assert np.linalg.eigvalsh(matrix.astype(np.float64)).min() > -1e-4 * matrix.diagonal().max()
 
 
-def walked(checkpoint: Checkpoint, wanted: dict[str, Storage], folder: Path) -> list[list[Array]]:
+def walked(checkpoint: Checkpoint, wanted: dict[str, WeightFormat], folder: Path) -> list[list[Array]]:
     """[layer][case]: the residual streams, [seq, H], as calibration hands them on."""
     streams: list[list[Array]] = []
     original: Callable[..., None] = calibrate._layer

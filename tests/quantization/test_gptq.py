@@ -73,7 +73,7 @@ def test_rows_do_not_depend_on_one_another(format_: Blocks) -> None:
     others = np.r_[0:5, 11:20]
     for got, want in zip(vars(after).values(), vars(before).values(), strict=True):
         np.testing.assert_array_equal(got[others], want[others])
-    assert (after.levels[5:11] != before.levels[5:11]).mean() > 0.3
+    assert (after.codes[5:11] != before.codes[5:11]).mean() > 0.3
 
 
 @pytest.mark.parametrize("format_", FORMATS)
@@ -81,7 +81,7 @@ def test_nothing_is_made_up_for_where_columns_are_independent_and_alike(format_:
     rows = drawn(20, 64)
     found = quantize_compensated(rows, format_, compensation(np.eye(64, dtype=np.float32)))
     want = quantize(rows, replace(format_, search="mse"))
-    np.testing.assert_array_equal(found.levels, want.levels)
+    np.testing.assert_array_equal(found.codes, want.codes)
     np.testing.assert_array_equal(found.zeros, want.zeros)
     np.testing.assert_allclose(found.scales, want.scales, rtol=1e-5)
 
@@ -97,7 +97,7 @@ def test_columns_that_were_never_active_are_rounded(format_: Blocks) -> None:
     found = quantize_compensated(rows, format_, given)
     wrong = np.abs(dequantize(found) - rows)[:, dead]
     blocks = [column // format_.size for column in dead]
-    unclipped = (found.levels[:, dead] > 0) & (found.levels[:, dead] < format_.top)
+    unclipped = (found.codes[:, dead] > 0) & (found.codes[:, dead] < format_.top)
     assert np.all((wrong <= np.abs(found.scales[:, blocks]) * 0.501) | ~unclipped)
 
 

@@ -21,7 +21,7 @@ from builder.graph.data_files import fill
 from builder.graph.passes.quantize_weights import quantize_weights
 from builder.quantization.blockwise import Blocks, dequantize
 from builder.quantization.blockwise import quantize as quantize_rows
-from builder.quantization.rules import Rule, Storage, resolve
+from builder.quantization.rules import Rule, WeightFormat, resolve
 from builder.stages import quantize
 from builder.targets.recipe_file import load_recipe
 from builder.util.errors import PassError, RecipeError
@@ -52,7 +52,7 @@ def graph() -> BoundGraph:
     return BoundGraph(bound.model, {n: replace(one, tensor=NAMES[n]) for n, one in bound.bindings.items()})
 
 
-def storages(source: Checkpoint) -> dict[str, Storage]:
+def storages(source: Checkpoint) -> dict[str, WeightFormat]:
     return resolve([Rule(("model.visual.*",), "int8", activations="int8")], source.tensors)
 
 
@@ -81,8 +81,8 @@ def by_hand(up: Array, down: Array) -> Array:
 
 def test_a_row_has_one_scale_and_lies_turned(source: Checkpoint) -> None:
     assert storages(source) == {
-        UP: Storage(Blocks(8, 48, search="mse"), 4, turned=True),
-        DOWN: Storage(Blocks(8, 80, search="mse"), 4, turned=True),
+        UP: WeightFormat(Blocks(8, 48, search="mse"), 4, transposed=True),
+        DOWN: WeightFormat(Blocks(8, 80, search="mse"), 4, transposed=True),
     }
     outcome = quantize_weights(graph(), storages(source))
     assert (outcome.matches, outcome.misses) == (2, ())
@@ -98,7 +98,7 @@ def test_what_is_on_the_disk_is_multiplied_with_activations_of_8_bits(written: P
     error = np.abs(got - want).std() / want.std()
     assert 1e-4 < error < 0.02  # the range of a tensor of normal numbers has 256 levels, twice
     data = np.fromfile(written.with_suffix(".onnx.data"), np.uint8)
-    levels = quantize_rows(TENSORS[UP], Blocks(8, 48, search="mse")).levels
+    levels = quantize_rows(TENSORS[UP], Blocks(8, 48, search="mse")).codes
     place = {entry.key: entry.value for entry in external(written, "up.levels").external_data}
     begin = int(place["offset"])
     assert (data[begin : begin + levels.size].reshape(48, 80) == levels.T).all()
@@ -156,7 +156,7 @@ def _rename(path: Path, name: str, new: str) -> None:
 def test_a_table_that_is_looked_up_cannot_lie_turned() -> None:
     text = "embeddings (int64[batch, seq] ids) => (float[batch, seq, 48] e) { e = Gather(table, ids) }"
     bound = bound_graph(text, {"table": TENSORS[UP]})
-    storage = {"checkpoint.table": Storage(Blocks(8, 48), 4, turned=True)}
+    storage = {"checkpoint.table": WeightFormat(Blocks(8, 48), 4, transposed=True)}
     with pytest.raises(PassError) as caught:
         quantize.stored(Path("embeddings.onnx"), bound, "fp32", storage)
     assert "reads table in a way" in str(caught.value.found)

@@ -9,7 +9,7 @@ import pytest
 
 from builder.checkpoint.load import Checkpoint, open_checkpoint
 from builder.checkpoint.tensors import EMBEDDINGS
-from builder.quantization.mixed_precision import chosen, stored_bytes, with_more_bits
+from builder.quantization.mixed_precision import choose_groups, stored_bytes, with_more_bits
 from builder.quantization.rules import Rule, resolve
 from builder.quantization.sensitivity import Group, Sensitivity, groups
 from builder.targets.recipe_file import as_toml, load_recipe, shipped
@@ -29,10 +29,10 @@ def sensitivity(name: str, kl: float, more: int) -> Sensitivity:
 
 def test_what_saves_most_a_byte_goes_first_and_what_does_not_fit_is_left() -> None:
     found = [sensitivity("large", 9.0, 900), sensitivity("small", 1.0, 10), sensitivity("middle", 2.0, 100)]
-    assert [one.tensors[0] for one in chosen(found, 120)] == ["small", "middle"]
-    assert [one.tensors[0] for one in chosen(found, 105)] == ["small"]
-    assert [one.tensors[0] for one in chosen(found, 1010)] == ["small", "middle", "large"]
-    assert chosen(found, 9) == []
+    assert [one.tensors[0] for one in choose_groups(found, 120)] == ["small", "middle"]
+    assert [one.tensors[0] for one in choose_groups(found, 105)] == ["small"]
+    assert [one.tensors[0] for one in choose_groups(found, 1010)] == ["small", "middle", "large"]
+    assert choose_groups(found, 9) == []
 
 
 def test_matrices_of_one_product_are_one_group(checkpoint: Checkpoint) -> None:

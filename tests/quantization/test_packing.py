@@ -43,7 +43,7 @@ def session(node: onnx.NodeProto, inputs: dict[str, int], arrays: dict[str, Arra
 def shaped(found: Quantized, blocks: Blocks, columns: int, lookup: bool) -> dict[str, Array]:
     shape = lookup_shape if lookup else part_shape
     packed = packed_parts(found, blocks, "float32")
-    return {part: array.reshape(shape(part, blocks, len(found.levels), columns)) for part, array in packed.items()}
+    return {part: array.reshape(shape(part, blocks, len(found.codes), columns)) for part, array in packed.items()}
 
 
 def product(x: Array, blocks: Blocks, arrays: dict[str, Array], columns: int, accuracy: int) -> Array:
@@ -141,7 +141,7 @@ def test_a_product_notices_one_wrong_element_of_each_part(part: str) -> None:
     blocks = Blocks(4, 32, zero_points=True)
     found, x = quantized_rows(blocks, 3), drawn(1, 96, seed=1)
     broken = {
-        "levels": replace(found, levels=found.levels ^ (np.arange(96) == 7).astype(np.uint8)),
+        "levels": replace(found, codes=found.codes ^ (np.arange(96) == 7).astype(np.uint8)),
         "scales": replace(found, scales=found.scales * np.array([1, 1.01, 1], np.float32)),
         "zero_points": replace(found, zeros=found.zeros ^ np.array([0, 0, 1], np.uint8)),
     }[part]

@@ -11,7 +11,7 @@ from builder.checkpoint.load import open_checkpoint
 from builder.checkpoint.safetensors import Tensor
 from builder.checkpoint.tensors import EMBEDDINGS, LM_HEAD
 from builder.quantization.blockwise import Blocks
-from builder.quantization.rules import POSITIONS, Rule, Storage, matrices, resolve, shares_the_head
+from builder.quantization.rules import POSITIONS, Rule, WeightFormat, matrices, resolve, shares_the_head
 from builder.util.errors import RecipeError
 
 LAYER = "model.language_model.layers.0."
@@ -42,8 +42,8 @@ def refused(*rules: Rule, **more: tuple[int, ...]) -> RecipeError:
 def test_the_first_rule_that_matches_decides() -> None:
     narrow, wide = Rule((QUERY,), "int8", search="none", accuracy=1), Rule((f"{LAYER}*",), "int4")
     assert resolve([narrow, wide], tensors()) == {
-        QUERY: Storage(Blocks(8, 32, search="none"), 1),
-        DOWN: Storage(Blocks(4, 32, search="mse"), 4),
+        QUERY: WeightFormat(Blocks(8, 32, search="none"), 1),
+        DOWN: WeightFormat(Blocks(4, 32, search="mse"), 4),
     }
 
 

@@ -18,7 +18,7 @@ from builder.quantization import sensitivity
 from builder.quantization.blockwise import dequantize, quantize
 from builder.quantization.calibrate import calibration_prompts
 from builder.quantization.rules import Rule, resolve
-from builder.quantization.sensitivity import measured
+from builder.quantization.sensitivity import estimate_sensitivities
 from builder.reference.model import Reference
 from builder.targets.recipe import Recipe
 from builder.targets.recipe_file import load_recipe
@@ -83,7 +83,7 @@ def answers(reference: Reference, prompt: Any, answer: Any) -> Array:
 def test_each_group_costs_what_the_whole_model_says(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sensitivity, "calibration_prompts", lambda reference, _: iter(prompts(reference)))
     done: list[int] = []
-    found = measured(open_checkpoint(MINIATURE), recipe.rules, 10**6, lambda: done.append(1))
+    found = estimate_sensitivities(open_checkpoint(MINIATURE), recipe.rules, 10**6, lambda: done.append(1))
     want = by_hand(RULES)
     assert len(done) == len(found) == len(want) == 3
     assert [one.kl for one in found] == sorted((one.kl for one in found), reverse=True)
@@ -94,7 +94,7 @@ def test_each_group_costs_what_the_whole_model_says(recipe: Recipe, monkeypatch:
 
 def test_a_recipe_without_4_bits_is_refused(recipe: Recipe) -> None:
     with pytest.raises(RecipeError) as caught:
-        measured(open_checkpoint(MINIATURE), load_recipe("int8").rules, 10)
+        estimate_sensitivities(open_checkpoint(MINIATURE), load_recipe("int8").rules, 10)
     assert "stores nothing in 4 bits" in caught.value.what
     assert "matrices in 8 bits" in str(caught.value.found)
 

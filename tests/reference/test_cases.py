@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import numpy as np
 import pytest
@@ -13,20 +13,32 @@ from typer.testing import CliRunner
 
 from builder.checkpoint.load import open_checkpoint
 from builder.cli.app import app
-from builder.reference.case_file import CHECKS, FP32, read_file
-from builder.reference.cases import PICTURES, SUITE, Case, Suite, placed, read_cases, shipped_cases, whole_suite
-from builder.reference.synthetic_images import Limits
+from builder.reference.case_file import CHECKS, FP32, Tag, read_file
+from builder.reference.cases import (
+    PICTURES,
+    SUITE,
+    Case,
+    Suite,
+    layerwise,
+    placed,
+    read_cases,
+    shipped_cases,
+    whole_suite,
+)
+from builder.reference.synthetic_images import SizeLimits
 from builder.targets.clients.pipeline import ImageSettings, target_size
 from builder.util.errors import CasesError
 from builder.verify import whole
+from builder.verify.golden.record import case_digest
 from tests.helpers.checkpoints import MINIATURE
+from tests.helpers.shown import shown
 
 if TYPE_CHECKING:
     from builder.reference.model import Reference
 
-MINI = Limits(16, 2, 4096, 131072)
-REAL = Limits(16, 2, 65536, 16777216)
-ODD = Limits(14, 3, 4096, 131072)
+MINI = SizeLimits(16, 2, 4096, 131072)
+REAL = SizeLimits(16, 2, 65536, 16777216)
+ODD = SizeLimits(14, 3, 4096, 131072)
 ONE = '[[case]]\nname = "mine"\nprompt = "What?"\n'
 
 
@@ -49,8 +61,23 @@ def test_the_shipped_cases_cover_what_goes_wrong() -> None:
     assert used == {path.resolve() for path in PICTURES.iterdir() if path.suffix != ".md"}
 
 
+def test_tags_choose_among_the_shipped_cases(tmp_path: Path) -> None:
+    chosen = {tag: [case.name for case in shipped_cases() if tag in case.tags] for tag in get_args(Tag)}
+    assert chosen == {
+        "layerwise": ["one picture", "wide, tall", "text"],
+        "ranges": ["one picture", "wide, tall", "three pictures", "text", "long prompt"],
+        "self-test": ["one picture", "wide, tall"],
+    }
+    mine, tagged = (
+        placed(read_file(written(tmp_path, ONE + tags)), MINI, tmp_path)[0] for tags in ("", 'tags = ["self-test"]')
+    )
+    assert [case.name for case in layerwise((*shipped_cases(), mine))] == [*chosen["layerwise"], "mine"]
+    assert layerwise([tagged]) == (tagged,)
+    assert case_digest(tagged) == case_digest(mine)
+
+
 @pytest.mark.parametrize("limits", [MINI, REAL, ODD], ids=["miniature", "real", "patch14merge3"])
-def test_drawn_pictures_fit_every_checkpoint(limits: Limits, tmp_path: Path) -> None:
+def test_drawn_pictures_fit_every_checkpoint(limits: SizeLimits, tmp_path: Path) -> None:
     cases = {case.name: case for case in placed(read_cases((SUITE,)), limits, tmp_path)}
 
     def resized(case: str, number: int) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -87,7 +114,7 @@ def test_a_file_of_ones_own_is_read(tmp_path: Path) -> None:
         + '[picture.small]\ndraw = "noise"\npatches = 40\nseed = 7\n'
     )
     (case,) = placed(read_file(written(tmp_path, text)), MINI, tmp_path)
-    assert (case.name, case.prompt, case.checks, case.tokens) == ("mine", "What?", ("inputs", "features"), 5)
+    assert (case.name, case.prompt, case.checks, case.max_new_tokens) == ("mine", "What?", ("inputs", "features"), 5)
     assert case.drawn == (False, True)
     assert case.unchecked == ("embeddings", "decoder", "tokens", "runtime")
     assert Image.open(case.images[1]).size == (4 * 32, 3 * 32)
@@ -114,6 +141,7 @@ REFUSED = {
     "no case": ("", "`case` is missing", ""),
     "a wrong type": (ONE + 'max_new_tokens = "5"\n', "`case.0.max_new_tokens` is not right", ""),
     "an unknown check": (ONE + 'checks = ["logits"]\n', "`case.0.checks.0` is not right", ""),
+    "an unknown tag": (ONE + 'tags = ["layer-wise"]\n', "`case.0.tags.0` is not right", ""),
     "an unknown tolerance": (ONE + 'tolerance = "loose"\n', "`case.0.tolerance` is not right", ""),
     "a picture above": (ONE + 'images = ["../outside.png"]\n', "leaves the folder", "copy"),
     "a picture by its whole path": (ONE + 'images = ["/etc/hostname"]\n', "leaves the folder", "copy"),
@@ -184,17 +212,17 @@ def test_what_a_case_asks_for_is_what_is_compared(miniature_built: Path, referen
     (picture,) = [case.images for case in shipped_cases() if case.name == "one picture"]
     cases = (
         Case("some", "What?", picture, checks=("inputs", "features")),
-        Case("few", "What?", checks=CHECKS, tokens=3, tolerance="tight"),
+        Case("few", "What?", checks=CHECKS, max_new_tokens=3, tolerance="tight"),
     )
     report = whole.verify(miniature_built / "genai", "genai", reference, Suite(cases))
-    assert report.ok, report.table()
+    assert report.ok, shown(report)
     places = {gate.place for gate in report.gates if gate.case.startswith("some") and "layer" not in gate.place}
     assert places == {"token ids", "pixel values", "position ids", "image features", "deepstack features"}
     assert [gate.case for gate in report.gates if gate.place == "tokens"] == ["few, 3 tokens", "near ties"]
     limits = {(gate.case.split(",")[0], gate.limit) for gate in report.gates if gate.limit and "grid" not in gate.case}
     assert limits == {("some", FP32), ("few", FP32 / 5), ("batch of two", FP32), ("near ties", 1.0)}
     assert report.facts["not checked"] == {"some": ["embeddings", "decoder", "tokens", "runtime"]}
-    assert "case some: not compared, by its own choice: embeddings, decoder, tokens, runtime" in report.table()
+    assert "case some: not compared, by its own choice: embeddings, decoder, tokens, runtime" in shown(report)
 
 
 @pytest.mark.torch

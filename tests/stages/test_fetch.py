@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 
-from builder.checkpoint.fingerprint import fetched, identity, resolve
+from builder.checkpoint.fingerprint import folder_fingerprint, open_fetched, resolve
+from builder.checkpoint.load import open_checkpoint
 from builder.checkpoint.source import Source, parse_source
 from builder.stages.engine.build import Build
 from builder.stages.fetch import check_unchanged, run
@@ -35,6 +36,10 @@ def fetch_into(source: Source, out: Path, *, rehash: bool = False) -> dict[str, 
     """Run the stage."""
     out.mkdir(exist_ok=True)
     return run(Build(source=source, recipe=load_recipe(), output=out.parent, rehash=rehash), out)
+
+
+def fingerprint(folder: Path, *, rehash: bool = False) -> dict[str, str]:
+    return folder_fingerprint(open_checkpoint(folder), rehash=rehash)
 
 
 def sha256(path: Path) -> str:
@@ -79,7 +84,7 @@ def test_local_folder_is_used_in_place(sharded: Path, out: Path, rehash: bool) -
     """Weights are read to tell them apart by their bytes only where that is asked for."""
     before = {path: path.stat().st_mtime_ns for path in sharded.iterdir()}
     facts = fetch_into(parse_source(str(sharded)), out, rehash=rehash)
-    checkpoint = fetched(out)
+    checkpoint = open_fetched(out)
     assert checkpoint.folder == sharded
     assert {path: path.stat().st_mtime_ns for path in sharded.iterdir()} == before
     record = json.loads((out / "checkpoint.json").read_text())
@@ -99,25 +104,25 @@ def test_fetched_says_how_to_go_on_when_the_folder_is_gone(sharded: Path, out: P
     fetch_into(parse_source(str(sharded)), out)
     shutil.rmtree(sharded)
     with pytest.raises(CheckpointError, match="gone") as caught:
-        fetched(out)
+        open_fetched(out)
     assert "--force fetch" in str(caught.value.next)
 
 
 def test_a_folder_that_was_moved_is_the_same_checkpoint(sharded: Path, out: Path, tmp_path: Path) -> None:
     before = Build(parse_source(str(sharded)), load_recipe(), out.parent)
     fetch_into(before.source, out)
-    known = identity(before.source)
+    known = fingerprint(sharded)
     (tmp_path / "elsewhere").mkdir()
     moved = Path(shutil.move(sharded, tmp_path / "elsewhere" / sharded.name))
     after = replace(before, source=parse_source(str(moved)))
-    assert identity(after.source) == known
+    assert fingerprint(moved) == known
     assert after.checkpoint.folder == moved
 
 
 def test_a_folder_of_another_name_is_another_checkpoint(sharded: Path, tmp_path: Path) -> None:
     """The name stands in the manifest."""
-    first = identity(parse_source(str(sharded)))
-    renamed = identity(parse_source(str(shutil.move(sharded, tmp_path / "renamed"))))
+    first = fingerprint(sharded)
+    renamed = fingerprint(Path(shutil.move(sharded, tmp_path / "renamed")))
     assert {name for name in first if first[name] != renamed[name]} == {"checkpoint name"}
 
 
@@ -136,31 +141,29 @@ def flip_last_byte(path: Path) -> None:
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
 
-def test_identity_tells_states_of_a_folder_apart(sharded: Path) -> None:
-    source = parse_source(str(sharded))
-    first = identity(source)
-    assert identity(source) == first
+def test_fingerprints_tell_states_of_a_folder_apart(sharded: Path) -> None:
+    first = fingerprint(sharded)
+    assert fingerprint(sharded) == first
     assert not any(str(sharded) in mark for mark in first.values())
     (sharded / "generation_config.json").write_text("{}")
-    changed = identity(source)
+    changed = fingerprint(sharded)
     assert [name for name in first if changed[name] != first[name]] == ["generation_config.json"]
     stat = (sharded / SHARD).stat()
     os.utime(sharded / SHARD, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
-    assert [name for name in first if identity(source)[name] != changed[name]] == [SHARD]
+    assert [name for name in first if fingerprint(sharded)[name] != changed[name]] == [SHARD]
 
 
 def test_rehash_sees_bytes_rather_than_times(sharded: Path) -> None:
-    source = parse_source(str(sharded))
-    quick, full = identity(source), identity(source, rehash=True)
+    quick, full = fingerprint(sharded), fingerprint(sharded, rehash=True)
     assert full[SHARD] == f"sha256 {sha256(sharded / SHARD)}"
     os.utime(sharded / "config.json", ns=(1, 1))
-    assert identity(source, rehash=True) == full
+    assert fingerprint(sharded, rehash=True) == full
     flip_last_byte(sharded / SHARD)
-    assert identity(source) == quick
+    assert fingerprint(sharded) == quick
     # Within one process a file of the same size and time is hashed once.
     code = (
-        "import sys; from builder.checkpoint.fingerprint import *; from builder.checkpoint.source import *; "
-        "print(identity(parse_source(sys.argv[1]), rehash=True)[sys.argv[2]])"
+        "import pathlib, sys; from builder.checkpoint.fingerprint import *; from builder.checkpoint.load import *; "
+        "print(folder_fingerprint(open_checkpoint(pathlib.Path(sys.argv[1])), rehash=True)[sys.argv[2]])"
     )
     command = [sys.executable, "-c", code, str(sharded), SHARD]
     anew = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

@@ -1,4 +1,4 @@
-"""The stage `patch`, and what `python -m builder patches` shows and records."""
+"""The stage `patch`, and what `qwen3vl-onnx patches` shows and records."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ TENSORS = {
 }
 BINDINGS = (
     Binding("a", "plain", "float32", (3, 5)),
-    Binding("b", "turned", "float32", (3, 5), transpose=True),
+    Binding("b", "turned", "float32", (3, 5), transposed=True),
     Binding("c", "conv", "float32", (4, 24)),
     Binding("d", "scalar", "float32", ()),
 )
@@ -141,7 +141,7 @@ def test_equal_data_of_two_targets_is_one_file(source: Checkpoint, tmp_path: Pat
 @pytest.mark.parametrize(
     "changed",
     [
-        pytest.param(replace(BINDINGS[0], transpose=True), id="transposed"),
+        pytest.param(replace(BINDINGS[0], transposed=True), id="transposed"),
         pytest.param(replace(BINDINGS[0], tensor="turned"), id="another tensor"),
     ],
 )
@@ -152,7 +152,7 @@ def test_other_data_of_another_target_is_a_file_of_its_own(
     filled(source, {one: BINDINGS}, {two: (changed, *BINDINGS[1:])})
     assert not os.path.samefile(data_path(one), data_path(two))
     want = TENSORS[changed.tensor].astype(np.float32)
-    np.testing.assert_array_equal(read_back(two)["a_out"], want.T if changed.transpose else want)
+    np.testing.assert_array_equal(read_back(two)["a_out"], want.T if changed.transposed else want)
     np.testing.assert_array_equal(read_back(one)["a_out"], TENSORS["plain"].astype(np.float32))
 
 
@@ -167,7 +167,7 @@ def test_what_two_graphs_of_a_target_read_lies_in_the_last_ones_file(source: Che
         got = read_back(tmp_path / "out" / f"{name}.onnx")
         for binding in bindings:
             want = TENSORS[binding.tensor].reshape(binding.shape).astype(np.float32)
-            np.testing.assert_array_equal(got[f"{binding.initializer}_out"], want.T if binding.transpose else want)
+            np.testing.assert_array_equal(got[f"{binding.initializer}_out"], want.T if binding.transposed else want)
 
 
 # hidden 8, vocab 12

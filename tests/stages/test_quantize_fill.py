@@ -20,7 +20,7 @@ from builder.graph.data_files import fill
 from builder.graph.external_data import padded
 from builder.quantization.blockwise import dequantize
 from builder.quantization.blockwise import quantize as quantize_rows
-from builder.quantization.rules import Rule, Storage, resolve
+from builder.quantization.rules import Rule, WeightFormat, resolve
 from builder.stages import quantize
 from builder.stages.engine.estimate import ITEMS, Stored, data_bytes
 from builder.util.errors import PassError, WeightError
@@ -79,7 +79,7 @@ def graphs(folder: Path) -> dict[Path, BoundGraph]:
     }
 
 
-def written(folder: Path, source: Checkpoint, storages: Mapping[str, Storage], precision: str = "fp32") -> Any:
+def written(folder: Path, source: Checkpoint, storages: Mapping[str, WeightFormat], precision: str = "fp32") -> Any:
     """The data files, by name."""
     stored = {
         path: quantize.stored(path, bound, precision, storages, frozenset()) for path, bound in graphs(folder).items()
@@ -102,7 +102,7 @@ def answers(folder: Path, dtype: type = np.float32) -> dict[str, Array]:
     return found
 
 
-def expected(storages: Mapping[str, Storage]) -> dict[str, Array]:
+def expected(storages: Mapping[str, WeightFormat]) -> dict[str, Array]:
     """The same in numpy, on dequantized matrices."""
     have = {
         name: dequantize(quantize_rows(array, storages[name].blocks)) if name in storages else array

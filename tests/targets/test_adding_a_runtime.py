@@ -7,7 +7,7 @@ from dataclasses import fields
 
 import pytest
 
-from builder.targets.graphs import Graphs
+from builder.targets.graphs import GraphSettings
 from builder.targets.runners.registry import Runtime
 from builder.targets.spec import Packaging
 from tests.helpers.processes import ROOT
@@ -28,7 +28,7 @@ def test_what_it_quotes_is_what_the_tests_run(code: str) -> None:
 
 def test_it_names_every_field() -> None:
     words = set(re.findall(r"\w+", PAGE))
-    assert {one.name for value in (Graphs, Packaging, Runtime) for one in fields(value)} <= words
+    assert {one.name for value in (GraphSettings, Packaging, Runtime) for one in fields(value)} <= words
 
 
 def test_the_files_that_it_names_are_there() -> None:

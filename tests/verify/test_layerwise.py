@@ -25,6 +25,7 @@ from builder.verify.self_test import mutations
 from builder.verify.self_test.edits import edited
 from builder.verify.self_test.mutants import Mutation
 from tests.helpers.checkpoints import MINIATURE
+from tests.helpers.shown import shown
 
 pytestmark = pytest.mark.torch
 
@@ -59,7 +60,7 @@ def test_what_is_whole_passes_with_its_tokens(
 ) -> None:
     """Slices and the bundle's runtime each in processes of their own, as the command runs them."""
     found = report(miniature_built / target, streamed, store, PLENTY)
-    assert found.ok, found.table()
+    assert found.ok, shown(found)
     assert (found.verdict, found.not_run) == ("passed", {})
     places = {gate.place: sum(one.place == gate.place for one in found.gates) for gate in found.gates}
     assert places["decoder layers"] == 4 * streamed.checkpoint.text.layers
@@ -75,10 +76,10 @@ def test_weights_that_do_not_fit_leave_the_tokens_out_and_say_so(
     miniature_built: Path, streamed: Reference, store: Path, target: str
 ) -> None:
     found = report(miniature_built / target, streamed, store)
-    assert found.ok, found.table()
+    assert found.ok, shown(found)
     assert found.verdict == "sliced"
     assert found.not_run == {"tokens": "needs 1.0 GB of memory, there are 1 MB"}
-    assert "not run: needs 1.0 GB" in found.table()
+    assert "not run: needs 1.0 GB" in shown(found)
     said = found.as_dict()
     assert (said["verdict"], said["not run"]) == ("sliced", found.not_run)
 
@@ -115,8 +116,8 @@ def test_what_is_broken_is_named(
     found = report(broken, streamed, store)
     assert found.verdict == "failed"
     assert found.first_failure is not None
-    assert found.first_failure.place == place, found.table()
-    assert found.first_failure.case.endswith(where), found.table()
+    assert found.first_failure.place == place, shown(found)
+    assert found.first_failure.case.endswith(where), shown(found)
 
 
 @pytest.mark.usefixtures("_here")
@@ -189,7 +190,8 @@ def test_memory_decides_how(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, roo
 def test_the_command_with_little_memory(
     bundle: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(layerwise, "CASES", ("text",))
+    text = tuple(case for case in shipped_cases() if case.name == "text")
+    monkeypatch.setattr(layerwise, "shipped_cases", lambda: text)
     folder, store = bundle("genai"), tmp_path / "store"
     arguments = ["verify", str(folder), "--reference", str(MINIATURE), "--memory", "1MB", "--store", str(store)]
     done = CliRunner().invoke(app, [*arguments, "--json"])

@@ -10,21 +10,23 @@ from typing import Any
 
 import pytest
 
-from builder.bundle.dequantize import WeightError
+from builder.bundle.dequantize import RoundingError
 from builder.bundle.layout import MANIFEST
+from builder.checkpoint.load import open_checkpoint
 from builder.reference.cases import Suite, shipped_cases
 from builder.reference.model import Reference
 from builder.targets.recipe import Limits
 from builder.targets.recipe_file import load_recipe
 from builder.util.errors import BundleError
 from builder.util.json_files import read_json
-from builder.verify import whole
-from builder.verify.quantized import CASES, LossLimits, weight_gates
+from builder.verify import quantized, whole
+from builder.verify.quantized import LossLimits, weight_gates
 from builder.verify.report.gates import PLACES, Report
 from builder.verify.self_test.mutations import deepstack_levels_swapped
 from builder.verify.self_test.quantized_mutations import nibbles_swapped, scales_shifted, zero_points_shifted
 from tests.conftest import Built
 from tests.helpers.checkpoints import MINIATURE
+from tests.helpers.shown import shown
 
 pytestmark = pytest.mark.torch
 
@@ -55,7 +57,7 @@ def test_the_miniature_passes_in_every_place(finished: Callable[[str], Path]) ->
     places = {gate["place"] for gate in found["gates"]}
     assert set(PLACES) - places == {"decoded picture", "image preprocessor"}
     proved = [gate["case"] for gate in found["gates"] if gate["place"] == "decoder prefill"]
-    assert all(any(case.startswith(name) for case in proved) for name in CASES)
+    assert all(any(case.startswith(name) for case in proved) for name in ("text", "one picture", "wide, tall"))
     assert found["facts"]["quality"]["positions"]["positions"] > 1000
     assert len(found["facts"]["weights"]) == len({one["tensor"] for one in found["facts"]["weights"]}) > 40
 
@@ -65,12 +67,12 @@ def test_the_terms_of_a_bundle_are_those_of_its_manifest(lossy: Callable[[str], 
     folder = lossy("int4")
     loose = {**LIMITS, "kl_mean": 0.5, "kl_p99": 2.0, "same_top": 0.8}  # thirty positions are not the suite's
     edit_recipe(folder, limits=loose)
-    report = whole.verify_bundle(folder, MINIATURE)
-    assert report.verdict == "passed", report.table()
+    report = whole.verify_bundle(folder, open_checkpoint(MINIATURE))
+    assert report.verdict == "passed", shown(report)
     assert {"weights", "KL divergence", "generated tokens"} <= {gate.place for gate in report.gates}
 
     edit_recipe(folder, limits={**loose, "kl_mean": 1e-9, "weight": 0.1})
-    report = whole.verify_bundle(folder, MINIATURE)
+    report = whole.verify_bundle(folder, open_checkpoint(MINIATURE))
     assert failing(report) == {"weights", "KL divergence"}
     assert report.first_failure is not None
     assert report.first_failure.place == "weights"
@@ -80,7 +82,7 @@ def test_the_terms_of_a_bundle_are_those_of_its_manifest(lossy: Callable[[str], 
 def test_without_terms_a_bundle_has_to_be_exact(lossy: Callable[[str], Path]) -> None:
     folder = lossy("int4")
     edit_recipe(folder, limits=None)
-    report = whole.verify_bundle(folder, MINIATURE)
+    report = whole.verify_bundle(folder, open_checkpoint(MINIATURE))
     assert report.first_failure is not None
     assert report.first_failure.place == "vision layers"
     assert "KL divergence" not in {gate.place for gate in report.gates}
@@ -91,6 +93,7 @@ def test_without_terms_a_bundle_has_to_be_exact(lossy: Callable[[str], Path]) ->
     [
         pytest.param({"limits": {"weight": 0.1}}, id="limits that are missing"),
         pytest.param({"limits": {**LIMITS, "speed": 1}}, id="a limit of nothing"),
+        pytest.param({"limits": {**LIMITS, "weight": "x"}}, id="a limit of another type"),
         pytest.param({"limits": [1, 2]}, id="no table"),
     ],
 )
@@ -98,7 +101,7 @@ def test_limits_that_cannot_be_read_are_refused(lossy: Callable[[str], Path], ch
     folder = lossy("int4")
     edit_recipe(folder, **changes)
     with pytest.raises(BundleError, match="recipe cannot be read"):
-        whole.verify_bundle(folder, MINIATURE)
+        whole.verify_bundle(folder, open_checkpoint(MINIATURE))
 
 
 @pytest.mark.usefixtures("_few")
@@ -117,12 +120,31 @@ def test_what_is_broken_is_named_first(
     """Weights are proved apart from graphs: the twin of wrong weights equals PyTorch on the same wrong weights."""
     folder = lossy("int4")
     change(folder, "genai")
-    report = whole.verify_bundle(folder, MINIATURE)
+    report = whole.verify_bundle(folder, open_checkpoint(MINIATURE))
     assert report.first_failure is not None
     assert report.first_failure.place == next(place for place in PLACES if place in places)
-    assert places <= failing(report), report.table()
+    assert places <= failing(report), shown(report)
     if "weights" in places:
-        assert failing(report) <= {"weights", *PLACES[PLACES.index("KL divergence") :]}, report.table()
+        assert failing(report) <= {"weights", *PLACES[PLACES.index("KL divergence") :]}, shown(report)
+
+
+def test_an_added_case_reaches_the_fp32_copy(
+    finished: Callable[[str], Path], reference: Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terms = LossLimits("fp32", "cpu", Limits(**LIMITS))
+    (tmp_path / "mine.toml").write_text('[[case]]\nname = "mine"\nprompt = "What?"\nchecks = ["inputs"]\n')
+    compared: list[str] = []
+
+    def verify(folder: Path, target: str, copy: Reference, suite: Suite) -> Report:
+        assert copy.checkpoint.folder != reference.checkpoint.folder
+        compared.extend(case.name for case in suite.cases)
+        return Report(target, "", (), {})
+
+    monkeypatch.setattr(whole, "verify", verify)
+    monkeypatch.setattr(quantized, "quality_gates", lambda *args: [])
+    compare = whole.comparison(reference.checkpoint, None, tmp_path / "store", [tmp_path / "mine.toml"], terms)
+    compare(finished("int4"), "genai")
+    assert compared == ["one picture", "wide, tall", "text", "mine"]
 
 
 def test_what_this_machine_cannot_compute_is_said(built: Built, reference: Reference, tmp_path: Path) -> None:
@@ -135,17 +157,17 @@ def test_what_this_machine_cannot_compute_is_said(built: Built, reference: Refer
         patch.setattr(whole, "whole_suite", lambda checkpoint, folder, more=(): SUITE)
         report = whole.comparison(reference.checkpoint, None, tmp_path / "store", terms=terms)(folder, "genai")
     assert {"KL divergence", "generated tokens", "the provider cuda"} <= set(report.not_run)
-    assert report.verdict == "sliced", report.table()
+    assert report.verdict == "sliced", shown(report)
     assert "decoder prefill" in {gate.place for gate in report.gates}
     assert {"KL divergence", "perplexity"}.isdisjoint({gate.place for gate in report.gates})
-    assert "the provider cuda" in report.table(width=200)
+    assert "the provider cuda" in shown(report)
 
 
 def test_the_worst_matrix_of_each_width_has_a_gate() -> None:
     errors = [
-        WeightError("a", 4.5, 0.1, 0.3),
-        WeightError("b", 4.5, 0.2, 0.2),
-        WeightError("c", 8.5, 0.01, 0.02),
+        RoundingError("a", 4.5, 0.1, 0.3),
+        RoundingError("b", 4.5, 0.2, 0.2),
+        RoundingError("c", 8.5, 0.01, 0.02),
     ]
     limits = Limits(**LIMITS)
     gates = list(weight_gates(errors, replace(limits, weight=0.15)))

@@ -25,6 +25,7 @@ from builder.verify.graphs.sessions import Graphs
 from builder.verify.report.gates import Gate, guarded
 from builder.verify.self_test.mutations import patch_size_changed, rotary_axes_swapped
 from tests.helpers.edits import edit_json, edit_tensors
+from tests.helpers.openings import count_openings
 
 if TYPE_CHECKING:
     from builder.reference.model import Reference
@@ -70,7 +71,7 @@ def test_the_whole_suite_is_every_case_and_the_held_out_set(miniature: Path, tmp
 
 def test_a_folder_without_a_manifest_is_no_bundle(tmp_path: Path, miniature: Path) -> None:
     with pytest.raises(BundleError, match="is no bundle"):
-        whole.verify_bundle(tmp_path, miniature)
+        whole.verify_bundle(tmp_path, open_checkpoint(miniature))
     code, payload = command(tmp_path, miniature)
     assert (code, payload["error"]) == (21, "BundleError")
     assert not list(tmp_path.iterdir())
@@ -80,7 +81,7 @@ def test_a_bundle_for_an_unknown_runtime_is_refused(bundle: Callable[[str], Path
     folder = bundle("genai")
     (folder / "manifest.json").write_text(json.dumps({"target": "coreml"}))
     with pytest.raises(BundleError, match="coreml"):
-        whole.verify_bundle(folder, miniature)
+        whole.verify_bundle(folder, open_checkpoint(miniature))
 
 
 def test_a_graph_that_does_not_load_is_named(bundle: Callable[[str], Path], miniature: Path) -> None:
@@ -88,7 +89,7 @@ def test_a_graph_that_does_not_load_is_named(bundle: Callable[[str], Path], mini
     (folder / "model.onnx").unlink()
     (folder / "model.onnx").write_bytes(b"no graph")
     with pytest.raises(BundleError, match=r"model\.onnx does not load"):
-        whole.verify_bundle(folder, miniature)
+        whole.verify_bundle(folder, open_checkpoint(miniature))
 
 
 @pytest.mark.parametrize("target", ["genai", "onnxruntime"])
@@ -99,14 +100,19 @@ def test_settings_that_cannot_be_carried_out_are_refused(
     _own_copy(folder / "pipeline.json")
     edit_json("pipeline.json", lambda settings: settings.pop("image_token"))(folder)
     with pytest.raises(BundleError, match="settings") as caught:
-        whole.verify_bundle(folder, miniature)
+        whole.verify_bundle(folder, open_checkpoint(miniature))
     assert "image_token" in str(caught.value.found)
 
 
 @pytest.mark.usefixtures("_few")
 @pytest.mark.parametrize("target", ["genai", "onnxruntime"])
 def test_nothing_but_evidence_is_written(
-    bundle: Callable[[str], Path], miniature_built: Path, miniature: Path, tmp_path: Path, target: str
+    bundle: Callable[[str], Path],
+    miniature_built: Path,
+    miniature: Path,
+    tmp_path: Path,
+    target: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """An earlier report is replaced; where it is linked from, it stays."""
     folder = bundle(target)
@@ -116,8 +122,9 @@ def test_nothing_but_evidence_is_written(
     os.link(elsewhere, folder / "evidence" / "parity.json")
     before = files(folder), files(miniature_built), files(miniature)
 
+    opened = count_openings(monkeypatch)
     code, payload = command(folder, miniature)
-    assert code == 0
+    assert (code, opened) == (0, [miniature])
     assert (files(folder), files(miniature_built), files(miniature)) == before
     assert elsewhere.read_text() == "an earlier report"
     assert {path.name for path in (folder / "evidence").iterdir()} == {

@@ -1,4 +1,4 @@
-"""`python -m builder diff A B`: what differs between two bundles.
+"""`qwen3vl-onnx diff A B`: what differs between two bundles.
 
 In: two bundles' folders. Out: a `Difference`, as JSON; `builder.bundle.diff.render` writes it for people. Guaranteed:
 what an
@@ -22,8 +22,9 @@ from onnx import ModelProto
 from builder.bundle.check import check_settings
 from builder.bundle.diff.graphs import GraphChange, Pair, compare_graphs, differing, initializers
 from builder.bundle.diff.matrices import compare_matrices, matrices, shared_matrices
-from builder.bundle.diff.weights import Weight, WeightChange, compare_weights
+from builder.bundle.diff.weights import WeightChange, compare_weights
 from builder.bundle.evidence import read_parity, worst_figures
+from builder.bundle.initializer import Initializer
 from builder.bundle.inventory import Content, open_content
 from builder.bundle.layout import load_graph
 from builder.graph.introspection import readable
@@ -182,13 +183,11 @@ def _comparisons(
     whole = shared_matrices(*quantized)
     for name, pair in whole.items():
         yield name, partial(compare_matrices, graph, name, *pair)
-    parts = {part.name for pair in whole.values() for matrix in pair for part in matrix.parts}
+    parts = {part.tensor.name for pair in whole.values() for matrix in pair for part in matrix.parts}
     one, other = (initializers(model) for model in models)
     for name in sorted(({*one} & {*other}) - parts):
-        yield (
-            name,
-            partial(compare_weights, graph, name, Weight(one[name], folders[0]), Weight(other[name], folders[1])),
-        )
+        sides = Initializer(one[name], folders[0]), Initializer(other[name], folders[1])
+        yield name, partial(compare_weights, graph, name, *sides)
 
 
 def _files(a: Content, b: Content) -> tuple[dict[str, Mapping[str, Pair]], dict[str, str]]:

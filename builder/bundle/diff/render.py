@@ -6,17 +6,16 @@ says how much is left out (`--json` has it); names are shown as text, in Markdow
 
 from __future__ import annotations
 
-import io
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
+from rich.console import RenderableType
 
 from builder.bundle.diff.diff import Difference
 from builder.bundle.diff.graphs import GraphChange, Pair
+from builder.util.console_table import console_table
 from builder.util.text import clean, code, cut, figure
 
 ROWS = 30  # of a table
@@ -33,21 +32,14 @@ class Section:
     rows: tuple[tuple[str, ...], ...]
 
 
-def text(found: Difference, width: int = 120) -> str:
-    """For a terminal."""
-    console = Console(file=io.StringIO(), width=width, color_system=None, markup=False, emoji=False, highlight=False)
-    console.print(headline(found))
+def renderables(found: Difference) -> Iterator[RenderableType]:
+    """For the console."""
+    yield headline(found)
     for section in sections(found):
-        table = Table(title=section.title, title_justify="left")
-        for column in section.columns:
-            table.add_column(column)
-        for row in section.rows[:ROWS]:
-            table.add_row(*(cut(clean(cell), CELL) for cell in row))
-        console.print(table)
+        rows = ([cut(clean(cell), CELL) for cell in row] for row in section.rows[:ROWS])
+        yield console_table(section.title, section.columns, rows)
         if len(section.rows) > ROWS:
-            console.print(f"… and {len(section.rows) - ROWS:,} more; --json has all")
-    assert isinstance(console.file, io.StringIO)
-    return console.file.getvalue().rstrip()
+            yield f"… and {len(section.rows) - ROWS:,} more; --json has all"
 
 
 def markdown(found: Difference) -> str:

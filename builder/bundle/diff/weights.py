@@ -7,19 +7,15 @@ deviations, as `builder.verify.report.gates` does.
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnx_ir as ir
-from onnx import TensorProto, numpy_helper
 
-COUNT = 2**20  # values
+from builder.bundle.initializer import Initializer
+
 Values = npt.NDArray[np.float64]
 
 
@@ -41,51 +37,7 @@ class WeightChange:
     rms: float | None
 
 
-@dataclass(frozen=True)
-class Weight:
-    """An initializer, and the folder of its graph."""
-
-    tensor: TensorProto
-    folder: Path
-
-    @property
-    def packed(self) -> bool:
-        """Of less than a byte a value: int4."""
-        return ir.DataType(self.tensor.data_type).bitwidth < 8
-
-    def blocks(self) -> Iterator[bytes]:
-        """Its bytes, `COUNT` values at a time."""
-        if self.tensor.data_location != TensorProto.EXTERNAL:
-            values = numpy_helper.to_array(self.tensor).reshape(-1)
-            for begin in range(0, values.size, COUNT):
-                yield values[begin : begin + COUNT].tobytes()
-            return
-        facts = {entry.key: entry.value for entry in self.tensor.external_data}
-        bits = math.prod(self.tensor.dims) * ir.DataType(self.tensor.data_type).bitwidth
-        left, most = -(-bits // 8), max(1, COUNT * ir.DataType(self.tensor.data_type).bitwidth // 8)
-        with (self.folder / facts["location"]).open("rb") as file:
-            file.seek(int(facts.get("offset", "0")))
-            while left and (block := file.read(min(left, most))):
-                left -= len(block)
-                yield block
-
-    def values(self) -> Iterator[Values]:
-        """Its values, `COUNT` at a time."""
-        kind: Any = ir.DataType(self.tensor.data_type).numpy()
-        for block in self.blocks():
-            with np.errstate(all="ignore"):
-                values = np.frombuffer(block, kind).astype(np.float64)
-            yield values
-
-    def digest(self) -> str:
-        """SHA-256 of its bytes."""
-        found = hashlib.sha256()
-        for block in self.blocks():
-            found.update(block)
-        return found.hexdigest()
-
-
-def compare_weights(graph: str, name: str, one: Weight, other: Weight) -> WeightChange | None:
+def compare_weights(graph: str, name: str, one: Initializer, other: Initializer) -> WeightChange | None:
     """How they differ; None where type, shape and bytes are equal."""
     same = (one.tensor.data_type, list(one.tensor.dims)) == (other.tensor.data_type, list(other.tensor.dims))
     digests = one.digest(), other.digest()

@@ -1,9 +1,9 @@
-"""Activations and weights in fp16 or bf16: what flows from a float port or a weight is narrow, all else stays fp32.
+"""Activations and weights in fp16 or bf16: what flows from a float port or a weight is converted, all else is not.
 
-In: a graph in fp32, bound. Out: the same nodes on narrow values; ports are narrow, too, but for pixel values
+In: a graph in fp32, bound. Out: the same nodes on 16-bit values; ports are converted, too, but for pixel values
 and what the target keeps wide.
 Guaranteed: positions, angles and interpolation weights, which come from integers alone, are computed in fp32 and cast
-where they meet what is narrow; layers that are named stay fp32 inside, with casts around them; norms accumulate in
+where they meet 16-bit values; layers that are named stay fp32 inside, with casts around them; norms accumulate in
 fp32 (their operators do).
 """
 
@@ -28,10 +28,10 @@ FLOAT = ir.DataType.FLOAT
 PIXELS = "pixel_values"  # always stays fp32: runtimes and clients hand over what their preprocessing gives
 
 
-def narrow(
+def convert_precision(
     graph: BoundGraph, precision: str, wide_layers: Collection[int] = (), wide_ports: Collection[str] = ()
 ) -> Outcome:
-    """Counts the nodes that compute on narrow values.
+    """Counts the nodes that compute on 16-bit values.
 
     Args:
         precision: "fp16" or "bf16".
@@ -52,7 +52,7 @@ class _Narrowing:
 
     def run(self) -> Outcome:
         graph = self.model.graph
-        narrow_nodes, wide_nodes = self._parted()
+        converted, wide_nodes = self._parted()
         for name, binding in list(self.bindings.items()):
             if binding.dtype == "float32":
                 self.bindings[name] = replace(binding, dtype=self.name)
@@ -63,8 +63,8 @@ class _Narrowing:
             if value.name not in self.wide_ports:
                 self._retype(value)
         for node in list(graph):
-            if node in narrow_nodes:
-                self._narrow(node)
+            if node in converted:
+                self._convert(node)
             elif node in wide_nodes:
                 self._widen(node)
         for index, value in enumerate(graph.outputs):
@@ -74,13 +74,13 @@ class _Narrowing:
                 port = self._as(value, asked)
                 port.name, value.name = value.name, f"{value.name}.{made.name.lower()}"
                 graph.outputs[index] = port
-        return Outcome(BoundGraph(self.model, self.bindings), len(narrow_nodes))
+        return Outcome(BoundGraph(self.model, self.bindings), len(converted))
 
     def _parted(self) -> tuple[set[ir.Node], set[ir.Node]]:
-        """Nodes that become narrow, and those of wide layers; what neither sees of a float port stays as it is."""
+        """Nodes that are converted, and those of wide layers; what neither sees of a float port stays as it is."""
         flowing = {id(value) for value in self.model.graph.inputs if value.dtype == FLOAT}
         flowing |= {id(self.model.graph.initializers[name]) for name in self.bindings}
-        narrow_nodes: set[ir.Node] = set()
+        converted: set[ir.Node] = set()
         wide_nodes: set[ir.Node] = set()
         for node, layer in _with_layers(self.model.graph):
             reads = [*node.inputs, *_captured(node)]
@@ -91,10 +91,10 @@ class _Narrowing:
                 flowing |= {id(value) for value in floats}
                 # Attention keeps its type: its cache is a port, and what enters it is normed.
                 wide = layer in self.wide and node.op_type != "GroupQueryAttention"
-                (wide_nodes if wide else narrow_nodes).add(node)
-        return narrow_nodes, wide_nodes
+                (wide_nodes if wide else converted).add(node)
+        return converted, wide_nodes
 
-    def _narrow(self, node: ir.Node) -> None:
+    def _convert(self, node: ir.Node) -> None:
         for index, value in enumerate(node.inputs):
             if value is not None and _type(value) == FLOAT:
                 node.replace_input_with(index, self._as(value, self.type))
@@ -107,7 +107,7 @@ class _Narrowing:
             self._retype(value)
 
     def _widen(self, node: ir.Node) -> None:
-        """A node of a layer that stays fp32; its outputs are cast back where narrow nodes read them."""
+        """A node of a layer that stays fp32; its outputs are cast back where converted nodes read them."""
         for index, value in enumerate(node.inputs):
             if value is not None and value.dtype == self.type:
                 node.replace_input_with(index, self._as(value, FLOAT))

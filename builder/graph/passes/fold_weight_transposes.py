@@ -23,7 +23,7 @@ def fold_weight_transposes(graph: BoundGraph) -> Outcome:
         if list(node.attributes.get_ints("perm", [1, 0])) != [1, 0] or len(weight.uses()) != 1:
             misses.append(f"{weight.name}: not a plain transposition, or read elsewhere as well")
             continue
-        binding = bindings[weight.name].transposed()
+        binding = bindings[weight.name].with_axes_swapped()
         bindings[weight.name] = binding
         weight.const_value = unbound(binding)
         weight.shape = ir.Shape(binding.stored_shape)

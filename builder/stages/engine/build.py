@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,7 +33,7 @@ class Stage:
         fields: of the recipe that it reads.
         packages: distributions whose version can change its result.
         files: patterns of files that it reads rather than imports, see `builder.stages.engine.cache_key.code_digests`.
-        plays: whether it runs the bundles in their runtimes: their versions can change its result, too.
+        runs_bundles: whether it runs the bundles in their runtimes: their versions can change its result, too.
         shared: whether another build's folder of the same key will do: it says nothing of the checkpoint's weights.
     """
 
@@ -43,7 +43,7 @@ class Stage:
     packages: tuple[str, ...]
     files: tuple[str, ...] = ()
     module: str = ""
-    plays: bool = False
+    runs_bundles: bool = False
     shared: bool = False
 
     @property
@@ -78,7 +78,8 @@ STAGES: tuple[Stage, ...] = (
           ("jinja2", "tokenizers", *_ONNX, "numpy"), ("builder/targets/clients/pipeline.py",
           "builder/targets/clients/demo/*", *_NODE)),
     Stage("verify", ("configure", "fetch", "heldout"), ("targets", "precision", "rules", "provider", "limits"),
-          (*_RUNNING, "jinja2"), ("builder/suite/**/*", "builder/miniature/heldout/*", *_PAGES, *_NODE), plays=True),
+          (*_RUNNING, "jinja2"), ("builder/suite/**/*", "builder/miniature/heldout/*", *_PAGES, *_NODE),
+          runs_bundles=True),
     Stage("bundle", ("quantize", "configure", "verify", "fetch", "patch"),
           ("name", "targets", "precision", "rules", "provider", "limits", "max_length"),
           ("qwen3vl-onnx", "jinja2", "huggingface_hub", "pyyaml"), (*_PAGES, *_NODE)),
@@ -96,7 +97,7 @@ class Build:
         output: folder that takes one folder a stage.
         rehash: compare a local checkpoint by all its bytes, not by size and time.
         memory: bytes that verification may use; None for all that this process may have.
-        asked: what the user wrote for it, when that is not `source`; an unpinned hub id, say.
+        requested: the user's CHECKPOINT, where it is not `source`: an unpinned hub id, say.
         stages: the pipeline, in order.
     """
 
@@ -105,7 +106,7 @@ class Build:
     output: Path
     rehash: bool = False
     memory: int | None = None
-    asked: str = ""
+    requested: str = ""
     stages: tuple[Stage, ...] = STAGES
 
     def folder(self, stage: str) -> Path:
@@ -115,8 +116,17 @@ class Build:
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
-        """The fetched checkpoint; there from the end of the stage `fetch` on."""
-        from builder.checkpoint.fingerprint import fetched
+        """The checkpoint, opened once; one from the hub only after the stage `fetch`.
 
-        # A local folder that was moved is the same checkpoint: no path enters a key.
-        return fetched(self.folder("fetch"), self.source.folder and self.source.folder.absolute())
+        A local folder that was moved since it was fetched is the same checkpoint: no path enters a key.
+
+        Raises:
+            BuildError: see `builder.checkpoint.load.open_checkpoint`.
+        """
+        from builder.checkpoint.fingerprint import open_fetched
+        from builder.checkpoint.load import open_checkpoint
+
+        folder = self.source.folder
+        if folder is None:
+            return open_fetched(self.folder("fetch"))
+        return replace(open_checkpoint(folder, name=self.source.name), folder=folder.absolute())

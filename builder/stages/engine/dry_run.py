@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, Literal
 from builder.checkpoint import hub
 from builder.checkpoint.config import read_architecture
 from builder.checkpoint.files import CONFIG
-from builder.checkpoint.load import open_checkpoint
 from builder.checkpoint.safetensors import ITEM_BYTES, Tensor
 from builder.checkpoint.tensors import EXACT_IN, expected_tensors
 from builder.quantization.rules import resolve
@@ -184,9 +183,8 @@ def estimated(build: Build, steps: Sequence[Step]) -> Estimate:
 
 def known(build: Build, steps: Sequence[Step]) -> Facts:
     """What is known of the build's checkpoint before a weight is there."""
-    if build.source.folder is not None:
-        return described(open_checkpoint(build.source.folder))
-    if any(step.stage.name == "fetch" and step.state == "cached" for step in steps):
+    fetched = any(step.stage.name == "fetch" and step.state == "cached" for step in steps)
+    if fetched or build.source.folder is not None:
         return described(build.checkpoint)
     folder, remotes = hub.needed(build.source)
     here = {file: (folder / file).stat().st_size for file in remotes if (folder / file).is_file()}
@@ -204,7 +202,7 @@ def known(build: Build, steps: Sequence[Step]) -> Facts:
 
 def described(checkpoint: Checkpoint) -> Facts:
     """The facts of a checkpoint on this disk."""
-    files = {file: (checkpoint.folder / file).stat().st_size for file in checkpoint.files}
+    files = {file: count for file, (count, _) in checkpoint.states.items()}
     return Facts(checkpoint.text, checkpoint.vision, checkpoint.tensors, files, {})
 
 

@@ -1,7 +1,7 @@
 """What a build would write, hold in memory and take, from a checkpoint's config and tensor index alone.
 
-In: `Facts` about a checkpoint, runtimes, stages. Out: bytes and seconds. Guaranteed: no weight is read; sizes of data
-files are exact, all other figures are an order of magnitude on the safe side (see the constants).
+No weight is read. Sizes of data files are exact; all other figures are an order of magnitude on the safe side (see
+`builder.stages.engine.measured`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from builder.checkpoint.shard_reader import BLOCK
 from builder.checkpoint.tensors import EMBEDDINGS as EMBEDDING_MATRIX
 from builder.graph.external_data import QUEUED, STRIP, padded
 from builder.quantization.packing import part_shape, parts
-from builder.quantization.rules import Storage
+from builder.quantization.rules import WeightFormat
+from builder.stages.engine import measured
 from builder.targets.graphs import GRAPHS
 from builder.verify.memory_budget import ITEM, LAYERS, Mode, verify_memory
 
@@ -30,38 +31,12 @@ ITEMS = {"fp32": 4, "fp16": 2, "bf16": 2}  # and of one in a data file that no r
 SIDE_BY_SIDE = re.compile(r"(?<=\.)(?:[qkv]_proj|gate_proj|up_proj)(?=\.)")
 VISUAL = "model.visual."
 
-# Measured, unless they say otherwise, on 2 x86-64 cores with other work on them: builds of the miniature and of a
-# checkpoint of 141 million weights.
-LAYER_BYTES = 20_000  # of a graph and its bindings, a layer or vision block: 10,000 (filled) to 23,000 (traced)
-RECORD_BYTES = 200_000  # what a stage writes beside that: records, diffs, settings, reports
-# Peak bytes; what earlier stages of the same process have imported stays.
-STAGE_MEMORY: Mapping[str, int] = {
-    "fetch": 200_000_000,
-    "patch": 400_000_000,
-    "export": 600_000_000,
-    "optimize": 600_000_000,
-    "quantize": 650_000_000,  # and what `_quantize_memory` adds
-    "configure": 600_000_000,
-    "bundle": 600_000_000,
-}
-STAGE_SECONDS: Mapping[str, float] = {"fetch": 1, "patch": 5, "optimize": 1, "quantize": 1, "configure": 1, "bundle": 2}
-TRACE_SECONDS = 27  # a target, whatever its size: 50 to 59 for both at 2B, 4B and 8B (docs/bench.md)
-WRITE_RATE = 0.25e9  # bytes a second of a data file, cast, hashed and flushed, on a slow disk
-HASH_RATE = 0.35e9  # not measured: a download read back from the same disk; SHA-256 alone does 2e9
-QUANTIZE_RATE, CALIBRATE_RATE = 40e6, 4e6  # weights a second
-CALIBRATION_MEMORY, MOMENTS = 300_000_000, 8  # bytes of the prompts' streams; copies of a matrix of moments, as fp32
-VERIFY_SECONDS = 30  # a target
-# Seconds a target and a gigabyte of fp32 weights, all cases with 64 tokens each: from 242 s for two targets at 0.57 GB.
-WHOLE_SECONDS = 180
-# The same in slices, where three cases are asked: 7.4 at 2B, 8.4 at 8B.
-SLICED_SECONDS = 9
-
 
 @dataclass(frozen=True)
 class Stored:
     """How a recipe stores weights: what `builder.quantization.rules.resolve` gives, and the precision of all else."""
 
-    storages: Mapping[str, Storage] = field(default_factory=dict)
+    storages: Mapping[str, WeightFormat] = field(default_factory=dict)
     precision: str = "fp32"
 
     @property
@@ -139,14 +114,14 @@ def graph_bytes(facts: Facts, runtimes: Iterable[str], stored: Stored = FP32) ->
             known = frozenset(names) in counted
             size = 0 if known else data_bytes((facts.tensors[name] for name in names), stored)
             counted.add(frozenset(names))
-            rows.append(GraphBytes(runtime, f"{graph}.onnx", depth * LAYER_BYTES, data, size))
+            rows.append(GraphBytes(runtime, f"{graph}.onnx", depth * measured.LAYER_BYTES, data, size))
     return tuple(rows)
 
 
 def data_bytes(tensors: Iterable[Tensor], stored: Stored = FP32) -> int:
     """Bytes of the data file that holds these tensors (`builder.graph.external_data.layout`)."""
     item, total = ITEMS[stored.precision], 0
-    groups: dict[tuple[str, Storage], tuple[int, int]] = {}
+    groups: dict[tuple[str, WeightFormat], tuple[int, int]] = {}
     for tensor in tensors:
         storage = stored.storages.get(tensor.name)
         if storage is None:
@@ -171,59 +146,42 @@ def stage_cost(stage: str, facts: Facts, runtimes: Sequence[str], mode: Mode, st
         mode: how `verify` would run.
         stored: how weights are stored.
     """
-    return StageCost(
-        written=_written(stage, facts, runtimes, stored),
-        memory=_memory(stage, facts, mode, stored),
-        seconds=_seconds(stage, facts, runtimes, mode, stored),
-    )
-
-
-def _written(stage: str, facts: Facts, runtimes: Sequence[str], stored: Stored) -> int:
-    filled = graph_bytes(facts, runtimes, stored)
-    graphs = sum(row.graph_bytes for row in filled)
-    small = sum(size for name, size in facts.files.items() if not name.endswith(".safetensors") and name != INDEX)
-    own = {
-        "export": graphs,
-        "optimize": graphs,
-        "quantize": graphs + sum(row.data_bytes for row in filled),
-        "configure": len(runtimes) * small,
-        # The checkpoint that the bundle is, in fp32, while it is compared.
-        "verify": 0 if stored.exact else ITEM * _weights(facts),
-    }
-    return own.get(stage, 0) + RECORD_BYTES
-
-
-def _weights(facts: Facts) -> int:
-    return sum(math.prod(tensor.shape) for tensor in facts.tensors.values())
-
-
-def _memory(stage: str, facts: Facts, mode: Mode, stored: Stored) -> int:
-    if stage == "verify":
-        whole, sliced = verify_memory(facts)
-        return whole if mode == "whole" else sliced
-    return STAGE_MEMORY.get(stage, 0) + (_quantize_memory(facts, stored) if stage == "quantize" else 0)
+    rows = graph_bytes(facts, runtimes, stored)
+    graphs, data = sum(row.graph_bytes for row in rows), sum(row.data_bytes for row in rows)
+    weights = sum(math.prod(tensor.shape) for tensor in facts.tensors.values())
+    written = measured.RECORD_BYTES
+    memory, seconds = measured.STAGES[stage]
+    match stage:
+        case "fetch":
+            seconds += sum(facts.missing.values()) / measured.HASH_RATE
+        case "export":
+            written += graphs
+            seconds += len(runtimes) * measured.TRACE_SECONDS
+        case "optimize":
+            written += graphs
+        case "quantize":
+            written += graphs + data
+            memory += _quantize_memory(facts, stored)
+            rate = measured.CALIBRATE_RATE if stored.calibrated else measured.QUANTIZE_RATE
+            seconds += data / measured.WRITE_RATE + (weights / rate if stored.storages else 0)
+        case "configure":
+            small = (size for name, size in facts.files.items() if not name.endswith(".safetensors") and name != INDEX)
+            written += len(runtimes) * sum(small)
+        case "verify":
+            # The checkpoint that the bundle is, in fp32, while it is compared.
+            written += 0 if stored.exact else ITEM * weights
+            whole, sliced = verify_memory(facts)
+            memory, rate = (whole, measured.WHOLE_SECONDS) if mode == "whole" else (sliced, measured.SLICED_SECONDS)
+            seconds += len(runtimes) * (measured.VERIFY_SECONDS + rate * (ITEM * weights / 1e9))
+    return StageCost(written, memory, seconds)
 
 
 def _quantize_memory(facts: Facts, stored: Stored) -> int:
-    """The strip that is turned, and the blocks on their way to the disk; or a layer, and the moments of its inputs."""
+    """The strip that is transposed, and the blocks on their way to the disk; or a layer, and its inputs' Hessian."""
+    layers = [tensor for name, tensor in facts.tensors.items() if name.startswith(LAYERS)]
     if stored.calibrated:
-        columns = max(one.shape[1] for one in facts.tensors.values() if len(one.shape) == 2)
-        layer = max(ITEM * math.prod(one.shape) for name, one in facts.tensors.items() if name.startswith(LAYERS))
-        return CALIBRATION_MEMORY + 3 * layer + MOMENTS * ITEM * columns**2
-    turned = (one.nbytes for one in facts.tensors.values() if one.name.startswith(LAYERS) and len(one.shape) == 2)
-    return min(STRIP, max(turned)) + (QUEUED + 4) * BLOCK
-
-
-def _seconds(stage: str, facts: Facts, runtimes: Sequence[str], mode: Mode, stored: Stored) -> float:
-    if stage == "export":
-        return len(runtimes) * TRACE_SECONDS
-    if stage == "verify":
-        gigabytes = ITEM * sum(math.prod(tensor.shape) for tensor in facts.tensors.values()) / 1e9
-        rate = WHOLE_SECONDS if mode == "whole" else SLICED_SECONDS
-        return len(runtimes) * (VERIFY_SECONDS + rate * gigabytes)
-    passing = {
-        "fetch": sum(facts.missing.values()) / HASH_RATE,
-        "quantize": sum(row.data_bytes for row in graph_bytes(facts, runtimes, stored)) / WRITE_RATE
-        + (len(stored.storages) > 0) * _weights(facts) / (CALIBRATE_RATE if stored.calibrated else QUANTIZE_RATE),
-    }
-    return STAGE_SECONDS.get(stage, 0) + passing.get(stage, 0)
+        columns = max(tensor.shape[1] for tensor in facts.tensors.values() if len(tensor.shape) == 2)
+        layer = max(ITEM * math.prod(tensor.shape) for tensor in layers)
+        return measured.PROMPT_BYTES + 3 * layer + measured.HESSIANS * ITEM * columns**2
+    transposed = max(tensor.nbytes for tensor in layers if len(tensor.shape) == 2)
+    return min(STRIP, transposed) + (QUEUED + 4) * BLOCK

@@ -22,6 +22,7 @@ from builder.stages.engine.output_folder import (
     Record,
     claimed,
     damage,
+    find_linkable,
     linked,
     part,
     put_in_place,
@@ -29,7 +30,6 @@ from builder.stages.engine.output_folder import (
     recover,
     remove_part,
     sizes,
-    twin,
     unwritable,
     write_record,
 )
@@ -37,7 +37,7 @@ from builder.util.cost import Meter
 from builder.util.errors import MissingPackageError
 from builder.util.versions import MISSING, version
 
-BESIDE = ("calibration", "heldout")  # folders of cases beside a checkpoint
+CASES = ("calibration", "heldout")  # folders of cases next to a checkpoint
 _DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG})
 _PERMISSION = frozenset({errno.EACCES, errno.EPERM})
 
@@ -46,7 +46,7 @@ _PERMISSION = frozenset({errno.EACCES, errno.EPERM})
 class Step:
     """A stage, and whether it has to run: `why` is empty when it does not.
 
-    `link` is for a stage that another build beside this one has whole, in the folder `twin`.
+    `link`: another build next to this one has the complete stage, in the folder `linkable`.
     """
 
     stage: Stage
@@ -54,7 +54,7 @@ class Step:
     why: str
     components: Components
     record: Record | None = None
-    twin: Path | None = None
+    linkable: Path | None = None
 
     @property
     def text(self) -> str:
@@ -74,7 +74,7 @@ def plan(build: Build, until: str | None = None, force: Collection[str] = ()) ->
     """What `execute` would do, in order; writes nothing and imports no stage."""
     steps: dict[str, Step] = {}
     for stage in wanted(build, until):
-        steps[stage.name] = _step(build, stage, steps, force, _architecture(build, steps.get("fetch")))
+        steps[stage.name] = _step(build, stage, steps, force, lambda: _planned_architecture(build, steps.get("fetch")))
     return list(steps.values())
 
 
@@ -100,7 +100,7 @@ def execute(
         BuildError: whatever a stage raises; the folders of the stages before it stay.
     """
     source = str(build.source)
-    about = {"asked": build.asked or source, "checkpoint": source, "recipe": build.recipe.name}
+    about = {"asked": build.requested or source, "checkpoint": source, "recipe": build.recipe.name}
     done: dict[str, tuple[Step, Record]] = {}
     with claimed(build.output, about):
         for stage in build.stages:
@@ -138,9 +138,9 @@ def _step(
     except ValueError:
         return Step(stage, "run", "record unreadable", components)
     if record is None:
-        other = twin(folder, components.key) if stage.shared and stage.name not in force else None
+        other = find_linkable(folder, components.key) if stage.shared and stage.name not in force else None
         if other is not None:
-            return Step(stage, "link", f"the same as in {other.parent.name}", components, twin=other)
+            return Step(stage, "link", f"the same as in {other.parent.name}", components, linkable=other)
         return Step(stage, "run", "first time", components)
     if stage.name in force:
         return Step(stage, "run", "forced", components)
@@ -165,21 +165,24 @@ def _components(build: Build, stage: Stage, earlier: Mapping[str, Step], archite
     inputs: dict[str, str] = {}
     for name in stage.inputs:
         if name == "source":
-            from builder.checkpoint.fingerprint import identity
+            from builder.checkpoint.fingerprint import folder_fingerprint, hub_fingerprint
 
-            inputs |= identity(build.source, rehash=build.rehash)
-        elif name in BESIDE:
-            from builder.checkpoint.fingerprint import beside
+            local = build.source.folder is not None
+            inputs |= (
+                folder_fingerprint(build.checkpoint, rehash=build.rehash) if local else hub_fingerprint(build.source)
+            )
+        elif name in CASES:
+            from builder.checkpoint.fingerprint import cases_fingerprint
 
             read = name == "heldout" or any(rule.search == "gptq" for rule in build.recipe.rules)
-            inputs[name] = beside(build.source, name) if read else "not read"
+            inputs[name] = cases_fingerprint(build.source, name) if read else "not read"
         else:
             inputs[name] = architecture() if name == "config" else earlier[name].components.key
     return Components(
         recipe={name: plain(getattr(build.recipe, name)) for name in stage.fields},
         inputs=inputs,
         code=code_digests(stage.module_name, stage.files),
-        packages={name: version(name) for name in stage.packages} | (_runtimes(build) if stage.plays else {}),
+        packages={name: version(name) for name in stage.packages} | (_runtimes(build) if stage.runs_bundles else {}),
     )
 
 
@@ -196,19 +199,10 @@ def _runtimes(build: Build) -> dict[str, str]:
     return found
 
 
-def _architecture(build: Build, fetch: Step | None) -> Callable[[], str]:
-    """The config's digest, as far as it can be told before the stage `fetch` has run."""
-
-    def digest() -> str:
-        if fetch is not None and fetch.state == "cached":
-            return build.checkpoint.config_digest
-        if build.source.folder is None:
-            return UNKNOWN
-        from builder.checkpoint.load import open_checkpoint
-
-        return open_checkpoint(build.source.folder).config_digest
-
-    return digest
+def _planned_architecture(build: Build, fetch: Step | None) -> str:
+    """The config's digest; `UNKNOWN` where the stage `fetch` has yet to download it."""
+    available = build.source.folder is not None or (fetch is not None and fetch.state == "cached")
+    return build.checkpoint.config_digest if available else UNKNOWN
 
 
 def _require_packages(steps: list[Step]) -> None:
@@ -228,7 +222,7 @@ def _made(build: Build, step: Step, after: Mapping[str, str]) -> Record:
     started, meter = datetime.now(UTC).isoformat(timespec="microseconds"), Meter()
     try:
         fresh = part(folder)
-        facts = step.stage.run(build, fresh) if step.twin is None else linked(step.twin, fresh)
+        facts = step.stage.run(build, fresh) if step.linkable is None else linked(step.linkable, fresh)
         record = Record(
             stage=step.stage.name,
             key=step.components.key,

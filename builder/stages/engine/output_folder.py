@@ -8,7 +8,6 @@ stage's folder is either the old one or the new one, whole, wherever the process
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,7 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 from builder.stages.engine.cache_key import Components
 from builder.util.cost import Cost
 from builder.util.errors import OutputError
-from builder.util.files import link
+from builder.util.files import link, write_text
 
 MARKER = "build.json"
 RECORD = "stage.json"
@@ -75,8 +74,8 @@ def write_record(folder: Path, record: Record) -> None:
     (folder / RECORD).write_text(text + "\n", encoding="utf-8")
 
 
-def twin(folder: Path, key: str) -> Path | None:
-    """A whole folder of the same stage and key, of another build beside this one."""
+def find_linkable(folder: Path, key: str) -> Path | None:
+    """A complete folder of the same stage and key, of another build next to this one."""
     for other in sorted(folder.parent.parent.glob(f"*/{folder.name}")):
         try:
             record = read_record(other)
@@ -172,7 +171,7 @@ def claimed(output: Path, about: Mapping[str, str]) -> Iterator[None]:
     except OSError as error:
         raise unwritable(output, error) from error
     try:
-        mark(output, about)
+        write_marker(output, about)
         yield
     finally:
         lock.release()
@@ -204,12 +203,10 @@ def read_marker(output: Path) -> Mapping[str, str] | None:
     return marker if isinstance(marker, dict) and marker.get("tool") == TOOL else None
 
 
-def mark(output: Path, about: Mapping[str, str]) -> None:
-    """Write `build.json`, whole or not at all."""
-    draft = output / (MARKER + ".part")
+def write_marker(output: Path, about: Mapping[str, str]) -> None:
+    """Write `build.json`, complete or not at all."""
     try:
-        draft.write_text(json.dumps({"tool": TOOL, **about}, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        os.replace(draft, output / MARKER)
+        write_text(output / MARKER, json.dumps({"tool": TOOL, **about}, indent=2, sort_keys=True) + "\n")
     except OSError as error:
         raise unwritable(output, error) from error
 

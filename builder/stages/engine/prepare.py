@@ -1,7 +1,6 @@
-"""From a command's arguments to a frozen `Build`, checked as far as one second goes.
+"""From a command's arguments to a frozen `Build`, or to a `Checkpoint`; refuses what it can within a second.
 
-In: what the user wrote. Out: a `Build` with its recipe read, its revision settled, its checkpoint's config
-and headers checked. Guaranteed: nothing is built yet, and nothing is written.
+Nothing is built or written; a reference from the hub is downloaded.
 """
 
 from __future__ import annotations
@@ -23,66 +22,59 @@ MINIATURE = Path(__file__).parents[2] / "miniature" / "checkpoint"
 OUTPUTS = Path("outputs")
 
 
-def prepared(checkpoint: str | None, recipe: str, output: Path | None, *, rehash: bool, settle_again: bool) -> Build:
-    """The build that the arguments of `build` and `explain` ask for.
+def prepared(
+    checkpoint: str | None,
+    recipe: str,
+    output: Path | None,
+    *,
+    rehash: bool,
+    settle_again: bool,
+    memory: int | None = None,
+) -> Build:
+    """The build that the arguments of `build` and `explain` describe; a local checkpoint is opened here, once.
 
     Args:
         checkpoint: a folder or a hub id; None for the embedded miniature.
-        recipe: a shipped one's name, or the path of a .toml file.
+        recipe: the name of a shipped recipe, or the path of a .toml file.
         output: None for `outputs/<checkpoint>-<recipe>`.
-        settle_again: ask the hub which commit an unpinned id means although an earlier build has.
+        settle_again: resolve an unpinned id anew although an earlier build has.
+        memory: see `Build`.
 
     Raises:
         BuildError: an argument that no build can start from.
     """
-    wanted = load_recipe(recipe)
-    asked = replace(parse_source(str(MINIATURE)), name="miniature") if checkpoint is None else parse_source(checkpoint)
-    folder = output or OUTPUTS / f"{asked.name}-{wanted.name}"
+    loaded = load_recipe(recipe)
+    requested = _source(checkpoint)
+    folder = output or OUTPUTS / f"{requested.name}-{loaded.name}"
     refuse_foreign(folder)
-    source = _checked(asked if settle_again else _recorded(asked, folder))
-    return Build(source, wanted, folder, rehash=rehash, asked=str(asked))
-
-
-def reference_folder(checkpoint: str) -> Path:
-    """A checkpoint to compare with, on this disk; downloaded when it is the hub's.
-
-    Raises:
-        BuildError: no such checkpoint.
-    """
-    source = _checked(parse_source(checkpoint))
+    source = resolve(requested if settle_again else _recorded(requested, folder))
+    build = Build(source, loaded, folder, rehash=rehash, memory=memory, requested=str(requested))
     if source.folder is not None:
-        return source.folder
-    from builder.checkpoint.hub import download
-
-    return download(source)[0]
+        _ = build.checkpoint
+    return build
 
 
 def reference_checkpoint(checkpoint: str | None) -> Checkpoint:
-    """The same, opened under its own name and revision; None for the embedded miniature.
+    """The opened checkpoint to compare with, downloaded where it is the hub's; None for the embedded miniature.
 
     Raises:
         BuildError: no such checkpoint.
     """
+    from builder.checkpoint.hub import download
     from builder.checkpoint.load import open_checkpoint
 
-    if checkpoint is None:
-        return open_checkpoint(MINIATURE, name="miniature")
-    source = resolve(parse_source(checkpoint))
-    return open_checkpoint(reference_folder(str(source)), name=source.name, revision=source.revision)
+    source = resolve(_source(checkpoint))
+    folder = download(source)[0] if source.folder is None else source.folder
+    return open_checkpoint(folder, name=source.name, revision=source.revision)
 
 
-def _recorded(asked: Source, output: Path) -> Source:
+def _source(checkpoint: str | None) -> Source:
+    return replace(parse_source(str(MINIATURE)), name="miniature") if checkpoint is None else parse_source(checkpoint)
+
+
+def _recorded(requested: Source, output: Path) -> Source:
     """An unpinned hub id stays the commit that it was when its output folder was first built."""
-    if asked.repo is None or asked.pinned:
-        return asked
+    if requested.repo is None or requested.pinned:
+        return requested
     marker = read_marker(output)
-    return parse_source(marker["checkpoint"]) if marker and marker.get("asked") == str(asked) else asked
-
-
-def _checked(source: Source) -> Source:
-    settled = resolve(source)
-    if settled.folder is not None:
-        from builder.checkpoint.load import open_checkpoint
-
-        open_checkpoint(settled.folder, name=settled.name)
-    return settled
+    return parse_source(marker["checkpoint"]) if marker and marker.get("asked") == str(requested) else requested

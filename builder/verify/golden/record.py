@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from builder.checkpoint.load import Checkpoint
 from builder.reference.cases import SUITE, Case, held_out, placed, read_cases
-from builder.reference.synthetic_images import Limits
+from builder.reference.synthetic_images import SizeLimits
 from builder.targets.clients.pipeline import load_image
 from builder.util import machine
 from builder.util.errors import GoldenError, ResourceError
@@ -54,7 +54,7 @@ def write_golden(reference: Reference, output: Path, more: Sequence[Path] = ()) 
         GoldenError: `output` cannot be written.
     """
     checkpoint = reference.checkpoint
-    limits, tasks = Limits.of(checkpoint), held_out(checkpoint)
+    limits, tasks = SizeLimits.of(checkpoint), held_out(checkpoint)
     written = read_cases((SUITE, *more))
     with TemporaryDirectory() as folder, progress("golden", len(written) + len(tasks)) as advance:
         cases = []
@@ -88,23 +88,23 @@ def write_golden(reference: Reference, output: Path, more: Sequence[Path] = ()) 
     return golden
 
 
-def golden_of(checkpoint: Checkpoint, output: Path, more: Sequence[Path] = (), limit: int | None = None) -> Golden:
+def golden_of(checkpoint: Checkpoint, output: Path, more: Sequence[Path] = (), memory: int | None = None) -> Golden:
     """`write_golden` of a checkpoint.
 
     Args:
-        limit: bytes of memory that may be used; None for all that this process may have.
+        memory: bytes that may be used; None for all that this process may have.
 
     Raises:
         ResourceError: PyTorch with all of the checkpoint does not fit in memory.
     """
     from builder.reference.model import Reference
 
-    memory = machine.memory_limit() if limit is None else limit
-    if verify_mode(checkpoint, memory) != "whole":
+    available = machine.memory_limit() if memory is None else memory
+    if verify_mode(checkpoint, available) != "whole":
         raise ResourceError(
             "a golden needs PyTorch with the whole checkpoint in memory",
             expected=f"about {size(verify_memory(checkpoint)[0])}",
-            found=size(memory),
+            found=size(available),
             next="make it on a machine with more memory; the file is small, and is used anywhere",
         )
     return write_golden(Reference(checkpoint), output, more)
@@ -123,7 +123,7 @@ def golden_case(case: Case, reference: Reference) -> GoldenCase:
         main, levels = reference.vision(prompt.pixel_values, prompt.image_grid_thw)
         kept["features"] = _samples(case, "features", (main, *levels))
     if "tokens" in case.checks:
-        count = min(case.tokens, TOKENS)
+        count = min(case.max_new_tokens, TOKENS)
         answer = reference.generate(prompt, count, count)
         kept |= {"tokens": answer.tokens, "margins": " ".join(map(_hex, answer.margins))}
     ids = tuple(prompt.input_ids[0].tolist())
@@ -210,7 +210,7 @@ def picture_marks(case: Case) -> tuple[PictureMark, ...]:
 def case_digest(case: Case) -> str:
     """SHA-256 of all that decides what PyTorch makes of a case, but the way in which its picture files are decoded."""
     marks = [mark.file or mark.rgb for mark in picture_marks(case)]
-    said = [case.name, case.prompt, marks, case.checks, case.tolerance, case.tokens, case.lifted]
+    said = [case.name, case.prompt, marks, case.checks, case.tolerance, case.max_new_tokens, case.lifted]
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
 

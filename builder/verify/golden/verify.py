@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 
 from builder.bundle.layout import check_bundle, own_evidence
-from builder.checkpoint.load import Checkpoint, open_checkpoint
+from builder.checkpoint.load import Checkpoint
 from builder.reference.cases import SUITE, Case, held_out, placed, read_cases
 from builder.reference.model import ANY_SIZE, Answer
-from builder.reference.synthetic_images import Limits
+from builder.reference.synthetic_images import SizeLimits
 from builder.targets.clients.pipeline import Inputs, encode, load_image, position_ids, preprocess
 from builder.targets.graphs import GRAPHS
 from builder.targets.runners.protocol import OwnProcessor, Runner
@@ -51,16 +51,16 @@ from builder.verify.whole import unplayed
 
 RUNNING = ("onnxruntime", "onnxruntime-genai", "tokenizers", "pillow", "numpy")
 PART = "golden"  # of a bundle's evidence/
-REMAKE = "python -m builder golden CHECKPOINT --output {}"
+REMAKE = "qwen3vl-onnx golden CHECKPOINT --output {}"
 
 
-def verify_golden(bundle: Path, path: Path, more: Sequence[Path] = (), reference: Path | None = None) -> Report:
+def verify_golden(bundle: Path, path: Path, more: Sequence[Path] = (), checkpoint: Checkpoint | None = None) -> Report:
     """All gates of a bundle that a golden has figures for.
 
     Args:
         path: of the golden.
         more: the cases files (or folders) that it was made with besides the shipped ones.
-        reference: the checkpoint's folder, beside which its held-out set lies; None leaves that out, and says so.
+        checkpoint: its held-out set is next to it; None leaves that out, and says so.
 
     Raises:
         GoldenError: see the module.
@@ -68,21 +68,22 @@ def verify_golden(bundle: Path, path: Path, more: Sequence[Path] = (), reference
         CasesError: see `builder.reference.cases.read_cases`.
     """
     golden, target = read_golden(path), check_bundle(bundle)
-    checkpoint = None if reference is None else open_checkpoint(reference)
     _check_made_from(golden, path, bundle, checkpoint)
     runner = open_runner(bundle, target)
     with TemporaryDirectory() as drawn:
-        cases = placed(read_cases((SUITE, *more)), Limits(*golden.limits), Path(drawn))
+        cases = placed(read_cases((SUITE, *more)), SizeLimits(*golden.limits), Path(drawn))
         _check_cases(golden, path, cases)
         graphs = Graphs.load(bundle, GRAPHS[target].packed, golden.hidden, layer_outputs=True)
         report = _report(target, golden, cases, runner, graphs, checkpoint)
     return replace(report, gates=(*report.gates, *golden_preprocessor_gates(bundle, target, runner.vision)))
 
 
-def verify_bundle_golden(bundle: Path, path: Path, more: Sequence[Path] = (), reference: Path | None = None) -> Report:
+def verify_bundle_golden(
+    bundle: Path, path: Path, more: Sequence[Path] = (), checkpoint: Checkpoint | None = None
+) -> Report:
     """`verify_golden`, and its report in `evidence/golden/`: the one of the comparison with PyTorch stays."""
     evidence = own_evidence(bundle, PART)
-    report = verify_golden(bundle, path, more, reference)
+    report = verify_golden(bundle, path, more, checkpoint)
     write(report, evidence, of_bundle(bundle))
     return report
 

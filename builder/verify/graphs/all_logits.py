@@ -17,7 +17,7 @@ from builder.checkpoint.parts import DECODER
 from builder.graph.ports import RESIDUAL, ROLES
 from builder.reference.model import Prompt
 from builder.targets.graphs import GRAPHS
-from builder.util.errors import BundleError
+from builder.util.onnx_session import does_not_load, open_session
 from builder.verify.graphs.fp32_copy import decoder_with_all_logits
 from builder.verify.graphs.sessions import Array, Graphs, decoder_call
 
@@ -52,23 +52,16 @@ def shipped_graphs(folder: Path, target: str, hidden: int) -> Graphs:
     Raises:
         BundleError: ONNX Runtime does not load a graph.
     """
-    import onnxruntime
-
     files, sessions = graph_files(folder), []
     for name in ROLES:
         path = files[name]
-        model = decoder_with_all_logits(path) if name == DECODER else str(path)
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3  # it warns of the constants of what was taken out
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
+        model = decoder_with_all_logits(path) if name == DECODER else path
         try:
-            session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # the runtime has no base class of its own for what it throws
-            raise BundleError(
-                f"{path} does not load in onnxruntime {onnxruntime.__version__}",
-                expected="a graph of a precision that the CPU provider computes in",
-                found=str(error).splitlines()[0],
-            ) from error
+            # Severity 3: onnxruntime would warn of the constants of the removed nodes.
+            session = open_session(model, path.parent, log_severity_level=3)
+        except Exception as error:
+            expected = "a graph of a precision that the CPU provider computes in"
+            raise does_not_load(path, error, expected=expected) from error
         sessions.append(FloatSession(session))
     vision, embeddings, decoder = sessions
     return Graphs(vision, embeddings, decoder, GRAPHS[target].packed, hidden)

@@ -19,7 +19,7 @@ import onnx
 from builder.bundle.layout import graph_files
 from builder.checkpoint.parts import DECODER, EMBEDDINGS, VISION
 from builder.graph.ports import PACKED_FEATURES, RESIDUAL, ROLES
-from builder.util.errors import BundleError
+from builder.util.onnx_session import does_not_load, open_session
 
 Array = npt.NDArray[Any]
 Values = dict[str, Array]
@@ -47,21 +47,14 @@ class Graphs:
         Raises:
             BundleError: ONNX Runtime does not accept a graph.
         """
-        import onnxruntime
-
         files, sessions = graph_files(folder), []
         for name in ROLES:
-            options, path = onnxruntime.SessionOptions(), files[name]
-            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
+            path = files[name]
             try:
-                model = _with_layer_outputs(path) if layer_outputs else str(path)
-                sessions.append(onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"]))
-            except Exception as error:  # neither package has a base class of its own for what it throws
-                raise BundleError(
-                    f"{path} does not load in onnxruntime {onnxruntime.__version__}",
-                    found=(str(error).splitlines() or [type(error).__name__])[0],
-                    next="build it again: python -m builder build --force export",
-                ) from error
+                sessions.append(open_session(_with_layer_outputs(path) if layer_outputs else path, path.parent))
+            except Exception as error:
+                again = "build it again: qwen3vl-onnx build --force export"
+                raise does_not_load(path, error, next=again) from error
         vision_encoder, embeddings, model = sessions
         return cls(vision_encoder, embeddings, model, packed, hidden)
 

@@ -21,6 +21,7 @@ import onnx
 from builder.graph.ports import RESIDUAL
 from builder.util import peak_memory
 from builder.util.errors import BundleError
+from builder.util.onnx_session import open_session
 from builder.verify.graphs.sessions import PAST, PRESENT, Values
 
 Pasts = list[list[tuple[int, int]]]  # of each call of each conversation: the batch, the tokens in its past
@@ -112,7 +113,7 @@ def _apart(one: Slice, folder: Path, conversations: list[list[Values]], pasts: P
             raise BundleError(
                 f"the process that ran {one.outputs[0]} of {folder} is gone",
                 found="killed, most likely for want of memory",
-                next="run `builder verify` with a smaller --memory, which makes smaller slices",
+                next="run `qwen3vl-onnx verify` with a smaller --memory, which makes smaller slices",
             ) from error
 
 
@@ -124,10 +125,8 @@ def compute(one: Slice, folder: Path, conversations: list[list[Values]], pasts: 
     """
     import onnxruntime
 
-    options = onnxruntime.SessionOptions()
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     try:
-        session = onnxruntime.InferenceSession(one.model, options, providers=["CPUExecutionProvider"])
+        session = open_session(one.model, folder)
         rows = zip(conversations, pasts, strict=True)
         return Ran([list(_calls(session, one, calls, past)) for calls, past in rows], peak_memory.peak_rss())
     except Exception as error:  # the runtime has no base class of its own for what it throws

@@ -37,7 +37,7 @@ class Table:
 
 
 @dataclass(frozen=True)
-class StageCost:
+class MeasuredStage:
     """Seconds of the clock, and bytes of memory at the peak; None where it is not known."""
 
     name: str
@@ -58,7 +58,7 @@ class Context:
 
     facts: tuple[tuple[str, str], ...] = ()
     tables: tuple[Table, ...] = ()
-    stages: tuple[StageCost, ...] = ()
+    stages: tuple[MeasuredStage, ...] = ()
     self_test: tuple[Table, ...] = ()
 
 
@@ -69,7 +69,7 @@ def of_bundle(bundle: Path) -> Context:
         BundleError: the folder has no manifest.
     """
     if not (bundle / MANIFEST).is_file():
-        raise BundleError(f"{bundle} is not a bundle", expected=f"{MANIFEST} in it", next="python -m builder build")
+        raise BundleError(f"{bundle} is not a bundle", expected=f"{MANIFEST} in it", next="qwen3vl-onnx build")
     evidence = bundle / "evidence"
     manifest = _read(bundle / MANIFEST)
     return Context(
@@ -123,13 +123,15 @@ def _pairs(found: object) -> Rows:
     return tuple((name, _text(value)) for name, value in _mapping(found).items())
 
 
-def _costs(records: Sequence[tuple[str, Path]]) -> tuple[StageCost, ...]:
+def _costs(records: Sequence[tuple[str, Path]]) -> tuple[MeasuredStage, ...]:
     found = []
     for name, path in records:
         cost = _mapping(_read(path).get("cost"))
         seconds, memory = cost.get("wall_s"), cost.get("peak_rss")
         if isinstance(seconds, int | float) and 0 <= seconds < float("inf"):
-            found.append(StageCost(name, float(seconds), memory if isinstance(memory, int) and memory >= 0 else None))
+            found.append(
+                MeasuredStage(name, float(seconds), memory if isinstance(memory, int) and memory >= 0 else None)
+            )
     return tuple(found)
 
 

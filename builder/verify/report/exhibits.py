@@ -52,7 +52,7 @@ class Pixels:
 
 
 @dataclass(frozen=True)
-class Picture:
+class Thumbnail:
     """A picture of a case: its file's name, a small copy (a data URI, "" if it was left out), what was compared."""
 
     name: str
@@ -76,7 +76,7 @@ class Exhibit:
     case: str
     kind: str
     prompt: str
-    pictures: tuple[Picture, ...] = ()
+    pictures: tuple[Thumbnail, ...] = ()
     expected: str | None = None
     answers: tuple[str, ...] = ()
     logits: tuple[tuple[float, float], ...] = ()
@@ -129,7 +129,7 @@ def show_case(
         return
     collected.current = (name, prompt, tuple(images))
     if collected.current not in collected.shown:
-        pictures = tuple(Picture(path.name, thumbnail(path)) for path in images)
+        pictures = tuple(Thumbnail(path.name, thumbnail(path)) for path in images)
         collected.shown[collected.current] = Exhibit(name, kind, _cut(prompt), pictures, expected)
 
 

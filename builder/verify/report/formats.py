@@ -1,7 +1,7 @@
 """parity.json and exhibits.json: how they are written, what they look like, how they are read back.
 
 In: a `Report`. Out: its text, and the same report again. Guaranteed: parity.json keeps to `schema.json`, which is made
-from the models here; exhibits.json stays below `LARGEST` bytes; a file
+from the models here; exhibits.json stays below `MAX_BYTES` bytes; a file
 that does not keep to its model, or holds a picture that is anything but a small picture, is a `BundleError`.
 """
 
@@ -18,11 +18,11 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from builder.util.errors import BundleError, CheckpointError
 from builder.util.json_files import read_json
-from builder.verify.report.exhibits import Exhibit, Picture, Pixels
+from builder.verify.report.exhibits import Exhibit, Pixels, Thumbnail
 from builder.verify.report.gates import FORMAT, PLACES, Gate, Report
 
 SCHEMA = Path(__file__).parent / "schema.json"
-LARGEST = 1_000_000  # bytes of exhibits.json
+MAX_BYTES = 1_000_000  # bytes of exhibits.json
 EXHIBITS_FORMAT = 1
 _PICTURE = re.compile(r"(data:image/(png|jpeg);base64,[A-Za-z0-9+/]+={0,2})?")
 
@@ -87,7 +87,7 @@ def parity_text(report: Report) -> str:
 def exhibits_text(report: Report) -> str:
     """exhibits.json; the last exhibits lose their pictures where it would be too large, and then go altogether."""
     rows = [_row(one) for one in report.exhibits]
-    room = LARGEST - 200 - sum(_bytes(row) for row in rows)
+    room = MAX_BYTES - 200 - sum(_bytes(row) for row in rows)
     for index in reversed(range(len(rows))):
         if room < 0:
             lighter = _row(_without_pictures(report.exhibits[index]))
@@ -113,7 +113,7 @@ def encodable(text: str) -> str:
 
 
 def _without_pictures(exhibit: Exhibit) -> Exhibit:
-    def lighter(picture: Picture) -> Picture:
+    def lighter(picture: Thumbnail) -> Thumbnail:
         bare = tuple(replace(one, picture="", sides=()) for one in picture.pixels)
         return replace(picture, thumbnail="", pixels=bare)
 
@@ -172,7 +172,7 @@ def _object(path: Path, version: int) -> dict[str, Any]:
             f"{path} cannot be read",
             expected=f"a report of format {version}",
             found=error.what,
-            next="python -m builder verify BUNDLE --reference CHECKPOINT",
+            next="qwen3vl-onnx verify BUNDLE --reference CHECKPOINT",
         ) from error
     if found.get("format") != version:
         raise BundleError(f"{path} has another format", expected=version, found=str(found.get("format"))[:80])
@@ -188,5 +188,5 @@ def _unreadable(path: Path, error: Exception | str) -> BundleError:
         f"{path} is no report of this tool",
         expected="parity.json and exhibits.json as `verify` wrote them",
         found=first,
-        next="python -m builder verify BUNDLE --reference CHECKPOINT",
+        next="qwen3vl-onnx verify BUNDLE --reference CHECKPOINT",
     )

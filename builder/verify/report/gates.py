@@ -6,7 +6,6 @@ Guaranteed: a report without gates does not pass; the first failure named is the
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -14,8 +13,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from rich.console import Console
-from rich.table import Table
 
 from builder.bundle.evidence import excess
 from builder.util.errors import BuildError
@@ -130,42 +127,6 @@ class Report:
             "facts": self.facts,
         }
 
-    def table(self, width: int = 110) -> str:
-        """One row a place: how many cases hold and the one with the least margin; then the failures in order."""
-        table = Table(title=f"{self.target} against PyTorch · {self.checkpoint}", title_justify="left")
-        for heading, justify in (
-            ("place", "left"),
-            ("cases", "right"),
-            ("worst", "right"),
-            ("limit", "right"),
-        ):
-            table.add_column(heading, justify=justify)  # type: ignore[arg-type]
-        table.add_column("at")
-        table.add_column("")
-        for place in PLACES:
-            gates = [gate for gate in self.gates if gate.place == place]
-            if gates:
-                worst = max(gates, key=lambda gate: (not gate.ok, gate.excess))
-                good = sum(gate.ok for gate in gates)
-                verdict = "holds" if good == len(gates) else "FAILS"
-                figures = (_figure(worst.measured), _figure(worst.limit))
-                table.add_row(place, f"{good}/{len(gates)}", *figures, worst.case, verdict)
-            elif place in self.not_run:
-                table.add_row(place, "", "", "", f"not run: {self.not_run[place]}", "")
-        console = Console(file=io.StringIO(), width=width, color_system=None, markup=False, emoji=False)
-        console.print(table)
-        for what, why in self.not_run.items():
-            if what not in PLACES:
-                console.print(f"{what}: the rest not run: {why}")
-        for what, checks in self.facts.get("not checked", {}).items():
-            console.print(f"case {what}: not compared, by its own choice: {', '.join(checks)}")
-        for what, why in self.facts.get("not asked", {}).items():
-            console.print(f"case {what}: {why}")
-        for gate in sorted((g for g in self.gates if not g.ok), key=lambda g: PLACES.index(g.place))[:8]:
-            console.print(f"{gate.place}: {gate.case}: {gate.detail or _figure(gate.measured)}")
-        assert isinstance(console.file, io.StringIO)
-        return console.file.getvalue().rstrip()
-
 
 def relative_error(got: npt.NDArray[Any], want: npt.NDArray[Any]) -> float:
     """max |got - want| over the standard deviation of `want`; infinite where shapes differ or a value is not finite."""
@@ -225,10 +186,6 @@ def uncomputed(place: str, case: str, error: Exception) -> Gate:
     """The gate of a comparison that `error` has ended."""
     first, *_ = str(error).splitlines() or [""]
     return Gate(place, case, math.inf, 0.0, f"{type(error).__name__}: {first}")
-
-
-def _figure(value: float) -> str:
-    return f"{value:.1e}" if 0 < abs(value) < 1e-2 else f"{value:g}"
 
 
 def _row(gate: Gate) -> dict[str, Any]:

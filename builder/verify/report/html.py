@@ -17,7 +17,7 @@ from markupsafe import Markup
 
 from builder.util.text import clean, cut, figure
 from builder.util.units import duration, size
-from builder.verify.report.context import Context, StageCost, Table
+from builder.verify.report.context import Context, MeasuredStage, Table
 from builder.verify.report.exhibits import Exhibit
 from builder.verify.report.gates import PLACES, Gate, Report
 from builder.verify.report.plots import error_plot, histogram, scatter
@@ -136,7 +136,7 @@ def _first_of_each(failing: Sequence[Gate]) -> list[Gate]:
     return [gate for gates in kept.values() for gate in gates[:LISTED]]
 
 
-def _stages(stages: Sequence[StageCost]) -> list[tuple[str, Bar, Bar | None]]:
+def _stages(stages: Sequence[MeasuredStage]) -> list[tuple[str, Bar, Bar | None]]:
     longest = max((stage.seconds for stage in stages), default=0) or 1.0
     largest = max((stage.memory or 0 for stage in stages), default=0) or 1
     return [

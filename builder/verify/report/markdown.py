@@ -1,8 +1,8 @@
 """Markdown for a comment on a pull request.
 
 In: a `Report` and its `Context`. Out: GitHub-flavoured Markdown: the verdict, a table of places, the first difference,
-details that unfold. Guaranteed: at most `LARGEST` characters, which is what GitHub takes; names are shown as code, so
-that no name becomes a link, a mention, a heading or HTML.
+details that unfold. Guaranteed: at most `MAX_CHARACTERS`, which is what GitHub takes; names are shown as code, so that
+no name becomes a link, a mention, a heading or HTML.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from builder.verify.report.gates import Report
 from builder.verify.report.quality_tables import loss_tables
 from builder.verify.report.summary import failures, headline, margin, measured, notes, places, unasked
 
-LARGEST = 65_000
+MAX_CHARACTERS = 65_000
 _SIGNS = {"passed": "✅", "sliced": "✅", "failed": "❌"}
 
 
 def markdown(report: Report, context: Context) -> str:
     """The comment; what does not fit is counted instead of listed."""
     head = _head(report) + _table(report)
-    room = LARGEST - len(head) - 200
+    room = MAX_CHARACTERS - len(head) - 200
     parts: list[str] = []
     for title, rows in _details(report, context):
         text = _folded(title, rows, room)

@@ -14,7 +14,7 @@ from builder.verify.report.gates import PLACES, Gate, Report
 
 
 @dataclass(frozen=True)
-class Place:
+class PlaceSummary:
     """One place of the computation.
 
     Args:
@@ -36,17 +36,17 @@ class Place:
         return self.good == self.cases
 
 
-def places(report: Report) -> tuple[Place, ...]:
+def places(report: Report) -> tuple[PlaceSummary, ...]:
     """Every place that was compared, or could not be; then the cases that could not be."""
     found = []
     for name in PLACES:
         gates = [gate for gate in report.gates if gate.place == name]
         if gates:
             worst = max(gates, key=lambda gate: (not gate.ok, gate.excess))
-            found.append(Place(name, sum(gate.ok for gate in gates), len(gates), worst))
+            found.append(PlaceSummary(name, sum(gate.ok for gate in gates), len(gates), worst))
         if name in report.not_run:
-            found.append(Place(name, 0, 0, None, report.not_run[name]))
-    found += [Place(name, 0, 0, None, why) for name, why in report.not_run.items() if name not in PLACES]
+            found.append(PlaceSummary(name, 0, 0, None, report.not_run[name]))
+    found += [PlaceSummary(name, 0, 0, None, why) for name, why in report.not_run.items() if name not in PLACES]
     return tuple(found)
 
 

@@ -11,8 +11,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from builder.bundle.layout import own_evidence
+from builder.util.console_table import as_text
 from builder.util.errors import OutputError
 from builder.util.files import write_text
+from builder.verify.report.console import renderables
 from builder.verify.report.context import Context, of_bundle
 from builder.verify.report.formats import encodable, exhibits_text, parity_text, read_report
 from builder.verify.report.gates import Report
@@ -33,7 +35,7 @@ def write(report: Report, folder: Path, context: Context) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "parity.json", parity_text(report))
     write_text(folder / "exhibits.json", exhibits_text(report))
-    write_text(folder / "parity.txt", encodable(report.table()) + "\n")
+    write_text(folder / "parity.txt", encodable(as_text(*renderables(report))) + "\n")
     write_pages(report, folder, context)
 
 

@@ -19,7 +19,7 @@ import onnx_ir as ir
 
 from builder.bundle.layout import graph_files
 from builder.targets.graphs import GRAPHS
-from builder.util.files import write_text
+from builder.util.files import atomic_write, write_text
 
 DOWN = "layers.{}.mlp.down_proj.weight"
 
@@ -34,9 +34,8 @@ def edited(bundle: Path, name: str) -> Iterator[ir.Graph]:
     path = graph_files(bundle).get(name, bundle / f"{name}.onnx")
     model = ir.load(path)
     yield model.graph
-    part = path.with_name(path.name + ".part")
-    ir.save(model, part)
-    part.replace(path)
+    with atomic_write(path) as part:
+        ir.save(model, part)
 
 
 def edit_json(path: Path, change: Callable[[Any], None]) -> None:

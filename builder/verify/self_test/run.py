@@ -18,12 +18,15 @@ from shutil import rmtree
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from rich.console import RenderableType
+
 from builder.bundle.dequantize import write_dequantized
 from builder.bundle.layout import MANIFEST, check_bundle, own_evidence, own_files
 from builder.checkpoint.load import Checkpoint, open_checkpoint
 from builder.reference.cases import Suite, shipped_cases
 from builder.reference.model import Reference
 from builder.util import machine
+from builder.util.console_table import as_text
 from builder.util.errors import BundleError, VerificationError
 from builder.util.files import link, write_text
 from builder.util.json_files import read_json
@@ -37,11 +40,10 @@ from builder.verify.quantized import LossLimits, weight_gates
 from builder.verify.report.gates import Gate, Report
 from builder.verify.self_test.edits import InapplicableError
 from builder.verify.self_test.mutants import MUTANTS, Mutant
-from builder.verify.self_test.table import catch_markdown, catch_text
+from builder.verify.self_test.table import catch_markdown, renderables
 from builder.verify.self_test.thresholds import Survivor, sites, survivor
 from builder.verify.whole import verify
 
-CASES = ("one picture", "wide, tall")  # the least that shows all: a picture, and two of different sizes
 TOKENS = 6
 PASSING = ".self_test-"  # how the folder of its copies is called
 
@@ -131,9 +133,9 @@ class SelfTest:
             "survivors": [one.as_dict() for one in self.survivors],
         }
 
-    def table(self) -> str:
-        """For people."""
-        return catch_text(self.as_dict())
+    def renderables(self) -> Iterator[RenderableType]:
+        """For the console."""
+        return renderables(self.as_dict())
 
     def markdown(self) -> str:
         """For a README or a comment."""
@@ -151,16 +153,16 @@ class _Ways:
 
 def self_test(
     bundle: Path,
-    reference: Path,
-    limit: int | None = None,
+    checkpoint: Checkpoint,
+    memory: int | None = None,
     store: Path | None = None,
     mutants: Sequence[Mutant] | None = None,
 ) -> SelfTest:
     """Breaks copies of a bundle in every way, and writes `self_test.json` and `.txt` into its `evidence/`.
 
     Args:
-        reference: the checkpoint's folder.
-        limit: bytes of memory that may be used; None for all that this process may have.
+        checkpoint: that the bundle was made from.
+        memory: bytes that may be used; None for all that this process may have.
         store: where the reference's outputs are kept for the next time; None keeps nothing.
         mutants: `MUTANTS` if None.
 
@@ -171,23 +173,22 @@ def self_test(
     evidence.mkdir(exist_ok=True)
     for left in evidence.glob(f"{PASSING}*"):  # by a self-test that was killed
         rmtree(left, ignore_errors=True)
-    checkpoint = open_checkpoint(reference)
     terms = LossLimits.of(read_json(bundle / MANIFEST).get("recipe", {}))
     # Hard links need the file system that the bundle is on.
     with TemporaryDirectory(prefix=PASSING, dir=evidence) as passing:
         kept = Path(passing) / "store" if store is None else store
         chosen, broken = MUTANTS if mutants is None else mutants, Path(passing) / "broken"
         if terms is None:
-            done = _tested(bundle, target, _ways(checkpoint, target, limit, kept), chosen, broken)
+            done = _tested(bundle, target, _ways(checkpoint, target, memory, kept), chosen, broken)
         else:  # its twin: graphs can be broken there whatever the precision
             write_twins(bundle, Path(passing) / "twin")
             own = Path(passing) / "weights" / checkpoint.name
             write_dequantized(bundle, checkpoint, terms.precision, own)
-            ways = _ways(open_checkpoint(own), target, limit, Path(passing) / "store")
+            ways = _ways(open_checkpoint(own), target, memory, Path(passing) / "store")
             ways = replace(ways, compare=partial(_weights_first, ways, target, checkpoint, terms))
             done = _tested(Path(passing) / "twin", target, ways, chosen, broken)
     write_text(evidence / "self_test.json", json.dumps(done.as_dict(), indent=1, ensure_ascii=False) + "\n")
-    write_text(evidence / "self_test.txt", done.table() + "\n")
+    write_text(evidence / "self_test.txt", as_text(*done.renderables()) + "\n")
     return done
 
 
@@ -206,10 +207,10 @@ def failed(done: SelfTest, folder: Path) -> VerificationError:
     )
 
 
-def _ways(checkpoint: Checkpoint, target: str, limit: int | None, store: Path) -> _Ways:
-    chosen = tuple(case for case in shipped_cases() if case.name in CASES)
-    memory, hidden = machine.memory_limit() if limit is None else limit, checkpoint.text.hidden
-    if verify_mode(checkpoint, memory) == "whole":
+def _ways(checkpoint: Checkpoint, target: str, memory: int | None, store: Path) -> _Ways:
+    chosen = tuple(case for case in shipped_cases() if "self-test" in case.tags)
+    available, hidden = machine.memory_limit() if memory is None else memory, checkpoint.text.hidden
+    if verify_mode(checkpoint, available) == "whole":
         whole, suite = Reference(checkpoint), Suite(chosen, tokens=TOKENS)
         return _Ways(
             whole,
@@ -219,8 +220,8 @@ def _ways(checkpoint: Checkpoint, target: str, limit: int | None, store: Path) -
     streamed = Reference(checkpoint, streamed=True)
     return _Ways(
         streamed,
-        lambda folder: verify_sliced(folder, target, streamed, memory, store, chosen, fail_fast=True),
-        lambda folder: TraceComparison(SlicedGraphs(folder, target, hidden, slice_budget(memory)), streamed),
+        lambda folder: verify_sliced(folder, target, streamed, available, store, chosen, fail_fast=True),
+        lambda folder: TraceComparison(SlicedGraphs(folder, target, hidden, slice_budget(available)), streamed),
     )
 
 
@@ -248,7 +249,7 @@ def _tested(bundle: Path, target: str, ways: _Ways, mutants: Sequence[Mutant], f
             for mutant in mutants:
                 catches.append(_catch(mutant, bundle, target, ways, folder))
                 advance()
-            case = next(case for case in shipped_cases() if case.name == CASES[0])
+            case = next(case for case in shipped_cases() if "self-test" in case.tags)
             prompt = ways.reference.prepare(case.prompt, case.images)
             asked = ReferenceCase(case.name, prompt, ways.reference.hidden_states(prompt))
             for site in scaled:

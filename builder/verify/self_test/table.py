@@ -5,27 +5,24 @@ In: `SelfTest.as_dict()`. Out: text, Markdown. Guaranteed: every mutant has a ro
 
 from __future__ import annotations
 
-import io
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
+from rich.console import RenderableType
+
+from builder.util.console_table import console_table
 
 HEADINGS = ("mutant", "what is broken", "first difference", "figure", "limit", "")
 GATES = ("gate", "what is scaled", "largest error that lives", "smallest that is caught")
 
 
-def catch_text(found: Mapping[str, Any], width: int = 130) -> str:
-    """Two tables for a terminal: the mutants, and what each gate lets live."""
-    console = Console(file=io.StringIO(), width=width, color_system=None, markup=False, emoji=False)
+def renderables(found: Mapping[str, Any]) -> Iterator[RenderableType]:
+    """Two tables for the console: the mutants, and what each gate lets live."""
     title = f"{found['target']} broken on purpose · {found['checkpoint']}"
-    console.print(_table(title, HEADINGS, _catches(found), right=(3, 4)))
-    console.print(_table("what each gate lets live", GATES, _survivors(found), right=(2, 3)))
+    yield console_table(title, HEADINGS, _catches(found), right=("figure", "limit"))
+    yield console_table("what each gate lets live", GATES, _survivors(found), right=GATES[2:])
     if found["bundle"]["first difference"]:
-        console.print(f"the bundle itself fails: {found['bundle']['first difference']}")
-    assert isinstance(console.file, io.StringIO)
-    return console.file.getvalue().rstrip()
+        yield f"the bundle itself fails: {found['bundle']['first difference']}"
 
 
 def catch_markdown(found: Mapping[str, Any]) -> str:
@@ -58,15 +55,6 @@ def _survivors(found: Mapping[str, Any]) -> list[tuple[str, ...]]:
         )
         for one in found["survivors"]
     ]
-
-
-def _table(title: str, headings: tuple[str, ...], rows: list[tuple[str, ...]], right: tuple[int, ...]) -> Table:
-    table = Table(title=title, title_justify="left")
-    for index, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if index in right else "left")
-    for row in rows:
-        table.add_row(*row)
-    return table
 
 
 def _marked(headings: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:

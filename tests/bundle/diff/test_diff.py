@@ -17,8 +17,9 @@ from onnx import helper, numpy_helper
 from typer.testing import CliRunner, Result
 
 from builder.bundle.diff.diff import diff, flat
-from builder.bundle.diff.render import markdown, sections, text
+from builder.bundle.diff.render import markdown, renderables, sections
 from builder.cli.app import app
+from builder.util.console_table import as_text
 from tests.helpers.bundles import DATA, edit_graph, edit_manifest, graph, relisted, small_bundle, write_json
 from tests.helpers.hostile import mutated, outcome
 
@@ -114,7 +115,7 @@ def test_what_changed_in_a_graph_is_named(one: Path, other: Path, name: str) -> 
     found = diff(one, other)
     assert key in getattr(found.graphs["model.onnx"], kind)
     assert not found.equal
-    assert "model.onnx" in text(found)
+    assert "model.onnx" in as_text(*renderables(found))
 
 
 def test_another_type_of_equal_values_has_no_error(one: Path, other: Path) -> None:
@@ -128,7 +129,7 @@ def test_the_same_operators_joined_otherwise_are_told(one: Path, other: Path) ->
     changed(other, joined)
     found = diff(one, other)
     assert found.graphs["model.onnx"].other
-    assert "joined, named or set otherwise" in text(found)
+    assert "joined, named or set otherwise" in as_text(*renderables(found))
 
 
 def test_constants_without_a_name_are_told_apart_by_value(one: Path, other: Path) -> None:
@@ -144,7 +145,7 @@ def test_constants_without_a_name_are_told_apart_by_value(one: Path, other: Path
     found = diff(one, other)
     assert found.graphs["model.onnx"].constants == (0, 1)
     assert found.weights == ()
-    assert "1 that the other lacks" in text(found)
+    assert "1 that the other lacks" in as_text(*renderables(found))
 
 
 def test_settings_differ_by_key(one: Path, other: Path) -> None:
@@ -169,7 +170,7 @@ def test_facts_differ_by_key(one: Path, other: Path) -> None:
     edit_manifest(other, lambda content: content["recipe"].update({"max_length": 128}))
     found = diff(one, other)
     assert found.facts == {"recipe.max_length": (64, 128), "versions.torch": ("2.13.0", "2.14.0")}
-    assert "The bundles differ in 2 facts" in text(found)
+    assert "The bundles differ in 2 facts" in as_text(*renderables(found))
 
 
 def test_other_bytes_that_say_the_same_are_no_secret(one: Path, other: Path) -> None:
@@ -215,8 +216,8 @@ def test_a_long_list_is_cut_and_says_so(one: Path, other: Path) -> None:
     relisted(other)
     found = diff(one, other)
     assert len(found.settings["tokenizer.json"]) == 1001
-    assert "more; --json has all" in text(found)
-    assert len(text(found)) < 20_000
+    assert "more; --json has all" in as_text(*renderables(found))
+    assert len(as_text(*renderables(found))) < 20_000
 
 
 def test_what_is_no_bundle_or_leads_out_is_refused(one: Path, other: Path, tmp_path: Path) -> None:
@@ -247,7 +248,7 @@ def test_a_few_drawn_bytes_are_compared_or_refused(one: Path, other: Path) -> No
         (other / name).write_bytes(mutated(kept[name], random.Random(seed)))
         if name != "manifest.json":
             relisted(other, graphs=False)
-        counts[outcome(lambda: text(diff(one, other)))] += 1
+        counts[outcome(lambda: as_text(*renderables(diff(one, other))))] += 1
         for file, content in kept.items():
             (other / file).write_bytes(content)
     assert counts["accepted"] > 20

@@ -11,17 +11,18 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from builder.bundle.diff.weights import COUNT, Weight, compare_weights
+from builder.bundle.diff.weights import compare_weights
+from builder.bundle.initializer import COUNT, Initializer
 
 
-def weight(folder: Path, values: np.ndarray) -> Weight:
+def weight(folder: Path, values: np.ndarray) -> Initializer:
     """In an external file."""
     tensor = numpy_helper.from_array(values, "w")
     path = folder / f"{len(list(folder.iterdir()))}.data"
     path.write_bytes(b"\0" * 16 + tensor.raw_data)
     onnx.external_data_helper.set_external_data(tensor, path.name, offset=16, length=len(tensor.raw_data))
     tensor.ClearField("raw_data")
-    return Weight(tensor, folder)
+    return Initializer(tensor, folder)
 
 
 def errors(folder: Path, one: np.ndarray, other: np.ndarray) -> tuple[float | None, float | None] | None:

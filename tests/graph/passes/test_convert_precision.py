@@ -1,4 +1,4 @@
-"""narrow: fp16 where values flow from ports and weights, fp32 where they come from integers, in ONNX Runtime."""
+"""fp16 where values flow from ports and weights, fp32 where they come from integers, in ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import onnx_ir as ir
 import pytest
 
 from builder.graph.binding import UNBOUND, BoundGraph
-from builder.graph.passes.convert_precision import narrow
+from builder.graph.passes.convert_precision import convert_precision
 from builder.graph.passes.lower_segment_attention import lower_segment_attention
 from builder.graph.passes.quantize_weights import quantize_weights
 from builder.graph.passes.result import Outcome
 from builder.quantization.blockwise import Blocks
-from builder.quantization.rules import Storage
+from builder.quantization.rules import WeightFormat
 from tests.helpers.small_graphs import Array, Weights, bound_graph, drawn, operators, run
 
 HALF = ir.DataType.FLOAT16
@@ -86,7 +86,7 @@ def read(node: ir.Node) -> list[tuple[str, bool]]:
 
 
 def test_ports_weights_and_what_flows_from_them_are_narrow() -> None:
-    graph = narrow(rotary(), "fp16").graph
+    graph = convert_precision(rotary(), "fp16").graph
     assert [port.dtype for port in graph.model.graph.inputs] == [HALF, ir.DataType.INT64]
     assert [port.dtype for port in graph.model.graph.outputs] == [HALF, HALF]
     assert [one.dtype for one in graph.bindings.values()] == ["float16"]
@@ -98,7 +98,7 @@ def test_ports_weights_and_what_flows_from_them_are_narrow() -> None:
 
 
 def test_ports_that_stay_wide_are_cast_and_keep_their_names() -> None:
-    graph = narrow(rotary(), "fp16", (), ("x", "kept")).graph
+    graph = convert_precision(rotary(), "fp16", (), ("x", "kept")).graph
     assert [port.dtype for port in graph.model.graph.inputs] == [ir.DataType.FLOAT, ir.DataType.INT64]
     assert {str(port.name): port.dtype for port in graph.model.graph.outputs} == {"y": HALF, "kept": ir.DataType.FLOAT}
     assert types(graph)["h"] == HALF
@@ -111,7 +111,7 @@ def test_ports_that_stay_wide_are_cast_and_keep_their_names() -> None:
 
 
 def test_what_comes_from_integers_stays_wide_and_is_cast_where_it_meets_them() -> None:
-    graph = narrow(rotary(), "fp16").graph
+    graph = convert_precision(rotary(), "fp16").graph
     found = types(graph)
     assert {found[name] for name in ("placed", "column", "angles", "turned")} == {ir.DataType.FLOAT}
     assert read(producer(graph, "y")) == [("h", False), ("turned", True)]
@@ -123,7 +123,7 @@ def test_positions_beyond_the_range_of_whole_numbers_in_fp16_are_exact(start: in
     """30,001 is no number of fp16: computed there, its cosine would be another's."""
     feed: dict[str, Any] = {"x": drawn(2, 5, 8), "positions": np.arange(start, start + 10).reshape(2, 5)}
     want = run(rotary(), WEIGHTS, **feed)
-    outcome = narrow(rotary(), "fp16")
+    outcome = convert_precision(rotary(), "fp16")
     got = run(outcome.graph, halved(WEIGHTS), **(feed | {"x": feed["x"].astype(np.float16)}))
     for one, other in zip(got, want, strict=True):
         assert one.dtype == np.float16
@@ -132,7 +132,7 @@ def test_positions_beyond_the_range_of_whole_numbers_in_fp16_are_exact(start: in
 
 
 def test_a_constant_is_cast_for_narrow_readers_and_kept_for_wide_ones() -> None:
-    graph = narrow(rotary(), "fp16").graph
+    graph = convert_precision(rotary(), "fp16").graph
     initializers = graph.model.graph.initializers
     assert {initializers[name].dtype for name in ("half", "speeds")} == {ir.DataType.FLOAT}
     assert read(producer(graph, "kept")) == [("x", False), ("half", True)]
@@ -141,7 +141,7 @@ def test_a_constant_is_cast_for_narrow_readers_and_kept_for_wide_ones() -> None:
 
 def test_bf16_is_another_type_of_the_same_graph() -> None:
     """onnxruntime multiplies in it on no CPU: types only."""
-    graph = narrow(rotary(), "bf16").graph
+    graph = convert_precision(rotary(), "bf16").graph
     brain = ir.DataType.BFLOAT16
     assert {port.dtype for port in graph.model.graph.outputs} == {brain}
     assert [one.dtype for one in graph.bindings.values()] == ["bfloat16"]
@@ -150,7 +150,7 @@ def test_bf16_is_another_type_of_the_same_graph() -> None:
 
 def test_a_cast_of_what_flows_is_to_the_narrow_type() -> None:
     text = "cast (float[n] x) => (float[n] y) { e = Cast <to = 1> (x) y = Neg(e) }"
-    graph = narrow(bound_graph(text), "fp16").graph
+    graph = convert_precision(bound_graph(text), "fp16").graph
     assert producer(graph, "e").attributes.get_int("to", 0) == HALF
     x = drawn(5).astype(np.float16)
     np.testing.assert_array_equal(run(graph, x=x)[0], -x)
@@ -160,7 +160,7 @@ def test_pixel_values_are_handed_over_in_fp32() -> None:
     """As preprocessing gives them; they are cast behind the port."""
     text = "vision (float[n, 8] pixel_values) => (float[n, 8] y) { y = MatMul(pixel_values, w) }"
     pixels = drawn(3, 8)
-    graph = narrow(bound_graph(text, WEIGHTS), "fp16").graph
+    graph = convert_precision(bound_graph(text, WEIGHTS), "fp16").graph
     assert [port.dtype for port in graph.model.graph.inputs] == [ir.DataType.FLOAT]
     (got,) = run(graph, halved(WEIGHTS), pixel_values=pixels)
     assert got.dtype == np.float16
@@ -173,7 +173,7 @@ def test_shapes_are_no_values_that_flow() -> None:
         rows = Cast <to = 1> (shape)
         y = Neg(x)
     }"""
-    graph = narrow(bound_graph(text), "fp16").graph
+    graph = convert_precision(bound_graph(text), "fp16").graph
     assert types(graph)["shape"] == ir.DataType.INT64
     y, rows = run(graph, x=drawn(3, 4).astype(np.float16))
     assert y.dtype == rows.dtype == np.float16
@@ -186,7 +186,7 @@ def test_a_port_behind_a_wide_layer_is_narrow() -> None:
     text = LAYERS.replace("float[n, 4] y)", "float[n, 4] y, float[n, 4] c)")
     x = drawn(3, 4)
     want = run(layers(text=text), LARGE, x=x)
-    graph = narrow(layers(text=text), "fp16", [0]).graph
+    graph = convert_precision(layers(text=text), "fp16", [0]).graph
     assert [(port.name, port.dtype) for port in graph.model.graph.outputs] == [("y", HALF), ("c", HALF)]
     for got, one in zip(run(graph, halved(LARGE), x=x.astype(np.float16)), want, strict=True):
         np.testing.assert_allclose(got, one, rtol=0.02, atol=0.05)
@@ -210,7 +210,7 @@ def test_the_bodies_of_loops_are_narrow_too(fused: bool, lengths: tuple[int, ...
     feed = {name: drawn(sum(lengths), 8, seed=seed) for seed, name in enumerate("qkv")}
     ranges = {"begin": np.repeat(ends - np.asarray(lengths), lengths), "end": np.repeat(ends, lengths)}
     (want,) = run(lowered(), **feed, **ranges)
-    graph = narrow(lowered(), "fp16").graph
+    graph = convert_precision(lowered(), "fp16").graph
     (got,) = run(graph, **halved(feed), **ranges)
     assert got.dtype == np.float16
     np.testing.assert_allclose(got, want, atol=5e-3)
@@ -252,7 +252,7 @@ def both(wide: list[int]) -> tuple[Outcome, Array, Array]:
     """The pass, what its graph gives, and what fp32 gives."""
     x = 1 + np.abs(drawn(3, 4))
     (want,) = run(layers(), LARGE, x=x)
-    outcome = narrow(layers(), "fp16", wide)
+    outcome = convert_precision(layers(), "fp16", wide)
     (got,) = run(outcome.graph, halved(LARGE), x=x.astype(np.float16))
     return outcome, got, want
 
@@ -297,10 +297,10 @@ def test_parts_of_quantized_matrices_are_left_as_they_are() -> None:
     """Scales are narrow already (builder/stages/quantize.py), levels are whole numbers."""
     text = "product (float[n, 32] x) => (float[n, 4] y) { y = MatMul(x, w) }"
     graph = bound_graph(text, {"w": drawn(32, 4)})
-    bindings = {"w": replace(graph.bindings["w"], shape=(4, 32), transpose=True)}
+    bindings = {"w": replace(graph.bindings["w"], shape=(4, 32), transposed=True)}
     quantized = quantize_weights(
-        BoundGraph(graph.model, bindings), {"checkpoint.w": Storage(Blocks(4, 32), 4)}, "float16"
+        BoundGraph(graph.model, bindings), {"checkpoint.w": WeightFormat(Blocks(4, 32), 4)}, "float16"
     )
-    found = narrow(quantized.graph, "fp16").graph
+    found = convert_precision(quantized.graph, "fp16").graph
     assert {name: one.dtype for name, one in found.bindings.items()} == {"w.levels": "uint8", "w.scales": "float16"}
     assert [one.dtype for one in found.model.graph.outputs] == [HALF]

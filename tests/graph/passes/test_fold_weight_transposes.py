@@ -36,7 +36,7 @@ def test_a_linear_layer_reads_its_weight_as_it_will_be_stored() -> None:
     assert (outcome.matches, outcome.misses) == (2, ())
     assert operators(outcome.graph) == {"MatMul": 2}
     bindings = outcome.graph.bindings
-    assert bindings["up"] == Binding("up", "checkpoint.up", "float32", (5, 4), transpose=True)
+    assert bindings["up"] == Binding("up", "checkpoint.up", "float32", (5, 4), transposed=True)
     assert [bindings[name].stored_shape for name in ("up", "down")] == [(4, 5), (5, 3)]
     np.testing.assert_allclose(run(outcome.graph, weights, x=x), before, rtol=1e-5, atol=1e-6)
 
@@ -58,7 +58,7 @@ def test_a_weight_that_is_read_elsewhere_too_is_left_and_reported() -> None:
     assert outcome.matches == 0
     assert outcome.misses == ("table: not a plain transposition, or read elsewhere as well",)
     assert operators(outcome.graph)["Transpose"] == 1
-    assert not outcome.graph.bindings["table"].transpose
+    assert not outcome.graph.bindings["table"].transposed
     np.testing.assert_array_equal(run(outcome.graph, weights, ids=ids), before)
 
 

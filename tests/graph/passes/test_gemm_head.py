@@ -44,7 +44,7 @@ def test_the_logits_are_the_same_and_the_head_is_not_turned(tensor: str, shape: 
     assert outcome.matches == 1
     assert operators(outcome.graph) == {"Transpose": 1, "MatMul": 1, "Reshape": 2, "Shape": 1, "Concat": 1, "Gemm": 1}
     assert outcome.graph.bindings == graph.bindings
-    assert not outcome.graph.bindings["head"].transpose
+    assert not outcome.graph.bindings["head"].transposed
     for got, want in zip(run(outcome.graph, WEIGHTS, x=x), before, strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
 
@@ -54,7 +54,7 @@ def test_what_folds_other_weights_after_it_leaves_the_head_alone() -> None:
     before = run(graph, WEIGHTS, x=x)
     folded = fold_weight_transposes(gemm_head(graph).graph)
     assert (folded.matches, folded.misses) == (1, ())
-    assert {name: one.transpose for name, one in folded.graph.bindings.items()} == {"up": True, "head": False}
+    assert {name: one.transposed for name, one in folded.graph.bindings.items()} == {"up": True, "head": False}
     np.testing.assert_allclose(run(folded.graph, WEIGHTS, x=x)[0], before[0], rtol=1e-5, atol=1e-6)
 
 

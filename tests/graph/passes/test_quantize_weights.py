@@ -14,11 +14,11 @@ from builder.graph.binding import UNBOUND, Binding, BoundGraph, bind, load, save
 from builder.graph.passes.quantize_weights import quantize_weights
 from builder.quantization.blockwise import Blocks, dequantize, quantize
 from builder.quantization.packing import packed_parts
-from builder.quantization.rules import Storage
+from builder.quantization.rules import WeightFormat
 from tests.helpers.small_graphs import Array, Weights, bound_graph, drawn, operators, run
 
-INT4, INT8 = Storage(Blocks(4, 16, search="mse"), 1), Storage(Blocks(8, 32), 1)
-ZERO = Storage(Blocks(4, 32, zero_points=True), 1)
+INT4, INT8 = WeightFormat(Blocks(4, 16, search="mse"), 1), WeightFormat(Blocks(8, 32), 1)
+ZERO = WeightFormat(Blocks(4, 32, zero_points=True), 1)
 # q, k and v as the exporter and fold_weight_transposes leave them: [in, out]
 ATTENTION = """
 attention (float[batch, seq, 64] x) => (float[batch, seq, 24] q, float[batch, seq, 8] k, float[batch, seq, 40] v) {
@@ -47,14 +47,14 @@ def turned(text: str, weights: Weights, *names: str) -> BoundGraph:
         value.name = name
         model.graph.initializers.add(value)
     shaped = {name: array.shape for name, array in weights.items()}
-    return bind(model, [Binding(n, f"checkpoint.{n}", "float32", s, transpose=n in names) for n, s in shaped.items()])
+    return bind(model, [Binding(n, f"checkpoint.{n}", "float32", s, transposed=n in names) for n, s in shaped.items()])
 
 
 def attention(weights: Weights) -> BoundGraph:
     return turned(ATTENTION, weights, *weights)
 
 
-def everything(storage: Storage, weights: Iterable[str]) -> dict[str, Storage]:
+def everything(storage: WeightFormat, weights: Iterable[str]) -> dict[str, WeightFormat]:
     return {f"checkpoint.{name}": storage for name in weights}
 
 
@@ -70,7 +70,7 @@ def filled(graph: BoundGraph, weights: Weights) -> BoundGraph:
     return BoundGraph(model, {name: one for name, one in graph.bindings.items() if one.blocks is None})
 
 
-def rounded(weights: Weights, storages: Mapping[str, Storage]) -> dict[str, Array]:
+def rounded(weights: Weights, storages: Mapping[str, WeightFormat]) -> dict[str, Array]:
     """Each matrix as its levels have it."""
     found = {}
     for name, array in weights.items():
@@ -79,7 +79,7 @@ def rounded(weights: Weights, storages: Mapping[str, Storage]) -> dict[str, Arra
     return found
 
 
-def assert_equal(graph: BoundGraph, before: BoundGraph, weights: Weights, storages: Mapping[str, Storage]) -> None:
+def assert_equal(graph: BoundGraph, before: BoundGraph, weights: Weights, storages: Mapping[str, WeightFormat]) -> None:
     x = drawn(2, 3, 64, seed=8)
     want = run(before, rounded(weights, storages), x=x)
     for got, wanted in zip(run(filled(graph, weights), weights, x=x), want, strict=True):
@@ -87,7 +87,7 @@ def assert_equal(graph: BoundGraph, before: BoundGraph, weights: Weights, storag
 
 
 @pytest.mark.parametrize("storage", [INT4, INT8, ZERO], ids=["int4", "int8", "zero points"])
-def test_products_of_one_input_and_format_become_one(storage: Storage) -> None:
+def test_products_of_one_input_and_format_become_one(storage: WeightFormat) -> None:
     weights = matrices()
     storages = everything(storage, weights)
     outcome = quantize_weights(attention(weights), storages)
@@ -178,7 +178,7 @@ linear (float[rows, 64] x) => (float[rows, 24] y, float[rows, 24] z) {
 
 
 @pytest.mark.parametrize("storage", [INT4, ZERO], ids=["int4", "zero points"])
-def test_a_bias_is_added_by_the_operator(storage: Storage) -> None:
+def test_a_bias_is_added_by_the_operator(storage: WeightFormat) -> None:
     weights = matrices({"a.q_proj.weight": (24, 64), "a.k_proj.weight": (24, 64)}) | {"bias": drawn(24)}
     storages = everything(storage, [*weights][:2])
     outcome = quantize_weights(turned(GEMM, weights), storages)
@@ -201,10 +201,10 @@ tied (int64[batch, seq] ids) => (float[batch, seq, 64] e, float[batch, seq, 24] 
 
 
 @pytest.mark.parametrize("storage", [INT4, ZERO], ids=["int4", "zero points"])
-def test_rows_are_looked_up_and_share_their_bytes_with_the_head(storage: Storage) -> None:
+def test_rows_are_looked_up_and_share_their_bytes_with_the_head(storage: WeightFormat) -> None:
     table = drawn(24, 64)
     graph = bound_graph(TIED, {"table": table, "head": table.T})
-    head = Binding("head", "checkpoint.table", "float32", (24, 64), transpose=True)
+    head = Binding("head", "checkpoint.table", "float32", (24, 64), transposed=True)
     before = BoundGraph(graph.model, {**graph.bindings, "head": head})
     storages = {"checkpoint.table": storage}
     ids = np.array([[3, 23, 0]])
@@ -267,7 +267,9 @@ def test_two_products_with_one_matrix_share_its_parts() -> None:
     assert_equal_rows(outcome.graph, before, weights, storages)
 
 
-def assert_equal_rows(graph: BoundGraph, before: BoundGraph, weights: Weights, storages: Mapping[str, Storage]) -> None:
+def assert_equal_rows(
+    graph: BoundGraph, before: BoundGraph, weights: Weights, storages: Mapping[str, WeightFormat]
+) -> None:
     x = drawn(5, 64, seed=8)
     want = run(before, rounded(weights, storages), x=x)
     for got, wanted in zip(run(filled(graph, weights), weights, x=x), want, strict=True):

@@ -12,15 +12,8 @@ import pytest
 from builder.checkpoint.load import open_checkpoint
 from builder.graph.external_data import STRIP
 from builder.stages.engine.dry_run import described
-from builder.stages.engine.estimate import (
-    HASH_RATE,
-    TRACE_SECONDS,
-    WRITE_RATE,
-    Facts,
-    GraphBytes,
-    graph_bytes,
-    stage_cost,
-)
+from builder.stages.engine.estimate import Facts, GraphBytes, graph_bytes, stage_cost
+from builder.stages.engine.measured import HASH_RATE, TRACE_SECONDS, WRITE_RATE
 from builder.targets.recipe_file import load_recipe
 from builder.verify.memory_budget import LARGEST_PATCHES, LARGEST_PIXELS, VERIFY_MEMORY, verify_memory, verify_mode
 from tests.conftest import Built

@@ -14,7 +14,7 @@ from builder.graph.binding import Binding
 from builder.graph.external_data import layout, padded, write_data
 from builder.quantization.blockwise import Blocks
 from builder.quantization.packing import parts
-from builder.quantization.rules import Rule, Storage, resolve
+from builder.quantization.rules import Rule, WeightFormat, resolve
 from builder.stages.engine.dry_run import described
 from builder.stages.engine.estimate import FP32, ITEMS, Facts, Stored, data_bytes, graph_bytes, stage_cost
 from builder.stages.quantize import SCALES
@@ -47,7 +47,7 @@ def bindings(tensors: Iterable[Tensor], stored: Stored) -> list[Binding]:
     """Of all tensors, as builder/graph/passes/quantize_weights.py makes them."""
     plain, scales = SCALES[stored.precision], SCALES[stored.precision]
     found = []
-    groups: dict[tuple[str, Storage], list[Tensor]] = {}
+    groups: dict[tuple[str, WeightFormat], list[Tensor]] = {}
     for tensor in tensors:
         storage = stored.storages.get(tensor.name)
         if storage is None:
@@ -90,7 +90,7 @@ def test_what_is_written_has_the_size_that_was_told(
 def test_a_matrix_by_hand(precision: str) -> None:
     tensor = Tensor(f"{LAYER}mlp.down_proj.weight", "f", "F32", (1000, 256), 0, 0)
     item = ITEMS[precision]
-    storages = {tensor.name: Storage(Blocks(4, 32, zero_points=True), 4)}
+    storages = {tensor.name: WeightFormat(Blocks(4, 32, zero_points=True), 4)}
     levels, scales, zeros = 1000 * 256 // 2, 1000 * 8 * item, 1000 * 8 // 2
     told = data_bytes([tensor], Stored(storages, precision))
     assert told == padded(levels) + padded(scales) + padded(zeros)
@@ -100,7 +100,7 @@ def test_a_matrix_by_hand(precision: str) -> None:
 def test_members_of_one_product_share_their_pages() -> None:
     """Three matrices of a page and a bit together; apart where their formats differ."""
     tensors = [Tensor(f"{LAYER}self_attn.{one}_proj.weight", "f", "F32", (40, 64), 0, 0) for one in "qkv"]
-    same, other = Storage(Blocks(4, 64), 4), Storage(Blocks(8, 64), 4)
+    same, other = WeightFormat(Blocks(4, 64), 4), WeightFormat(Blocks(8, 64), 4)
     together = data_bytes(tensors, Stored({one.name: same for one in tensors}))
     assert together == padded(3 * 40 * 32) + padded(3 * 40 * 4)
     apart = data_bytes(tensors, Stored({one.name: other if ".q_" in one.name else same for one in tensors}))

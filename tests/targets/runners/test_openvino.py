@@ -32,6 +32,7 @@ from builder.verify.self_test.mutations import deepstack_zeroed, preprocessor_br
 from tests.conftest import Built
 from tests.helpers.checkpoints import MINIATURE
 from tests.helpers.runtimes import require_openvino
+from tests.helpers.shown import shown
 
 if TYPE_CHECKING:
     from builder.reference.model import Reference
@@ -60,7 +61,7 @@ def test_tokens_and_held_out_answers_are_pytorchs(folder: Path, reference: Refer
     require_openvino()
     tasks = held_out(reference.checkpoint)
     report = whole.verify(folder, NAME, reference, Suite(FEW, tasks, tokens=32))
-    assert report.verdict == "passed", report.table()
+    assert report.verdict == "passed", shown(report)
     assert {"openvino", "onnxruntime"} <= set(report.facts["versions"])
     assert report.facts["tokens"] == {"cases": 2, "compared": 64, "equal": 64}
     assert report.facts["task"]["ONNX"] == report.facts["task"]["PyTorch"] == f"36/{len(tasks)}"
@@ -82,7 +83,7 @@ def test_what_is_broken_is_noticed(
     require_openvino()
     change(folder, NAME)
     report = whole.verify(folder, NAME, reference, Suite(FEW, tokens=32))
-    assert failing(report) == places, report.table()
+    assert failing(report) == places, shown(report)
 
 
 @pytest.mark.torch

@@ -32,6 +32,7 @@ from builder.verify.whole import verify
 from tests.conftest import Built
 from tests.helpers.checkpoints import MINIATURE
 from tests.helpers.chromium import Page, browser, chromium, served
+from tests.helpers.shown import shown
 
 pytestmark = pytest.mark.torch  # to build the bundle
 TOKENS = 16
@@ -75,7 +76,7 @@ def verified(folder: Path, reference: Reference, *names: str) -> Report:
 
 def test_it_equals_pytorch_to_the_last_token(bundle: Callable[[str], Path], reference: Reference) -> None:
     report = verified(bundle("fp32"), reference, "text", "one picture", "wide, tall")
-    assert report.ok, report.table()
+    assert report.ok, shown(report)
     played = {place: sum(gate.place == place for gate in report.gates) for place in ("tokens", "pixel values")}
     own = [gate for gate in report.gates if gate.place in ("tokens of the runtime's pixels", "runtime's pixel values")]
     assert played == {"tokens": 4, "pixel values": 2}  # three cases, and their near ties
@@ -118,7 +119,7 @@ def test_other_shapes_do_too(checkpoint: Callable[[str], Path], built: Built, sh
     """Without DeepStack the packed axis is the hidden one; with a head of its own each matrix lies in one file."""
     folder, recipe = checkpoint(shape), replace(load_recipe("fp32"), targets=(Target(NAME, "fused"),))
     report = verified(built(folder, recipe) / NAME, Reference(open_checkpoint(folder)), "text", "one picture")
-    assert report.ok, report.table()
+    assert report.ok, shown(report)
     assert sum(gate.place == "tokens" for gate in report.gates) == 3
 
 

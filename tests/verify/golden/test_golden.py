@@ -29,6 +29,7 @@ from builder.verify.self_test.mutants import Mutation
 from tests.end_to_end.test_wheel import base, without_extra
 from tests.helpers.checkpoints import MINIATURE
 from tests.helpers.processes import ROOT, python
+from tests.helpers.shown import shown
 
 if TYPE_CHECKING:
     from builder.reference.model import Reference
@@ -141,7 +142,7 @@ def test_a_golden_that_is_not_whole_is_refused(
     with pytest.raises(GoldenError) as caught:
         read_golden(edited(tmp_path / "changed.json", change))
     assert what in caught.value.what
-    assert "python -m builder golden" in str(caught.value.next)
+    assert "qwen3vl-onnx golden" in str(caught.value.next)
 
 
 def test_a_golden_that_is_cut_or_absent_is_refused(tmp_path: Path) -> None:
@@ -162,14 +163,14 @@ def test_a_verification_needs_something_to_compare_with(tmp_path: Path) -> None:
 
 
 def report(folder: Path, path: Path, reference: Path | None = None) -> Report:
-    return verify.verify_golden(folder, path, (), reference)
+    return verify.verify_golden(folder, path, (), None if reference is None else open_checkpoint(reference))
 
 
 @pytest.mark.torch  # to build the bundle
 @pytest.mark.parametrize("target", TARGETS)
 def test_what_is_whole_passes(made: Callable[[str], Path], few: Path, target: str) -> None:
     found = report(made(target), few)
-    assert found.ok, found.table()
+    assert found.ok, shown(found)
     counts = {gate.place: sum(one.place == gate.place for one in found.gates) for gate in found.gates}
     assert counts["decoded picture"] == 4
     assert counts["decoder layers"] == 4 * 5
@@ -207,7 +208,7 @@ def test_what_is_broken_fails_where_it_is_broken(
     found = report(folder, few)
     assert not found.ok
     assert found.first_failure is not None
-    assert found.first_failure.place == place, found.table()
+    assert found.first_failure.place == place, shown(found)
 
 
 @pytest.mark.torch
@@ -305,7 +306,7 @@ def test_a_bundle_that_does_not_say_its_checkpoint_needs_the_reference(
     with pytest.raises(GoldenError, match="another checkpoint than"):
         report(folder, few, checkpoint("deepstack0"))
     found = report(folder, few, MINIATURE)
-    assert found.ok, found.table()
+    assert found.ok, shown(found)
     assert [gate.case for gate in found.gates if gate.place == "task"] == ["41 held-out answers, right: ONNX 36"]
 
 
@@ -342,7 +343,7 @@ def test_a_picture_that_changes_makes_a_golden_stale(
 @pytest.mark.torch
 def test_what_does_not_fit_in_memory_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ResourceError, match="whole checkpoint in memory"):
-        record.golden_of(open_checkpoint(MINIATURE), tmp_path / "golden.json", limit=10**6)
+        record.golden_of(open_checkpoint(MINIATURE), tmp_path / "golden.json", memory=10**6)
     with pytest.raises(CheckpointError):
         record.golden_of(open_checkpoint(tmp_path), tmp_path / "golden.json")
 

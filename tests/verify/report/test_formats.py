@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 from builder.cli.app import app
 from builder.util.errors import BundleError
 from builder.verify.report.context import Context, of_bundle
-from builder.verify.report.exhibits import Exhibit, Picture
-from builder.verify.report.formats import LARGEST, SCHEMA, exhibits_text, parity_text, read_report, schema
+from builder.verify.report.exhibits import Exhibit, Thumbnail
+from builder.verify.report.formats import MAX_BYTES, SCHEMA, exhibits_text, parity_text, read_report, schema
 from builder.verify.report.gates import PLACES, Report
 from builder.verify.report.write import PAGES, write
 from tests.helpers.reports import failing, harmful, in_slices, passing
@@ -104,10 +104,10 @@ def test_a_report_written_before_gates_had_a_layer_is_read(tmp_path: Path) -> No
 
 def test_exhibits_stay_below_their_size() -> None:
     """Pictures of the last cases go first, and the file says how many cases are gone."""
-    picture = Picture("noise.png", "data:image/png;base64," + "A" * 30_000)
+    picture = Thumbnail("noise.png", "data:image/png;base64," + "A" * 30_000)
     many = tuple(Exhibit(f"case {n}", "case", "a prompt", (picture,)) for n in range(60))
     text = exhibits_text(replace(passing(), exhibits=many))
-    assert len(text.encode()) < LARGEST
+    assert len(text.encode()) < MAX_BYTES
     found = json.loads(text)
     assert (len(found["exhibits"]), found["left out"]) == (60, 0)
     kept = [bool(one["pictures"][0]["thumbnail"]) for one in found["exhibits"]]
@@ -116,7 +116,7 @@ def test_exhibits_stay_below_their_size() -> None:
 
     words = tuple(Exhibit(f"case {n}", "case", "é" * 300) for n in range(3000))
     text = exhibits_text(replace(passing(), exhibits=words))
-    assert len(text.encode()) < LARGEST
+    assert len(text.encode()) < MAX_BYTES
     found = json.loads(text)
     assert len(found["exhibits"]) + found["left out"] == 3000
     assert found["left out"] > 0

@@ -12,12 +12,12 @@ from xml.etree import ElementTree
 import pytest
 
 from builder.util.text import clean, code, figure
-from builder.verify.report.context import Context, StageCost, of_bundle
+from builder.verify.report.context import Context, MeasuredStage, of_bundle
 from builder.verify.report.exhibits import Exhibit
 from builder.verify.report.gates import Gate, Report
 from builder.verify.report.html import bar, html
 from builder.verify.report.junit import junit
-from builder.verify.report.markdown import LARGEST, markdown
+from builder.verify.report.markdown import MAX_CHARACTERS, markdown
 from builder.verify.report.summary import failures, margin, measured, places
 from tests.helpers.reports import (
     CONTEXT,
@@ -212,7 +212,7 @@ def test_markdown_fits_a_comment_whatever_fails() -> None:
     gates = tuple(Gate("decoder layers", f"{HARM} {n}, layer {n}", 1.0, 1e-4, HARM * 3, n) for n in range(2000))
     shown = tuple(Exhibit(HARM, "task", HARM, answers=(HARM, HARM + "!")) for _ in range(300))
     text = markdown(Report("genai", HARM, gates, FACTS, exhibits=shown), harmful_context())
-    assert len(text) <= LARGEST == 65_000
+    assert len(text) <= MAX_CHARACTERS == 65_000
     assert re.search(r"… and \d+ more, in report\.html\.", text)
     assert text.count("<details>") == text.count("</details>")
 
@@ -296,6 +296,6 @@ def test_a_manifest_that_lies_about_its_types_costs_no_report(tmp_path: Path) ->
 
 
 def test_costs_are_bars_of_the_largest() -> None:
-    stages = (StageCost("export", 30.0, 200), StageCost("verify", 60.0, 100))
+    stages = (MeasuredStage("export", 30.0, 200), MeasuredStage("verify", 60.0, 100))
     widths = re.findall(r'class="cost" style="width:([\d.]+)%"', html(passing(), Context(stages=stages)))
     assert widths == ["50.0", "100.0", "100.0", "50.0"]

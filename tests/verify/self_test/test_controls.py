@@ -23,6 +23,7 @@ from builder.verify import whole
 from builder.verify.self_test import mutations
 from builder.verify.self_test.mutants import Mutation
 from tests.helpers.checkpoints import MINIATURE
+from tests.helpers.shown import shown
 
 if TYPE_CHECKING:
     from builder.reference.model import Reference
@@ -52,7 +53,7 @@ CONTROLS: tuple[tuple[Mutation, str, str], ...] = (
 @pytest.mark.parametrize("target", TARGETS)
 def test_what_is_whole_passes(miniature_built: Path, reference: Reference, target: str) -> None:
     report = whole.verify(miniature_built / target, target, reference, SMALL)
-    assert report.ok, report.table()
+    assert report.ok, shown(report)
     assert report.first_failure is None
 
 
@@ -67,7 +68,7 @@ def test_what_is_broken_fails_where_it_is_broken(
     report = whole.verify(broken, target, reference, SMALL)
     assert not report.ok
     assert report.first_failure is not None
-    assert report.first_failure.place == place, report.table()
+    assert report.first_failure.place == place, shown(report)
     if target == "genai" and place == "pixel values":  # through the runtime's own processor too
         failing = {gate.place for gate in report.gates if not gate.ok}
         assert failing & {"runtime's pixel values", "tokens of the runtime's pixels"}
@@ -84,7 +85,7 @@ def test_gates_behind_the_first_difference_fail_too(bundle: Callable[[str], Path
     mutations.mean_changed(broken, "genai")
     report = whole.verify(broken, "genai", reference, Suite(SMALL.cases, tasks, tokens=6))
     failing = {gate.place for gate in report.gates if not gate.ok}
-    assert failing >= {"runtime's pixel values", "tokens", "tokens of the runtime's pixels", "task"}, report.table()
+    assert failing >= {"runtime's pixel values", "tokens", "tokens of the runtime's pixels", "task"}, shown(report)
 
 
 @pytest.mark.parametrize("target", TARGETS)

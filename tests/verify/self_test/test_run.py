@@ -13,6 +13,7 @@ import onnx
 import pytest
 from typer.testing import CliRunner
 
+from builder.checkpoint.load import open_checkpoint
 from builder.checkpoint.parts import DECODER
 from builder.cli.app import app
 from builder.targets.graphs import GRAPHS
@@ -23,6 +24,7 @@ from builder.verify.self_test.edits import edit_json
 from builder.verify.self_test.mutants import MUTANTS, Mutant
 from builder.verify.self_test.thresholds import DECADES, Survivor, edge
 from tests.helpers.checkpoints import MINIATURE
+from tests.helpers.shown import shown
 
 pytestmark = pytest.mark.torch
 
@@ -55,21 +57,21 @@ def only(called: str, /, **changes: Any) -> Mutant:
 def test_every_mutant_is_caught_where_it_is(bundle: Callable[[str], Path], target: str) -> None:
     folder = bundle(target)
     before = digests(folder)
-    done = run.self_test(folder, MINIATURE)
-    assert done.ok, done.table()
+    done = run.self_test(folder, open_checkpoint(MINIATURE))
+    assert done.ok, shown(done)
     none = INAPPLICABLE[target] | QUANTIZATION | WHOLE
     assert {one.mutant.name for one in done.catches if one.status == "does not apply"} == none
     assert [one.mutant for one in done.catches] == list(MUTANTS)
     assert {one.place for one in done.survivors} == TOLERANT
     assert sum(one.place == "deepstack features" for one in done.survivors) == 3
     for one in done.survivors:
-        assert one.fails is not None, done.table()
-        assert 1e-6 < one.passes < one.fails < 1e-2, done.table()
+        assert one.fails is not None, shown(done)
+        assert 1e-6 < one.passes < one.fails < 1e-2, shown(done)
 
     assert digests(folder) == before
-    assert {path.name for path in (folder / "evidence").iterdir()} == {"run.json", "run.txt"}
-    assert json.loads((folder / "evidence" / "run.json").read_text()) == done.as_dict()
-    said = (folder / "evidence" / "run.txt").read_text()
+    assert {path.name for path in (folder / "evidence").iterdir()} == {"self_test.json", "self_test.txt"}
+    assert json.loads((folder / "evidence" / "self_test.json").read_text()) == done.as_dict()
+    said = (folder / "evidence" / "self_test.txt").read_text()
     assert all(re.search(rf"│ {re.escape(mutant.name)} +│", said) for mutant in MUTANTS)
     assert done.markdown().count("| caught |") == len(MUTANTS) - len(none)
 
@@ -98,15 +100,15 @@ def test_every_mutant_of_a_lossy_bundle_is_caught_where_it_is(
 def check_lossy(folder: Path, mutants: tuple[Mutant, ...]) -> run.SelfTest:
     """What is wrong with a stored weight is seen at the weights where they are quantized, all else where it is."""
     before = digests(folder)
-    done = run.self_test(folder, MINIATURE, mutants=mutants)
-    assert done.ok, done.table()
+    done = run.self_test(folder, open_checkpoint(MINIATURE), mutants=mutants)
+    assert done.ok, shown(done)
     for one in done.catches:
         if one.mutant.name in QUANTIZATION and one.status == "caught":
             assert one.first is not None
-            assert one.first.place == "weights", done.table()
+            assert one.first.place == "weights", shown(done)
         elif one.mutant.name not in STORED and one.status == "caught":
             assert one.first is not None
-            assert one.first.place in one.mutant.places["genai"], done.table()
+            assert one.first.place in one.mutant.places["genai"], shown(done)
     assert digests(folder) == before
     return done
 
@@ -147,7 +149,7 @@ def test_what_is_not_caught_or_not_placed_ends_in_20(
 def test_a_bundle_that_fails_itself_proves_nothing(bundle: Callable[[str], Path]) -> None:
     folder = bundle("onnxruntime")
     mutations.newline_lost(folder, "onnxruntime")
-    done = run.self_test(folder, MINIATURE)
+    done = run.self_test(folder, open_checkpoint(MINIATURE))
     assert not done.ok
     assert done.catches == ()
     assert "the bundle itself fails: token ids, one picture" in str(run.failed(done, folder))
@@ -158,7 +160,7 @@ def test_a_mutant_that_does_not_load_proves_nothing(bundle: Callable[[str], Path
     def spoil(folder: Path, target: str) -> None:
         edit_json(folder / "pipeline.json", lambda settings: settings.pop("image_token"))
 
-    done = run.self_test(bundle("genai"), MINIATURE, mutants=(only("newline lost", change=spoil),))
+    done = run.self_test(bundle("genai"), open_checkpoint(MINIATURE), mutants=(only("newline lost", change=spoil),))
     assert [one.status for one in done.catches] == ["refused"]
     assert "image_token" in done.catches[0].refused
     assert not done.ok
@@ -166,7 +168,7 @@ def test_a_mutant_that_does_not_load_proves_nothing(bundle: Callable[[str], Path
 
 def test_no_mutant_at_all_is_no_proof(bundle: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "sites", lambda *_: ())
-    done = run.self_test(bundle("genai"), MINIATURE, mutants=(only("causal mask"),))
+    done = run.self_test(bundle("genai"), open_checkpoint(MINIATURE), mutants=(only("causal mask"),))
     assert [one.status for one in done.catches] == ["does not apply"]
     assert not done.ok
     assert "no mutant applies" in str(run.failed(done, Path("evidence")))
@@ -176,8 +178,8 @@ def test_no_mutant_at_all_is_no_proof(bundle: Callable[[str], Path], monkeypatch
 def test_the_sliced_comparison_is_tested_in_the_same_way(bundle: Callable[[str], Path], tmp_path: Path) -> None:
     folder = bundle("genai")
     few = (only("newline lost"), only("MLP scaled"))
-    done = run.self_test(folder, MINIATURE, limit=10**6, store=tmp_path / "store", mutants=few)
-    assert [one.status for one in done.catches] == ["caught", "caught"], done.table()
+    done = run.self_test(folder, open_checkpoint(MINIATURE), memory=10**6, store=tmp_path / "store", mutants=few)
+    assert [one.status for one in done.catches] == ["caught", "caught"], shown(done)
     assert {one.place for one in done.survivors} == TOLERANT
     assert list((tmp_path / "store").iterdir())
 
@@ -234,10 +236,10 @@ def test_a_gate_that_lets_a_doubled_value_live_fails_the_self_test(
 ) -> None:
     monkeypatch.setattr(run, "sites", lambda *_: ("any",))
     monkeypatch.setattr(run, "survivor", lambda *_: Survivor("embeddings", "inputs_embeds", 1.0, None))
-    done = run.self_test(bundle("genai"), MINIATURE, mutants=(only("newline lost"),))
+    done = run.self_test(bundle("genai"), open_checkpoint(MINIATURE), mutants=(only("newline lost"),))
     assert not done.ok
     assert "embeddings lets inputs_embeds be doubled" in str(run.failed(done, Path("evidence")))
-    assert "NONE UP TO 1" in done.table()
+    assert "NONE UP TO 1" in shown(done)
 
 
 def test_a_mutant_is_explained_by_its_place_and_its_layer() -> None:
