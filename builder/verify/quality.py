@@ -10,7 +10,7 @@ and, of tokens that are generated freely, the largest lead of PyTorch's own choi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,28 +79,30 @@ def quality_gates(
     reference: Reference,
     limits: Limits,
     suite: Suite,
-    facts: dict[str, Any],
-    advance: Callable[[], None] = lambda: None,
-) -> Iterator[Gate]:
-    """The gates of the bundle in `folder`; the figures go into `facts`."""
+) -> tuple[list[Gate], dict[str, Any]]:
+    """The gates of the bundle in `folder`, and the figures."""
     sides = Sides.open(folder, target, reference)
     compared = []
     for case in (*suite.cases, *suite.tasks):
         prompt = reference.prepare(case.prompt, case.images, lifted=case.lifted)
         if prompt.pixel_values is None or len(prompt.pixel_values) <= MAX_PATCHES:
             compared.append(_compared(case, prompt, sides))
-        advance()
     positions = joined(compared)
-    facts["positions"], facts["drift"] = positions, [float(x) for x in np.mean([one.drift for one in compared], axis=0)]
-    yield from _position_gates(positions, limits)
+    drift = [float(x) for x in np.mean([one.drift for one in compared], axis=0)]
+    facts: dict[str, Any] = {"positions": positions, "drift": drift}
+    gates = list(_position_gates(positions, limits))
     worst = max((one for one in compared if one.case in suite.cases), key=lambda one: one.lead)
     played = sides.runner.not_run is None
     if played:
         facts["largest lead"] = worst.lead
-        yield Gate("generated tokens", f"{worst.case.name}, PyTorch's lead", worst.lead, limits.lead, worst.detail)
-    yield _perplexity(sides, limits, facts)
+        name = f"{worst.case.name}, PyTorch's lead"
+        gates.append(Gate("generated tokens", name, worst.lead, limits.lead, worst.detail))
+    gate, facts["perplexity"] = _perplexity(sides, limits)
+    gates.append(gate)
     if suite.tasks and played:
-        yield _task([one for one in compared if one.case in suite.tasks], sides, limits, facts)
+        gate, facts["task"] = _task([one for one in compared if one.case in suite.tasks], sides, limits)
+        gates.append(gate)
+    return gates, facts
 
 
 def joined(compared: Sequence[Compared]) -> dict[str, float | int]:
@@ -154,7 +156,7 @@ def _position_gates(found: dict[str, float | int], limits: Limits) -> Iterator[G
     yield Gate("top-1 disagreement", f"share of {name}", 1 - found["same top-1"], round(1 - limits.same_top, 6))
 
 
-def _perplexity(sides: Sides, limits: Limits, facts: dict[str, Any]) -> Gate:
+def _perplexity(sides: Sides, limits: Limits) -> tuple[Gate, dict[str, Any]]:
     """On a text of the suite: exp of the mean negative log likelihood, the bundle's over PyTorch's."""
     ids = np.asarray(sides.runner.tokenizer.encode(PROSE.read_text(encoding="utf-8")).ids, np.int64)[None]
     line = np.arange(ids.shape[1], dtype=np.int64)
@@ -163,11 +165,11 @@ def _perplexity(sides: Sides, limits: Limits, facts: dict[str, Any]) -> Gate:
     want = sides.reference.logits(prompt, ())
     likelihoods = [log_softmax(side[:-1])[np.arange(ids.shape[1] - 1), ids[0, 1:]].mean() for side in (got, want)]
     mine, theirs = (float(np.exp(-mean)) for mean in likelihoods)
-    facts["perplexity"] = {"text": PROSE.name, "tokens": ids.shape[1], "bundle": mine, "PyTorch": theirs}
-    return Gate("perplexity", f"ratio on {PROSE.name}, {ids.shape[1]} tokens", mine / theirs, limits.perplexity)
+    facts = {"text": PROSE.name, "tokens": ids.shape[1], "bundle": mine, "PyTorch": theirs}
+    return Gate("perplexity", f"ratio on {PROSE.name}, {ids.shape[1]} tokens", mine / theirs, limits.perplexity), facts
 
 
-def _task(compared: Sequence[Compared], sides: Sides, limits: Limits, facts: dict[str, Any]) -> Gate:
+def _task(compared: Sequence[Compared], sides: Sides, limits: Limits) -> tuple[Gate, dict[str, Any]]:
     """Held-out answers that PyTorch gets right and the bundle does not."""
     lost, score = [], {"PyTorch": 0, "ONNX": 0}
     for one in compared:
@@ -179,6 +181,6 @@ def _task(compared: Sequence[Compared], sides: Sides, limits: Limits, facts: dic
         score["ONNX"] += got == case.answer
         if want == case.answer != got:
             lost.append(f"{case.name} {case.prompt!r}: {got!r}, PyTorch {want!r}")
-    facts["task"] = {key: f"{value}/{len(compared)}" for key, value in score.items()} | {"lost": len(lost)}
+    facts: dict[str, Any] = {key: f"{value}/{len(compared)}" for key, value in score.items()} | {"lost": len(lost)}
     name = f"lost of {score['PyTorch']} right answers; right: {score['ONNX']} of {len(compared)}"
-    return Gate("held-out accuracy", name, float(len(lost)), float(limits.task_lost), "; ".join(lost[:3]))
+    return Gate("held-out accuracy", name, float(len(lost)), float(limits.task_lost), "; ".join(lost[:3])), facts

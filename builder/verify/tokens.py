@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import numpy as np
 
@@ -18,9 +17,8 @@ from builder.reference.cases import TOKENS, Case
 from builder.reference.model import Answer, Prompt, Reference
 from builder.targets.clients.pipeline import Inputs
 from builder.targets.runners.protocol import OwnProcessor, Runner
-from builder.util.errors import BuildError
 from builder.verify.report.exhibits import show_answers, show_pixels
-from builder.verify.report.gates import Gate, compare_exact, uncomputed
+from builder.verify.report.gates import Gate, compare_exact, guarded_pair
 
 TIE = 4.0  # a lead below this multiple of the measured logit error is no lead
 TIES_EVERY = 1000  # tokens, of which one may be a near tie
@@ -74,26 +72,18 @@ def token_gates(
         logit_error: largest absolute difference of a logit in this case's decoder gates.
         tokens: how many, at most.
     """
-    gates: list[Gate] = []
-    ties: list[str] = []
-    ways = []
     if runner.not_run is not None:
         return [], NearTies(0, ())
-    tokens = min(tokens, case.max_new_tokens)
+    name, tokens = case.name, min(tokens, case.max_new_tokens)
+    found: list[tuple[list[Gate], list[str]]] = []
+    common = (reference, logit_error, tokens)
     if "tokens" in case.checks:
-        ways.append(("tokens", partial(file_gates, case, prompt, runner, reference, logit_error, tokens)))
+        found.append(guarded_pair("tokens", name, file_gates, [], case, prompt, runner, *common))
     if runner.own is not None and case.images and "runtime" in case.checks and takes(runner.own, case):
-        own = partial(runtime_gates, case, prompt, runner, runner.own, reference, logit_error, tokens)
-        ways.append(("tokens of the runtime's pixels", own))
-    for place, way in ways:
-        try:
-            more, near = way()
-        except BuildError:
-            raise
-        except Exception as error:  # each runtime throws errors of its own for what its graphs cannot take
-            more, near = [uncomputed(place, case.name, error)], []
-        gates, ties = gates + more, ties + near
-    return gates, NearTies(tokens * len(ways), tuple(ties))
+        place = "tokens of the runtime's pixels"
+        found.append(guarded_pair(place, name, runtime_gates, [], case, prompt, runner, runner.own, *common))
+    gates = [gate for some, _ in found for gate in some]
+    return gates, NearTies(tokens * len(found), tuple(tie for _, ties in found for tie in ties))
 
 
 def takes(own: OwnProcessor, case: Case) -> bool:

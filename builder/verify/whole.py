@@ -32,7 +32,7 @@ from builder.verify.memory_budget import verify_mode
 from builder.verify.quantized import LossLimits, verify_lossy
 from builder.verify.report.context import of_bundle
 from builder.verify.report.exhibits import collecting, show_answers, show_case
-from builder.verify.report.gates import Gate, Report, guarded
+from builder.verify.report.gates import Gate, Report, guarded, guarded_pair
 from builder.verify.report.write import write
 from builder.verify.tokens import NearTies, counted, input_gates, takes, token_gates
 
@@ -194,7 +194,11 @@ def _compared(
     found = tuple(one for _, near in answered for one in near.found)
     yield [NearTies(sum(near.compared for _, near in answered), found).gate(allowed=not suite.tasks)]
     if suite.tasks:
-        yield guarded("held-out accuracy", "held-out set", task_gates, suite.tasks, runner, reference, facts, advance)
+        score: dict[str, str] = {}
+        work = (suite.tasks, runner, reference, advance)
+        gates, score = guarded_pair("held-out accuracy", "held-out set", task_gates, score, *work)
+        facts |= {"task": score} if score else {}
+        yield gates
 
 
 def unplayed(target: str, tasks: bool) -> dict[str, str]:
@@ -221,8 +225,8 @@ def _input_gates(case: Case, prompt: Prompt, runner: Runner) -> list[Gate]:
 
 
 def task_gates(
-    cases: Sequence[Case], runner: Runner, reference: Reference, facts: dict[str, object], advance: Callable[[], None]
-) -> list[Gate]:
+    cases: Sequence[Case], runner: Runner, reference: Reference, advance: Callable[[], None]
+) -> tuple[list[Gate], dict[str, str]]:
     """The text of every held-out answer, right or wrong, must be PyTorch's."""
     different, score = [], {"PyTorch": 0, "ONNX": 0}
     for case in cases:
@@ -235,6 +239,6 @@ def task_gates(
         if got != want:
             different.append(f"{case.name} {case.prompt!r}: {got!r}, PyTorch {want!r}")
         advance()
-    facts["task"] = {key: f"{value}/{len(cases)}" for key, value in score.items()}
+    facts = {key: f"{value}/{len(cases)}" for key, value in score.items()}
     name = f"{len(cases)} held-out answers, right: PyTorch {score['PyTorch']}, ONNX {score['ONNX']}"
-    return [Gate("held-out accuracy", name, float(len(different)), 0.0, "; ".join(different[:3]))]
+    return [Gate("held-out accuracy", name, float(len(different)), 0.0, "; ".join(different[:3]))], facts

@@ -36,10 +36,10 @@ CONTEXT = Context(
 HOLDS = (
     Gate("pixel values", "one image", 0, 0),
     Gate("token ids", "one image", 0, 0),
-    *(Gate("vision layers", f"one image, layer {n}", 2e-6 * (n + 1), 1e-4) for n in range(3)),
+    *(Gate("vision layers", f"one image, layer {n}", 2e-6 * (n + 1), 1e-4, layer=n) for n in range(3)),
     Gate("image features", "one image", 9e-6, 1e-4),
     Gate("embeddings", "one image, main", 0, 1e-4),
-    *(Gate("decoder layers", f"one image, tokens 0–77, layer {n}", 3e-6, 1e-4) for n in range(4)),
+    *(Gate("decoder layers", f"one image, tokens 0–77, layer {n}", 3e-6, 1e-4, layer=n) for n in range(4)),
     Gate("decoder prefill", "one image, tokens 0–77", 8e-6, 1e-4),
     Gate("tokens", "one image, 64 tokens", 0, 0),
     Gate("tokens", "near ties", 0, 1),
@@ -47,7 +47,7 @@ HOLDS = (
 FAILS = (
     Gate("tokens", "one image, 64 tokens", 60, 0, "one image: token 4 is 17, PyTorch 3 with a lead of 2.00e+00"),
     Gate("decoder prefill", "one image, tokens 0–77", 0.3, 1e-4, "3.0e-01 of a standard deviation at [0, 3]"),
-    Gate("decoder layers", "one image, tokens 0–77, layer 1", 0.02, 1e-4, "2.0e-02 of a deviation at [5, 1]"),
+    Gate("decoder layers", "one image, tokens 0–77, layer 1", 0.02, 1e-4, "2.0e-02 of a deviation at [5, 1]", 1),
     Gate("decoder step", "one image, tokens 82–83", float("nan"), 1e-4, "not finite"),
     Gate("held-out accuracy", "4 held-out answers", float("inf"), 0, "RuntimeError: no such node"),
 )
@@ -76,7 +76,7 @@ def in_slices() -> Report:
 
 def harmful() -> Report:
     """Every text that a checkpoint, a bundle or a case can name."""
-    gates = (Gate("token ids", HARM, 3, 0, HARM), Gate("decoder prefill", HARM + ", layer 3", 1e-6, 1e-4, HARM))
+    gates = (Gate("token ids", HARM, 3, 0, HARM), Gate("decoder prefill", HARM + ", layer 3", 1e-6, 1e-4, HARM, 3))
     (shown, *_) = exhibits()
     (image,) = shown.images
     pixels = tuple(type(one)(HARM, one.values, 5, 0.5, one.difference, one.sides) for one in image.pixels)

@@ -44,8 +44,7 @@ def limits(recipe: str) -> Limits:
 
 
 def measured(folder: Path, reference: Reference, allowed: Limits) -> tuple[list[Gate], dict[str, Any]]:
-    facts: dict[str, Any] = {}
-    return list(quality_gates(folder, "genai", reference, allowed, suite(), facts)), facts
+    return quality_gates(folder, "genai", reference, allowed, suite())
 
 
 def test_nothing_is_lost_against_its_own_weights(finished: Callable[[str], Path], tmp_path: Path) -> None:

@@ -1,10 +1,8 @@
 """Prove that a bundle equals PyTorch, without PyTorch: against a golden.
 
-In: a bundle, a golden, the cases that it was made of. Out: a `Report` with the places of builder/verify/whole.py.
-Guaranteed:
-neither torch nor transformers is imported; a golden of another checkpoint, of other cases or images, or of another
-format is refused; an image that this machine's decoder reads in another way is reported as that, and what depends on
-it as not run.
+Neither torch nor transformers is imported. A golden of another checkpoint, of other cases or images, or of another
+format is refused; an image that this machine's decoder reads differently is reported as that, and what depends on it
+as not run.
 """
 
 from __future__ import annotations
@@ -46,7 +44,7 @@ from builder.verify.golden.record import (
 from builder.verify.graphs.sessions import Graphs
 from builder.verify.image_preprocessor import golden_preprocessor_gates
 from builder.verify.report.context import of_bundle
-from builder.verify.report.gates import Gate, Report, compare_exact, guarded
+from builder.verify.report.gates import Gate, Report, compare_exact, guarded, guarded_pair
 from builder.verify.report.write import write
 from builder.verify.tokens import NearTies, answer_from, compare
 from builder.verify.whole import failed as verify_failed
@@ -109,12 +107,7 @@ def failed(report: Report, folder: Path) -> VerificationError:
 
 
 def _report(
-    target: str,
-    golden: Golden,
-    cases: Sequence[Case],
-    runner: Runner,
-    graphs: Graphs,
-    checkpoint: Checkpoint | None,
+    target: str, golden: Golden, cases: Sequence[Case], runner: Runner, graphs: Graphs, checkpoint: Checkpoint | None
 ) -> Report:
     gates: list[Gate] = []
     ties: list[NearTies] = []
@@ -125,7 +118,7 @@ def _report(
         for case in cases:
             compared, near, why = case_gates(case, wanted[case.name], golden, runner, graphs)
             gates += compared
-            ties += near
+            ties.append(near)
             not_run |= {f"case {case.name}": why} if why else {}
             advance()
         found = tuple(one for near in ties for one in near.found)
@@ -147,22 +140,20 @@ def _report(
 
 def case_gates(
     case: Case, want: GoldenCase, golden: Golden, runner: Runner, graphs: Graphs
-) -> tuple[list[Gate], list[NearTies], str]:
+) -> tuple[list[Gate], NearTies, str]:
     """The gates of one case, its near ties, and why the rest of it was not run ("" where all was)."""
-    gates = decoded_gates(case, want, golden)
+    gates, ties = decoded_gates(case, want, golden), NearTies(0, ())
     if not all(gate.ok for gate in gates):
-        return gates, [], "its image is decoded in another way here, so that all that follows differs"
-    kept: list[Inputs] = []
-    gates += guarded("token ids", case.name, _input_gates, case, want, runner, golden, kept)
-    if not kept or not all(gate.ok for gate in gates):
-        return gates, [], "its inputs differ, so that all that follows does"
-    computed, logit_error = graph_gates(graphs, golden, want, kept[0], case.limit)
+        return gates, ties, "its image is decoded in another way here, so that all that follows differs"
+    compared, inputs = guarded_pair("token ids", case.name, _input_gates, None, case, want, runner, golden)
+    gates += compared
+    if inputs is None or not all(gate.ok for gate in gates):
+        return gates, ties, "its inputs differ, so that all that follows does"
+    computed, logit_error = graph_gates(graphs, golden, want, inputs, case.limit)
     gates += computed
-    ties = []
     if want.tokens and runner.not_run is None:
-        found: list[NearTies] = []
-        gates += guarded("tokens", case.name, _token_gates, case, want, runner, kept[0], logit_error, found)
-        ties = found
+        compared, ties = guarded_pair("tokens", case.name, _token_gates, ties, case, want, runner, inputs, logit_error)
+        gates += compared
     if runner.own is not None and case.images and "runtime" in case.checks:
         gates += guarded("runtime's pixel values", case.name, _runtime_gates, case, want, runner.own)
     return gates, ties, ""
@@ -180,16 +171,15 @@ def decoded_gates(case: Case, want: GoldenCase, golden: Golden) -> list[Gate]:
     return gates
 
 
-def _input_gates(case: Case, want: GoldenCase, runner: Runner, golden: Golden, kept: list[Inputs]) -> list[Gate]:
+def _input_gates(case: Case, want: GoldenCase, runner: Runner, golden: Golden) -> tuple[list[Gate], Inputs]:
     inputs = _lifted(case, runner) if case.lifted else runner.prepare(case.prompt, case.images)
-    kept.append(inputs)
     ids = np.array([want.input_ids], np.int64)
     gates = [compare_exact("token ids", case.name, inputs.input_ids, ids)]
     if inputs.pixel_values is not None and inputs.image_grid_thw is not None:
         gates.append(_pixel_gate("pixel values", case, want, inputs, golden))
     off = float(digest(inputs.position_ids) != want.position_ids)
     told = "another digest of [3, 1, seq]" if off else ""
-    return [*gates, Gate("position ids", case.name, off, 0.0, told)]
+    return [*gates, Gate("position ids", case.name, off, 0.0, told)], inputs
 
 
 def _pixel_gate(place: str, case: Case, want: GoldenCase, inputs: Inputs, golden: Golden | None = None) -> Gate:
@@ -220,13 +210,12 @@ def _lifted(case: Case, runner: Runner) -> Inputs:
 
 
 def _token_gates(
-    case: Case, want: GoldenCase, runner: Runner, inputs: Inputs, logit_error: float, found: list[NearTies]
-) -> list[Gate]:
+    case: Case, want: GoldenCase, runner: Runner, inputs: Inputs, logit_error: float
+) -> tuple[list[Gate], NearTies]:
     answer = Answer(want.tokens, tuple(floats(want.margins).tolist()))
     play = answer_from(runner, inputs, answer)
     gate, ties = compare(f"{case.name}, {len(want.tokens)} tokens", play, answer, logit_error)
-    found.append(NearTies(len(want.tokens), tuple(ties)))
-    return [gate]
+    return [gate], NearTies(len(want.tokens), tuple(ties))
 
 
 def _runtime_gates(case: Case, want: GoldenCase, own: OwnProcessor) -> list[Gate]:

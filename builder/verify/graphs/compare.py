@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Generic, Protocol, TypeVar
 
 import numpy as np
@@ -159,10 +159,11 @@ def _layer_gates(case: AnyCase, place: str, name: str, values: Values, want: Seq
     for layer, stream in enumerate(want):
         got, at = values.get(f"{RESIDUAL}.{layer}"), f"{name}, layer {layer}"
         if got is None:
-            gates.append(uncomputed(place, at, KeyError(f"the graph has no {RESIDUAL}.{layer}")))
+            gate = uncomputed(place, at, KeyError(f"the graph has no {RESIDUAL}.{layer}"))
         else:
             shape = (*(1,) * (len(stream.shape) - 2), -1, got.shape[-1])
-            gates.append(case.gate(place, at, got.reshape(shape), stream))
+            gate = case.gate(place, at, got.reshape(shape), stream)
+        gates.append(replace(gate, layer=layer))
     found = sum(key.startswith(f"{RESIDUAL}.") for key in values)
     if want and found > len(want):
         gates.append(Gate(place, name, math.inf, case.limit, f"{found} layers, expected {len(want)}"))
@@ -172,8 +173,8 @@ def _layer_gates(case: AnyCase, place: str, name: str, values: Values, want: Seq
 def _level_gates(case: AnyCase, place: str, got: Sequence[Array], want: Sequence[Array | Sample]) -> list[Gate]:
     if len(got) != len(want):
         return [Gate(place, case.name, math.inf, case.limit, f"{len(got)} levels, expected {len(want)}")]
-    pairs = enumerate(zip(got, want, strict=True))
-    return [case.gate(place, f"{case.name}, level {level}", *pair) for level, pair in pairs]
+    gates = [case.gate(place, f"{case.name}, level {n}", *pair) for n, pair in enumerate(zip(got, want, strict=True))]
+    return [replace(gate, layer=level) for level, gate in enumerate(gates)]
 
 
 def in_order(compute: Callable[[Sequence[TraceCase]], Iterable[list[Gate]]], cases: Sequence[TraceCase]) -> list[Gate]:

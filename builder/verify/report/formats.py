@@ -48,6 +48,9 @@ class GateFigures(BaseModel):
     limit: Annotated[float, Field(ge=0, description="The largest figure that passes; 0 for exact comparisons.")]
     detail: Annotated[str, Field(description="Where and how it differs.")]
     ok: Annotated[bool, Field(description="Whether `measured` is finite and at most `limit`.")]
+    layer: Annotated[
+        int | None, Field(ge=0, description="Index of the decoder layer, vision block or DeepStack level, if any.")
+    ] = None
 
 
 class ParityFile(BaseModel):
@@ -128,7 +131,10 @@ def read_report(evidence: Path) -> Report:
     parity = _object(evidence / "parity.json", FORMAT, upgraded_parity)
     try:
         found = ParityFile.model_validate(parity)
-        gates = tuple(Gate(one.place, one.case, float(one.measured), one.limit, one.detail) for one in found.gates)
+        gates = tuple(
+            Gate(gate.place, gate.case, float(gate.measured), gate.limit, gate.detail, gate.layer)
+            for gate in found.gates
+        )
     except (ValidationError, ValueError) as error:
         raise _unreadable(evidence / "parity.json", error) from error
     report = Report(found.target, found.checkpoint, gates, found.facts, found.not_run, _read_exhibits(evidence))

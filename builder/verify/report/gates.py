@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,7 @@ from builder.util.errors import BuildError
 if TYPE_CHECKING:
     from builder.verify.report.exhibits import Exhibit
 
+T = TypeVar("T")
 FORMAT = 2  # of parity.json, see builder/verify/report/schema.json
 # The order in which a wrong value travels: what differs first is where it began.
 PLACES = (
@@ -58,6 +59,7 @@ class Gate:
         measured: the figure; for exact comparisons the number of values that differ.
         limit: the largest figure that passes.
         detail: what a person needs to see where and how it differs.
+        layer: index of the decoder layer, vision block or DeepStack level; None where the place has none.
     """
 
     place: str
@@ -65,6 +67,7 @@ class Gate:
     measured: float
     limit: float
     detail: str = ""
+    layer: int | None = None
 
     def __post_init__(self) -> None:
         if self.place not in PLACES:
@@ -120,7 +123,7 @@ class Report:
             "verdict": self.verdict,
             "first difference": None if first is None else f"{first.place}: {first.case}",
             "not run": dict(self.not_run),
-            "gates": [{**asdict(gate), "measured": _plain(gate.measured), "ok": gate.ok} for gate in self.gates],
+            "gates": [_row(gate) for gate in self.gates],
             "facts": self.facts,
         }
 
@@ -164,18 +167,30 @@ def compare_exact(
 
 def guarded(place: str, case: str, compute: Callable[..., list[Gate]], *arguments: Any) -> list[Gate]:
     """The gates that `compute(*arguments)` gives, or one that fails and says why there are none."""
+    return guarded_pair(place, case, lambda: (compute(*arguments), None), None)[0]
+
+
+def guarded_pair(
+    place: str, case: str, compute: Callable[..., tuple[list[Gate], T]], default: T, *arguments: Any
+) -> tuple[list[Gate], T]:
+    """As `guarded`, where `compute` gives a result besides; `default` where it fails."""
     try:
         return compute(*arguments)
     except BuildError:
         raise
     except Exception as error:  # each runtime throws errors of its own for what its graphs cannot take
-        return [uncomputed(place, case, error)]
+        return [uncomputed(place, case, error)], default
 
 
 def uncomputed(place: str, case: str, error: Exception) -> Gate:
     """The gate of a comparison that `error` has ended."""
     first, *_ = str(error).splitlines() or [""]
     return Gate(place, case, math.inf, 0.0, f"{type(error).__name__}: {first}")
+
+
+def _row(gate: Gate) -> dict[str, Any]:
+    row = {**asdict(gate), "measured": _plain(gate.measured), "ok": gate.ok}
+    return {key: value for key, value in row.items() if key != "layer" or value is not None}
 
 
 def _plain(value: float) -> float | str:

@@ -7,7 +7,6 @@ colours are the page's (classes of style.css), and never tell alone what a shape
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -19,7 +18,6 @@ from builder.verify.report.exhibits import Exhibit
 from builder.verify.report.gates import Gate, Report
 
 FLOOR, ROOF = 1e-9, 1e3  # of a standard deviation: what is drawn at the lower and the upper edge
-_LAYER = re.compile(r", (?:layer|level) (\d+)$")
 # What is compared with a tolerance, in the order of the computation; those with layers have a point a layer.
 _GROUPS = (
     ("vision layers", "vision layers"),
@@ -196,18 +194,18 @@ class _Log:
 
 
 def _points(place: str, gates: Iterable[Gate]) -> list[_Point]:
-    rows: dict[str, list[Gate]] = {}
+    rows: dict[int | None, list[Gate]] = {}
     for gate in gates:
         if gate.place == place:
-            layer = _LAYER.search(gate.case)
-            rows.setdefault(layer[1] if layer and place in _LAYERED else "", []).append(gate)
+            rows.setdefault(gate.layer if place in _LAYERED else None, []).append(gate)
     if len(rows) > 1:
-        rows.pop("", None)  # a gate of the whole place among those of its layers: what could not be computed
+        rows.pop(None, None)  # a gate of the whole place among those of its layers: what could not be computed
     found = []
-    for label in sorted(rows, key=lambda text: int(text or 0)):
-        errors = [gate.measured if math.isfinite(gate.measured) else ROOF for gate in rows[label]]
-        failing = sum(not gate.ok for gate in rows[label])
-        limit = max(gate.limit for gate in rows[label])
+    for layer in sorted(rows, key=lambda layer: layer or 0):
+        errors = [gate.measured if math.isfinite(gate.measured) else ROOF for gate in rows[layer]]
+        failing = sum(not gate.ok for gate in rows[layer])
+        limit = max(gate.limit for gate in rows[layer])
+        label = "" if layer is None else str(layer)
         found.append(_Point(place, label, min(errors), max(errors), limit, failing))
     return found
 

@@ -29,7 +29,7 @@ class Mutant:
         what: what is broken, for a person.
         change: breaks the bundle in a folder; raises InapplicableError where it cannot.
         places: target → the places at which its first difference may be.
-        at: how the case of the first difference ends, such as "layer 1".
+        layer: of the first difference; None where any will do.
         stored: what is broken is a stored weight: where it is quantized, that is seen before anything is computed.
     """
 
@@ -37,15 +37,21 @@ class Mutant:
     what: str
     change: Mutation
     places: Mapping[str, frozenset[str]]
-    at: str = ""
+    layer: int | None = None
     stored: bool = False
+
+    @property
+    def at(self) -> str:
+        """The layer (or DeepStack level) of the first difference in words, for self_test.json."""
+        kind = "level" if "deepstack features" in self.places["genai"] else "layer"
+        return "" if self.layer is None else f"{kind} {self.layer}"
 
     def explains(self, target: str, first: Gate | None) -> bool:
         """Whether that is the first difference that this mutant must have."""
         if first is None:
             return False
         return (self.stored and first.place == WEIGHTS) or (
-            first.place in self.places[target] and first.case.endswith(self.at)
+            first.place in self.places[target] and self.layer in (None, first.layer)
         )
 
 
@@ -65,7 +71,7 @@ MUTANTS: tuple[Mutant, ...] = (
         mutations.preprocessor_brighter,
         _both("image preprocessor"),
     ),
-    Mutant("vision MLP", "block 1 adds 1 % too much", mutations.vision_mlp_scaled, _both("vision layers"), "layer 1"),
+    Mutant("vision MLP", "block 1 adds 1 % too much", mutations.vision_mlp_scaled, _both("vision layers"), 1),
     Mutant(
         "features shifted",
         "each image token takes the next one's features",
@@ -80,27 +86,27 @@ MUTANTS: tuple[Mutant, ...] = (
         "levels 0 and 1",
         mutations.deepstack_levels_swapped,
         _both("deepstack features"),
-        "level 0",
+        0,
     ),
-    Mutant("attention mask", "off by one token", mutations.attention_mask_off_by_one, _both(LAYERS), "layer 0"),
-    Mutant("causal mask", "a query sees one token ahead", mutations.causal_mask_off_by_one, _both(LAYERS), "layer 0"),
-    Mutant("rotary axes", "height and width swapped", mutations.rotary_axes_swapped, _both(LAYERS), "layer 0"),
+    Mutant("attention mask", "off by one token", mutations.attention_mask_off_by_one, _both(LAYERS), 0),
+    Mutant("causal mask", "a query sees one token ahead", mutations.causal_mask_off_by_one, _both(LAYERS), 0),
+    Mutant("rotary axes", "height and width swapped", mutations.rotary_axes_swapped, _both(LAYERS), 0),
     Mutant(
         "MRoPE sections",
         "blocks where they are interleaved",
         mutations.mrope_sections_permuted,
         _both(LAYERS),
-        "layer 0",
+        0,
     ),
-    Mutant("rotary theta", "1 % off", mutations.rotary_theta_changed, _both(LAYERS), "layer 0"),
-    Mutant("norm epsilon", "ten times as large", mutations.norm_epsilon_changed, _both(LAYERS), "layer 0"),
-    Mutant("MLP scaled", "layer 3 adds 1 % too much", mutations.mlp_scaled, _both(LAYERS), "layer 3"),
+    Mutant("rotary theta", "1 % off", mutations.rotary_theta_changed, _both(LAYERS), 0),
+    Mutant("norm epsilon", "ten times as large", mutations.norm_epsilon_changed, _both(LAYERS), 0),
+    Mutant("MLP scaled", "layer 3 adds 1 % too much", mutations.mlp_scaled, _both(LAYERS), 3),
     Mutant(
         "layers swapped",
         "down projections of layers 1 and 2",
         mutations.layers_swapped,
         _both(LAYERS),
-        "layer 1",
+        1,
         stored=True,
     ),
     Mutant(
@@ -108,7 +114,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "output projection of layer 1",
         mutations.weight_transposed,
         _both(LAYERS),
-        "layer 1",
+        1,
         stored=True,
     ),
     Mutant("scales shifted", "by one block, in layer 1", quantized.scales_shifted, _both(WEIGHTS), stored=True),
@@ -119,7 +125,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "zero one level off, in vision block 1",
         quantized.whole_zero_point_shifted,
         _both("vision layers"),
-        "layer 1",
+        1,
     ),
     Mutant("image token", "genai_config.json names another", mutations.image_token_unknown, _both("tokens")),
 )

@@ -94,6 +94,14 @@ def test_a_report_comes_back_the_same(name: str, tmp_path: Path) -> None:
     assert found.exhibits == report.exhibits
 
 
+def test_a_report_written_before_gates_had_a_layer_is_read(tmp_path: Path) -> None:
+    write(passing(), tmp_path, Context())
+    written = json.loads((tmp_path / "parity.json").read_text())
+    assert {gate.pop("layer", None) for gate in written["gates"]} == {None, 0, 1, 2, 3}
+    (tmp_path / "parity.json").write_text(json.dumps(written))
+    assert {gate.layer for gate in read_report(tmp_path).gates} == {None}
+
+
 def test_exhibits_stay_below_their_size() -> None:
     """Images of the last cases go first, and the file says how many cases are gone."""
     image = Thumbnail("noise.png", "data:image/png;base64," + "A" * 30_000)

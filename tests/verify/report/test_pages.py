@@ -209,7 +209,7 @@ def test_markdown_has_no_markup_of_others() -> None:
 
 
 def test_markdown_fits_a_comment_whatever_fails() -> None:
-    gates = tuple(Gate("decoder layers", f"{HARM} {n}, layer {n}", 1.0, 1e-4, HARM * 3) for n in range(2000))
+    gates = tuple(Gate("decoder layers", f"{HARM} {n}, layer {n}", 1.0, 1e-4, HARM * 3, n) for n in range(2000))
     shown = tuple(Exhibit(HARM, "task", HARM, answers=(HARM, HARM + "!")) for _ in range(300))
     text = markdown(Report("genai", HARM, gates, FACTS, exhibits=shown), harmful_context())
     assert len(text) <= MAX_CHARACTERS == 65_000

@@ -244,8 +244,8 @@ def test_a_gate_that_lets_a_doubled_value_live_fails_the_self_test(
 
 def test_a_mutant_is_explained_by_its_place_and_its_layer() -> None:
     mutant = only("MLP scaled")
-    right = Gate("decoder layers", "one image, tokens 0–77, layer 3", 1.0, 1e-4)
+    right = Gate("decoder layers", "one image, tokens 0–77, layer 3", 1.0, 1e-4, layer=3)
     assert mutant.explains("genai", right)
-    assert not mutant.explains("genai", Gate("decoder layers", "one image, tokens 0–77, layer 2", 1.0, 1e-4))
-    assert not mutant.explains("genai", Gate("decoder prefill", "one image, layer 3", 1.0, 1e-4))
+    assert not mutant.explains("genai", Gate("decoder layers", "one image, tokens 0–77, layer 2", 1.0, 1e-4, layer=2))
+    assert not mutant.explains("genai", Gate("decoder prefill", "one image, layer 3", 1.0, 1e-4, layer=3))
     assert not mutant.explains("genai", None)
