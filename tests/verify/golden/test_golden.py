@@ -127,7 +127,7 @@ def test_a_sample_tells_what_is_off() -> None:
 
 
 STALE: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
-    "of a later format": (lambda d: d.update(format=2), "no golden of this version"),
+    "of a later format": (lambda d: d.update(format=3), "no golden of this version"),
     "of no format": (lambda d: d.pop("format"), "no golden of this version"),
     "with an unknown key": (lambda d: d.update(extra=1), "not whole: `extra`"),
     "without its cases": (lambda d: d.update(cases=[]), "not whole: `cases`"),

@@ -53,7 +53,7 @@ def test_the_published_schema_is_the_models() -> None:
 def test_every_report_keeps_to_it(name: str) -> None:
     written = json.loads(parity_text(REPORTS[name]()))
     Draft202012Validator(published()).validate(written)
-    assert written["format"] == 1
+    assert written["format"] == 2
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_every_report_keeps_to_it(name: str) -> None:
     [
         lambda file: file.pop("verdict"),
         lambda file: file.update(verdict="fine"),
-        lambda file: file.update(format=2),
+        lambda file: file.update(format=3),
         lambda file: file.update(more=1),
         lambda file: file["gates"][0].pop("limit"),
         lambda file: file["gates"][0].update(measured="many"),
@@ -125,7 +125,7 @@ def test_exhibits_stay_below_their_size() -> None:
 @pytest.mark.parametrize(
     ("change", "found"),
     [
-        (lambda parity, _: parity.update(format=2), "2"),
+        (lambda parity, _: parity.update(format=3), "3"),
         (lambda parity, _: parity.update(verdict="passed"), "verdict passed, but its gates say failed"),
         (lambda parity, _: parity["gates"][0].update(place="nowhere"), "is no place"),
         (lambda parity, _: parity["gates"][0].update(measured=[]), "measured"),
