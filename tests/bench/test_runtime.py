@@ -327,6 +327,7 @@ def test_a_profile_is_split_into_runs_and_what_no_operator_took_is_said() -> Non
     assert lines[-1] == "| **all** | 0.80 |  | 0.50 |  |"
 
 
+@pytest.mark.seconds
 def test_a_command_of_no_known_size_or_name_is_refused() -> None:
     run = partial(figures.process)
     for arguments in (["--size", "3b"], ["--skip", "nobody"]):
