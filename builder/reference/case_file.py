@@ -35,16 +35,13 @@ from pydantic.dataclasses import dataclass as checked
 from builder.util.errors import CasesError
 from builder.util.spelling import nearest
 
-FP32 = 1e-4  # of the output's standard deviation; 2e-5 is what is seen
-
 # What a case can have compared, in the order in which the model computes: token ids, pixel values and positions;
 # what the vision encoder makes; the merged embeddings; the decoder's logits; greedy tokens; the runtime's own
 # processor, and tokens from its pixels.
 Check = Literal["inputs", "features", "embeddings", "decoder", "tokens", "runtime"]
 CHECKS: tuple[Check, ...] = get_args(Check)
-# Largest differences, over the standard deviation of PyTorch's values: what fp32 allows, and what is usually seen.
+# What fp32 allows, or what is usually seen; see builder/verify/tolerances.py.
 Tolerance = Literal["fp32", "tight"]
-TOLERANCES: Mapping[Tolerance, float] = {"fp32": FP32, "tight": FP32 / 5}
 # Which shipped cases take part where not all of them can. They do not restrict a case that the user adds, and are not
 # part of a case's digest in a golden.
 #   layerwise: compared layer by layer where the model does not fit in memory, and on the fp32 copy of a quantized

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from builder.checkpoint.load import Checkpoint
-from builder.reference.case_file import CHECKS, TOKENS, TOLERANCES, Tag, Tolerance, Written, read_file
+from builder.reference.case_file import CHECKS, TOKENS, Tag, Tolerance, Written, read_file
 from builder.reference.synthetic_images import SizeLimits, draw
 from builder.util.errors import CasesError
 
@@ -31,7 +31,7 @@ class Case:
 
     Args:
         answer: the expected text where there is one (held-out sets).
-        tolerance: decides `limit`.
+        tolerance: of its gates, see `builder.verify.tolerances`.
         drawn: which of `images` were drawn for this checkpoint.
         shipped: whether it is one of builder/suite.
     """
@@ -52,11 +52,6 @@ class Case:
     def lifted(self) -> bool:
         """Whether images may have more pixels than the checkpoint allows."""
         return self.limits == "lifted"
-
-    @property
-    def limit(self) -> float:
-        """Of gates with a tolerance: the largest difference, over the standard deviation of PyTorch's values."""
-        return TOLERANCES[self.tolerance]
 
     @property
     def unchecked(self) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from builder.checkpoint.load import open_checkpoint
 from builder.cli.app import app
-from builder.reference.case_file import CHECKS, FP32, Tag, read_file
+from builder.reference.case_file import CHECKS, Tag, read_file
 from builder.reference.cases import (
     IMAGES,
     SUITE,
@@ -30,6 +30,7 @@ from builder.targets.clients.pipeline import ImageSettings, target_size
 from builder.util.errors import CasesError
 from builder.verify import whole
 from builder.verify.golden.record import case_digest
+from builder.verify.tolerances import FP32
 from tests.helpers.checkpoints import MINIATURE
 from tests.helpers.shown import shown
 

@@ -15,7 +15,6 @@ from typer.testing import CliRunner
 
 from builder.checkpoint.load import open_checkpoint
 from builder.cli.app import app
-from builder.reference.case_file import FP32
 from builder.reference.cases import SUITE, read_cases, shipped_cases
 from builder.targets.clients.pipeline import load_image
 from builder.util.errors import CheckpointError, GoldenError, ResourceError
@@ -26,6 +25,7 @@ from builder.verify.graphs.compare import compare_sampled
 from builder.verify.report.gates import Report
 from builder.verify.self_test import mutations
 from builder.verify.self_test.mutants import Mutation
+from builder.verify.tolerances import FP32
 from tests.end_to_end.test_wheel import base, without_extra
 from tests.helpers.checkpoints import MINIATURE
 from tests.helpers.processes import ROOT, python
