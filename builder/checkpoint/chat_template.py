@@ -22,7 +22,7 @@ from builder.checkpoint.files import TOKENIZER, TOKENIZER_CONFIG
 from builder.checkpoint.load import Checkpoint
 from builder.util.errors import CheckpointError, PromptError
 from builder.util.json_files import read_json
-from builder.util.limited_process import BoundsError, bounded
+from builder.util.limited_process import LimitError, run_limited
 
 # Texts that a template might trim, escape, evaluate, or take for something else. The first splits the template:
 # no template holds it itself.
@@ -59,8 +59,8 @@ def split_template(checkpoint: Checkpoint) -> dict[str, str]:
 @cache
 def _split_apart(template: str, image_token: str, variables: tuple[tuple[str, str], ...]) -> dict[str, str]:
     try:
-        return bounded(split, template, image_token, dict(variables), seconds=SECONDS, memory=MEMORY)
-    except BoundsError as error:
+        return run_limited(split, template, image_token, dict(variables), seconds=SECONDS, memory=MEMORY)
+    except LimitError as error:
         raise PromptError(
             "the chat template cannot be rendered",
             expected=f"at most {SECONDS} s of work and {MEMORY // 2**20} MB of memory",

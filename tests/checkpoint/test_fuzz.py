@@ -88,7 +88,7 @@ def directly(monkeypatch: pytest.MonkeyPatch) -> None:
     def call(function: Callable[..., Any], *arguments: Any, **_bounds: int) -> Any:
         return function(*arguments)
 
-    monkeypatch.setattr("builder.checkpoint.chat_template.bounded", call)
+    monkeypatch.setattr("builder.checkpoint.chat_template.run_limited", call)
 
 
 def refusals(good: Path, folder: Path, cases: list[tuple[str, str]]) -> Counter[str]:
