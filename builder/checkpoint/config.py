@@ -170,7 +170,7 @@ def _read_text(section: Mapping[str, Any], tied: Any) -> Text:
 def _rope(section: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the RoPE parameters; as in transformers, `rope_scaling` of version 4 takes precedence."""
     rope = section.get("rope_scaling") or section.get("rope_parameters") or {}
-    _demand(isinstance(rope, dict), "the rope parameters are no object", "rope_parameters", rope)
+    _demand(isinstance(rope, dict), "the rope parameters are not an object", "rope_parameters", rope)
     return rope
 
 

@@ -41,7 +41,7 @@ def folder_fingerprint(checkpoint: Checkpoint, *, rehash: bool = False) -> dict[
         rehash: hash weight files completely, rather than their size, modification time and header.
     """
     folder = checkpoint.folder
-    files = (*checkpoint.files, *_notices(folder))
+    files = (*checkpoint.files, *notice_names(folder))
     return {"checkpoint name": checkpoint.name, **{file: file_fingerprint(folder / file, rehash) for file in files}}
 
 
@@ -63,7 +63,7 @@ def open_fetched(out: Path) -> Checkpoint:
     return open_checkpoint(folder, name=record["name"], revision=record["revision"])
 
 
-def _notices(folder: Path) -> tuple[str, ...]:
+def notice_names(folder: Path) -> tuple[str, ...]:
     """Return the names of the license files, notices and model card in `folder`, without any over `MAX_TEXT` bytes."""
     names = (path.name for path in folder.iterdir() if path.is_file() and path.stat().st_size <= MAX_TEXT)
     return notice_files(names)
@@ -72,7 +72,7 @@ def _notices(folder: Path) -> tuple[str, ...]:
 def file_fingerprint(path: Path, rehash: bool = False) -> str:
     """Return the SHA-256 of a file; of weights, unless `rehash`, the size, time and SHA-256 of the header."""
     if rehash or path.suffix != WEIGHTS:
-        return f"sha256 {_sha256(path)}"
+        return f"sha256 {cached_sha256(path)}"
     stat = path.stat()
     with path.open("rb") as file:
         header = file.read(8)
@@ -89,14 +89,14 @@ def cases_fingerprint(source: Source, name: str) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def _sha256(path: Path) -> str:
+def cached_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, hashed once per process: with `--rehash`, the cache key and the stage need it."""
     stat = path.stat()
-    return _sha256_of(path, stat.st_size, stat.st_mtime_ns)
+    return _sha256_of_state(path, stat.st_size, stat.st_mtime_ns)
 
 
 @lru_cache(maxsize=4096)
-def _sha256_of(path: Path, size: int, _time: int) -> str:
-    """Hash each state of a file once per process: with `--rehash`, both the cache key and the stage need it."""
+def _sha256_of_state(path: Path, size: int, _time: int) -> str:
     digest = hashlib.sha256()
     with progress(f"sha256 of {path.name}, MB", total=size // MEGABYTE) as advance, path.open("rb") as file:
         while block := file.read(BLOCK):

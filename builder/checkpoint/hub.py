@@ -76,7 +76,7 @@ def download(source: Source) -> tuple[Path, dict[str, Remote]]:
         CheckpointError: a file is missing.
         UnsafeError: an index that names a file outside the repository.
     """
-    folder, files = needed(source)
+    folder, files = list_needed(source)
     with _hub_errors(source):
         megabytes = sum(remote.size or 0 for remote in files.values()) // MEGABYTE
         with progress(f"{source.repo}, MB", total=megabytes) as advance:
@@ -86,7 +86,7 @@ def download(source: Source) -> tuple[Path, dict[str, Remote]]:
     return folder, files
 
 
-def needed(source: Source) -> tuple[Path, dict[str, Remote]]:
+def list_needed(source: Source) -> tuple[Path, dict[str, Remote]]:
     """List the files that `download` fetches, fetching only the config and the index.
 
     Returns:
@@ -108,7 +108,7 @@ def needed(source: Source) -> tuple[Path, dict[str, Remote]]:
     return folder, {file: remotes[file] for file in files}
 
 
-def cache() -> Path:
+def cache_folder() -> Path:
     """Return the folder of huggingface_hub's cache."""
     from huggingface_hub import constants
 

@@ -26,15 +26,15 @@ def memory_limit(proc: Path = PROC, cgroup: Path = CGROUP) -> int:
 
 def free_disk(path: Path) -> int:
     """Return the bytes that may be written under `path`, which need not exist yet."""
-    return shutil.disk_usage(existing(path)).free
+    return shutil.disk_usage(nearest_existing(path)).free
 
 
 def same_disk(first: Path, second: Path) -> bool:
     """Return whether two paths, which need not exist yet, are on the same file system."""
-    return existing(first).stat().st_dev == existing(second).stat().st_dev
+    return nearest_existing(first).stat().st_dev == nearest_existing(second).stat().st_dev
 
 
-def existing(path: Path) -> Path:
+def nearest_existing(path: Path) -> Path:
     """Return the nearest of `path` and its parents that exists."""
     path = path.resolve()
     return next(folder for folder in (path, *path.parents) if folder.exists())

@@ -1,6 +1,6 @@
 """Report the progress of long steps to a display that the command line installs.
 
-A stage runs `with progress("export", total=6) as advance: … advance()`; without a display (`shown_by`), nothing is
+A stage runs `with progress("export", total=6) as advance: … advance()`; without a display (`use_display`), nothing is
 printed or imported.
 """
 
@@ -18,7 +18,7 @@ class Advance(Protocol):
     def __call__(self, steps: int = 1) -> None: ...
 
 
-Show = Callable[[str, int | None], AbstractContextManager[Advance]]
+Display = Callable[[str, int | None], AbstractContextManager[Advance]]
 
 
 @contextmanager
@@ -29,26 +29,26 @@ def progress(label: str, total: int | None = None) -> Iterator[Advance]:
         label: of the step, with the unit of `total`.
         total: number of steps; None if not known.
     """
-    show = _SHOW.get()
-    if show is None:
+    display = _DISPLAY.get()
+    if display is None:
         yield _ignore
     else:
-        with show(label, total) as advance:
+        with display(label, total) as advance:
             yield advance
 
 
 @contextmanager
-def shown_by(show: Show) -> Iterator[None]:
-    """Use `show` as the display inside the `with` block."""
-    token = _SHOW.set(show)
+def use_display(display: Display) -> Iterator[None]:
+    """Send progress to `display` inside the `with` block."""
+    token = _DISPLAY.set(display)
     try:
         yield
     finally:
-        _SHOW.reset(token)
+        _DISPLAY.reset(token)
 
 
 def _ignore(steps: int = 1) -> None:
     return
 
 
-_SHOW: ContextVar[Show | None] = ContextVar("show", default=None)
+_DISPLAY: ContextVar[Display | None] = ContextVar("display", default=None)

@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from builder.util.machine import existing, free_disk, memory_limit, same_disk
+from builder.util.machine import free_disk, memory_limit, nearest_existing, same_disk
 
 GB = 10**9
 PHYSICAL = psutil.virtual_memory().total
@@ -77,7 +77,7 @@ def test_free_disk_of_a_folder_that_is_not_there_yet(tmp_path: Path) -> None:
     missing = tmp_path / "a" / "b"
     system = os.statvfs(tmp_path)
     assert free_disk(missing) == pytest.approx(system.f_bavail * system.f_frsize, rel=0.05)
-    assert existing(missing) == tmp_path.resolve()
+    assert nearest_existing(missing) == tmp_path.resolve()
     assert same_disk(missing, tmp_path)
     assert not missing.parent.exists()
 
@@ -85,7 +85,7 @@ def test_free_disk_of_a_folder_that_is_not_there_yet(tmp_path: Path) -> None:
 def test_a_link_counts_as_its_target(tmp_path: Path) -> None:
     (tmp_path / "far").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "far" / "away", target_is_directory=True)
-    assert existing(tmp_path / "link" / "deeper") == (tmp_path / "far").resolve()
+    assert nearest_existing(tmp_path / "link" / "deeper") == (tmp_path / "far").resolve()
 
 
 def test_two_file_systems_are_two_disks(tmp_path: Path) -> None:
