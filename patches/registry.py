@@ -154,7 +154,7 @@ def applied(patches: Iterable[Patch], file: Path = verified.FILE) -> Iterator[Ma
             f"installed and never ran: {', '.join(patch.name for patch in idle)}",
             expected="each patch called at least once",
             found=f"no call of {', '.join(patch.target for patch in idle)}",
-            next="remove the patch, or set its target to the function that upstream now calls",
+            next="remove the patch, or set its target to the module where upstream now looks up the function",
         )
 
 
