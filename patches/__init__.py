@@ -1,6 +1,6 @@
-"""Every patch of upstream, by name, and the set that each kind of attention needs.
+"""Patches of transformers that make Qwen3-VL exportable, by name and by kind of attention.
 
-Guaranteed: importing this package imports no patch; torch and transformers are loaded by the first call.
+Importing this package loads neither torch nor transformers; the first call does.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ SETS: dict[str, tuple[str, ...]] = {
 }
 
 
-def every() -> tuple[Patch, ...]:
-    """All patches, in the order in which they are listed to the user.
+def all_patches() -> tuple[Patch, ...]:
+    """Return all patches, in the order in which the user sees them.
 
     Raises:
         MissingPackageError: torch or transformers is not installed.
@@ -45,24 +45,24 @@ def every() -> tuple[Patch, ...]:
 
 
 def patch(name: str) -> Patch:
-    """The patch of that name.
+    """Return the patch of that name.
 
     Raises:
-        PatchError: there is none; with the nearest spelling.
+        PatchError: no such patch; suggests the nearest spelling.
     """
-    by_name = {one.name: one for one in every()}
+    by_name = {each.name: each for each in all_patches()}
     if name in by_name:
         return by_name[name]
     near = difflib.get_close_matches(name, by_name, 1)
     raise PatchError(
-        f"no patch is called {name!r}",
+        f"no patch is named {name!r}",
         expected=", ".join(by_name),
         next=f"did you mean {near[0]!r}?" if near else None,
     )
 
 
 def patches_for(attention: str) -> tuple[Patch, ...]:
-    """The patches that an export with this attention ("eager" or "fused") needs, in order of installation."""
+    """Return the patches for an export with "eager" or "fused" attention, in order of installation."""
     if attention not in SETS:
         raise PatchError(f"no set of patches for attention = {attention!r}", expected=" or ".join(SETS))
     return tuple(patch(name) for name in SETS[attention])

@@ -1,10 +1,8 @@
-"""Operators that the patched modules call.
+"""Operators of the patched modules: in PyTorch they compute what upstream computes, in an ONNX export each is one node.
 
-In: query, key and value of one attention layer, already normalised and rotated, or a residual stream. Out: the
-attention's output (and, for the text, the grown key/value cache), or the stream. Guaranteed: run in PyTorch they
-compute what upstream computes; while an ONNX export is traced each becomes one node, `qwen3vl::SegmentAttention`,
-which builder/graph/passes/lower_segment_attention.py lowers for the target, `com.microsoft::GroupQueryAttention`,
-`com.microsoft::RotaryEmbedding`, or `qwen3vl::Layer`, which builder/graph/unroll.py takes out.
+`com.microsoft::GroupQueryAttention` and `::RotaryEmbedding` stay in the graph;
+builder/graph/passes/lower_segment_attention.py lowers `qwen3vl::SegmentAttention` for the target, and
+builder/graph/unroll.py removes `qwen3vl::Layer`.
 """
 
 from __future__ import annotations
@@ -19,7 +17,7 @@ SEGMENT_ATTENTION, LAYER = "qwen3vl::SegmentAttention", "qwen3vl::Layer"
 
 
 def layer_mark(hidden: Tensor) -> Tensor:
-    """`hidden` as it is. In a traced graph: where a layer ends, or the first one begins (builder/graph/unroll.py)."""
+    """Return `hidden` unchanged; mark where a layer ends, or the first begins, for builder/graph/unroll.py."""
     if not torch.onnx.is_in_onnx_export():
         return hidden
     mark: Tensor = torch.onnx.ops.symbolic(LAYER, (hidden,), {}, dtype=hidden.dtype, shape=hidden.shape, version=1)
@@ -35,13 +33,13 @@ def segment_attention(
     heads: int,
     scale: float,
 ) -> Tensor:
-    """Unmasked attention of each patch to the patches of its own segment (one frame of one image).
+    """Compute unmasked attention of each patch to the patches of its own segment (one frame of one image).
 
     Args:
-        query, key, value: [patches, hidden], float.
+        query, key, value: [patches, hidden], float, already normalized and rotated.
         segment_begin, segment_end: [patches] int64, the half-open range of a patch's segment.
-        heads: number of heads; `hidden` is split into that many.
-        scale: what scores are multiplied with.
+        heads: number of heads that `hidden` is split into.
+        scale: factor of the scores.
 
     Returns:
         [patches, hidden], the dtype of `query`.
@@ -67,7 +65,7 @@ def segment_attention(
 
 
 def rotary_embedding(x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotation of each head in the half-split layout (RoFormer), as ONNX Runtime's contrib operator defines it.
+    """Rotate each head in the half-split layout (RoFormer), as ONNX Runtime's contrib operator defines it.
 
     Args:
         x: [batch, seq, heads * head_dim].
@@ -96,10 +94,11 @@ def group_query_attention(
     heads: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Causal grouped-query attention with a cache, as ONNX Runtime's contrib operator defines it.
+    """Compute causal grouped-query attention with a cache, as ONNX Runtime's contrib operator defines it.
 
     Args:
-        query: [batch, seq, heads * head_dim]; key, value: [batch, seq, kv_heads * head_dim].
+        query: [batch, seq, heads * head_dim], already normalized and rotated, as is `key`.
+        key, value: [batch, seq, kv_heads * head_dim].
         past: key and value, each [batch, kv_heads, past, head_dim].
         lengths: `seqlens_k` [batch] int32, the number of valid keys of each row minus one, and the total length
             past + seq, an int32 scalar.

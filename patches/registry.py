@@ -1,9 +1,7 @@
-"""A patch as a value, and the one way to apply it.
+"""Define patches, and apply them to the installed release of transformers.
 
-In: patches, and the upstream release that is installed. Out: a context in which upstream's functions are
-replaced. Guaranteed: nothing is installed over a source that the patch was not verified on, everything is
-restored on every exit, and a patch that was installed and never ran is an error. Classes and modules change
-for the whole process: one thread at a time.
+Guarantees: a patch is applied only to sources that it was verified on, everything is restored on exit, and a patch that
+never ran is an error. Patching changes classes and modules of the entire process: use it from one thread at a time.
 """
 
 from __future__ import annotations
@@ -26,19 +24,18 @@ _reverifying: ContextVar[bool] = ContextVar("_reverifying", default=False)
 
 @dataclass(frozen=True)
 class Patch:
-    """One upstream function, replaced.
+    """A replacement of an upstream function.
 
     Args:
         name: the patch's module in `patches/`, and its key in `verified.toml`.
-        target: `module:Class.method` (not a classmethod) or `module:function`, the module being the one where
-            the name is looked up: a function that another module imported by name is not reached through the
-            module that defines it.
-        why: one sentence: what fails without it.
-        remove_when: what retires it.
-        make: from upstream's function to the replacement.
-        check: the equivalence check: upstream against patched; raises AssertionError with figures.
-        covers: further `module:qualname` whose sources the digest covers: what the target calls and the
-            replacement mirrors. One that a release does not have counts as the text "absent".
+        target: `module:Class.method` (not a classmethod) or `module:function`. The module is the one whose global is
+            called, not the one that defines a function imported from elsewhere.
+        why: what fails without the patch, in one sentence.
+        remove_when: the condition under which the patch can be removed.
+        make: takes upstream's function and returns the replacement.
+        check: compares upstream with the patch; raises AssertionError with the difference.
+        covers: further `module:qualname` whose sources the digest covers, as the target calls and the replacement
+            mirrors them. A function that a release does not have counts as the text "absent".
     """
 
     name: str
@@ -51,17 +48,17 @@ class Patch:
 
     @property
     def functions(self) -> tuple[str, ...]:
-        """Everything that the digest covers, the target first."""
+        """The functions that the digest covers, the target first."""
         return (self.target, *self.covers)
 
     @property
     def package(self) -> str:
-        """The upstream distribution, named as its top-level package."""
+        """The top-level upstream package, which is also the name of its distribution."""
         return self.target.partition(":")[0].partition(".")[0]
 
 
 def release(patch: Patch) -> str:
-    """The installed release of the patch's upstream package."""
+    """Return the installed release of the patch's upstream package."""
     try:
         return importlib.metadata.version(patch.package)
     except importlib.metadata.PackageNotFoundError as error:
@@ -71,12 +68,12 @@ def release(patch: Patch) -> str:
 
 
 def digest(patch: Patch) -> str:
-    """12 hex digits over the installed sources of the patch's target and covers."""
+    """Return 12 hex digits over the installed sources of the patch's target and covers."""
     return source.digest(patch.functions)
 
 
 def target(patch: Patch, file: Path = verified.FILE) -> source.Place:
-    """Where the patch's target is looked up.
+    """Return the place of the patch's target.
 
     Raises:
         PatchError: the installed release has no such function.
@@ -95,10 +92,10 @@ def target(patch: Patch, file: Path = verified.FILE) -> source.Place:
 
 
 def require_verified(patches: Iterable[Patch], file: Path = verified.FILE) -> None:
-    """Compare each installed source with the verified ones.
+    """Check that each patch was verified on the installed sources.
 
     Raises:
-        PatchError: a target is missing, or a source that the patch was not verified on, with what differs.
+        PatchError: a target is missing, or a source is unverified; shows the difference.
     """
     data = verified.read(file)
     unknown = []
@@ -118,7 +115,7 @@ def require_verified(patches: Iterable[Patch], file: Path = verified.FILE) -> No
 
 
 def drift(patch: Patch, file: Path = verified.FILE) -> str:
-    """How the installed sources differ from those of the newest verified release, line by line."""
+    """Return how the installed sources differ from those of the newest verified release, line by line."""
     data = verified.read(file)
     releases = data.releases(patch.name)
     if not releases:
@@ -129,15 +126,19 @@ def drift(patch: Patch, file: Path = verified.FILE) -> str:
 
 @contextmanager
 def applied(patches: Iterable[Patch], file: Path = verified.FILE) -> Iterator[Mapping[str, int]]:
-    """Install the patches for the length of the `with` block.
+    """Apply the patches inside the `with` block.
 
     Yields:
-        name → how often the replacement was called so far. Tracing calls it (`torch.export`, and so
-        `torch.onnx.export`); Dynamo (`strict=True`) compiles it instead, and it counts as never run.
+        name → number of calls of the replacement so far. `torch.export`, and so `torch.onnx.export`, calls it while
+        tracing; Dynamo (`strict=True`) compiles it instead, and its calls are not counted.
 
     Raises:
-        PatchError: an unverified source, a missing target, two patches of one target, or, when the block
-            itself ends well, a patch that never ran.
+        PatchError: an unverified source, a missing target, two patches of one target, or, if the block raises nothing,
+            a patch that never ran.
+
+    Example:
+        >>> with applied(patches_for("fused")) as calls:
+        ...     program = torch.export.export(decoder, inputs)
     """
     chosen = tuple(patches)
     _require_distinct(chosen)
@@ -153,13 +154,13 @@ def applied(patches: Iterable[Patch], file: Path = verified.FILE) -> Iterator[Ma
             f"installed and never ran: {', '.join(patch.name for patch in idle)}",
             expected="each patch called at least once",
             found=f"no call of {', '.join(patch.target for patch in idle)}",
-            next="remove the patch, or name the module where upstream now looks the function up",
+            next="remove the patch, or set its target to the module where upstream now looks up the function",
         )
 
 
 @contextmanager
 def reverifying() -> Iterator[None]:
-    """Let `applied` install over unverified sources: only for a patch's own check, before it is recorded."""
+    """Let `applied` patch unverified sources inside the `with` block, to check a patch before it is recorded."""
     token = _reverifying.set(True)
     try:
         yield
@@ -173,7 +174,7 @@ def _require_distinct(patches: tuple[Patch, ...]) -> None:
         if patch.target in seen:
             raise PatchError(
                 f"{seen[patch.target]} and {patch.name} both replace {patch.target}",
-                expected="one patch a target",
+                expected="one patch per target",
             )
         seen[patch.target] = patch.name
 

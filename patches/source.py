@@ -1,8 +1,7 @@
-"""The source text of an upstream function: found by name, digested, compared line by line.
+"""Locate, digest and compare the sources of upstream functions, named `module:Class.method` or `module:function`.
 
-In: names of the form `module:Class.method` or `module:function`. Out: texts, digests and readable diffs.
-Guaranteed: nothing of upstream is kept but digests (of whole texts, and 6 hex digits a line), so a later
-release can be compared with the one that was verified without a copy of either in this repository.
+Only digests of texts and of single lines are kept, so that a later release can be compared line by line with the
+verified release without a copy of either in this repository.
 """
 
 from __future__ import annotations
@@ -21,21 +20,21 @@ from typing import Any
 from builder.util.errors import MissingPackageError, PatchError
 
 ABSENT = "absent"
-UPSTREAM = "__upstream__"  # `patches.registry.applied` sets it on what it installs: what that stands for
+UPSTREAM = "__upstream__"  # attribute of an installed replacement: the function that it replaces
 DIGITS = 12
 LINE_DIGITS = 6
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a function is looked up: `getattr(owner, attribute)`."""
+    """The place of a function: `getattr(owner, attribute)`."""
 
     owner: Any
     attribute: str
 
     @property
     def upstream(self) -> Callable[..., Any]:
-        """The function itself, also while a patch stands in its place."""
+        """Upstream's function, also while a patch replaces it."""
         value = getattr(self.owner, self.attribute)
         while hasattr(value, UPSTREAM):
             value = getattr(value, UPSTREAM)
@@ -43,15 +42,15 @@ class Place:
 
     @property
     def own(self) -> Any:
-        """The attribute as the owner itself holds it (a staticmethod, say); None where it is inherited."""
+        """The attribute in the owner's `__dict__` (e.g. a staticmethod), or None if it is inherited."""
         return vars(self.owner).get(self.attribute)
 
 
 def locate(name: str) -> Place | None:
-    """Where `module:qualname` is looked up; None where this release has no such module, class or function.
+    """Return the place of `module:qualname`, or None if this release has no such module, class or function.
 
     Raises:
-        MissingPackageError: not even the top-level package is there.
+        MissingPackageError: the top-level package is not installed.
     """
     module_name, _, qualname = name.partition(":")
     module = _module(module_name)
@@ -65,7 +64,11 @@ def locate(name: str) -> Place | None:
 
 
 def text(name: str) -> str:
-    """The source of `module:qualname` as `function_text` gives it; "absent" where there is none."""
+    """Return the source of `module:qualname` (see `function_text`), or "absent" if there is no such function.
+
+    Raises:
+        PatchError: the function has no readable source.
+    """
     place = locate(name)
     if place is None:
         return ABSENT
@@ -73,48 +76,47 @@ def text(name: str) -> str:
         return function_text(place.upstream)
     except (OSError, TypeError) as error:
         raise PatchError(
-            f"no source text of {name} can be read, so no patch of it can be verified",
+            f"the source of {name} cannot be read, so its patch cannot be verified",
             expected="a package installed with its .py files",
             found=str(error),
         ) from error
 
 
 def function_text(function: Callable[..., Any]) -> str:
-    """The source below all its decorators (which are part of it), dedented, lines ended by "\\n"."""
+    """Return the source of a function with its decorators, dedented, with "\\n" line endings."""
     return "\n".join(textwrap.dedent(inspect.getsource(function)).splitlines()) + "\n"
 
 
 def digest(names: Iterable[str]) -> str:
-    """12 hex digits of the SHA-256 over each name and its source text, in order."""
-    whole = hashlib.sha256()
+    """Return 12 hex digits of the SHA-256 over each name and its source text, in order."""
+    total = hashlib.sha256()
     for name in names:
-        whole.update(f"{name}\0{text(name)}\0".encode())
-    return whole.hexdigest()[:DIGITS]
+        total.update(f"{name}\0{text(name)}\0".encode())
+    return total.hexdigest()[:DIGITS]
 
 
 def line_digests(source: str) -> str:
-    """6 hex digits of each line's SHA-256, without separators."""
+    """Return 6 hex digits of each line's SHA-256, without separators."""
     return "".join(hashlib.sha256(line.encode()).hexdigest()[:LINE_DIGITS] for line in source.splitlines())
 
 
 def drift(names: Iterable[str], verified: Mapping[str, str], before: str, after: str) -> str:
-    """How the installed sources differ from the verified ones, of which only the line digests are known.
+    """Compare the installed sources with the line digests of the verified sources.
 
     Args:
         names: the functions to compare.
-        verified: function → line digests of the verified release; absent where it was not covered then.
-        before, after: what the header calls the two sides.
+        verified: function → line digests of the verified release, for functions that the digest covered then.
+        before, after: labels of the two sides in the diff's header.
 
     Returns:
-        A unified diff a function that differs. Lines that are new or unchanged are there in full; of a line
-        that is gone only its digest is.
+        a unified diff per function that differs; new and unchanged lines in full, removed lines as digests.
     """
     parts = []
     for name in names:
         old, new = verified.get(name, line_digests(ABSENT)), text(name)
         if old != line_digests(new):
             parts.append("\n".join([f"--- {name} ({before})", f"+++ {name} ({after})", *_hunks(old, new)]))
-    return "\n".join(parts) or "(no line differs: what the digest covers has changed since)"
+    return "\n".join(parts) or "(no line differs: the set of functions that the digest covers has changed since)"
 
 
 def _module(name: str) -> ModuleType | None:

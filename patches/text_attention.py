@@ -1,7 +1,7 @@
-"""What the eager and the fused text attention share: projections, norms, rotation, and their equivalence check.
+"""Projections, norms, rotation and the equivalence check that eager and fused text attention share.
 
-Both replace `Qwen3VLTextAttention.forward` and read the layer's cache from the keyword `kv`, a list with one
-(key, value) pair a layer, each [batch, kv_heads, past, head_dim]; they put the grown pair in its place.
+Both replace `Qwen3VLTextAttention.forward` and take the cache as the keyword `kv`: a (key, value) pair per layer, each
+[batch, kv_heads, past, head_dim]. They replace the layer's pair with the extended pair.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from patches.tiny import assert_close, tiny_model
 
 MODELING = "transformers.models.qwen3_vl.modeling_qwen3_vl"
 TARGET = f"{MODELING}:Qwen3VLTextAttention.forward"
-# The decoder's loop over layers is composed in builder/graph/modules.py: what it mirrors is watched here.
+# builder/graph/modules.py mirrors the decoder's loop over layers, so the digest covers its sources too.
 COVERS = (
     f"{MODELING}:apply_rotary_pos_emb",
     f"{MODELING}:eager_attention_forward",
@@ -27,13 +27,13 @@ COVERS = (
 
 
 def normed(self: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """query [batch, seq, heads, head_dim] and key [batch, seq, kv_heads, head_dim] before they are rotated."""
+    """Return query [batch, seq, heads, head_dim] and key [batch, seq, kv_heads, head_dim], normalized, not rotated."""
     split = (*hidden.shape[:-1], -1, self.head_dim)
     return self.q_norm(self.q_proj(hidden).view(split)), self.k_norm(self.k_proj(hidden).view(split))
 
 
 def rotated(self: Any, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """query [batch, seq, heads, head_dim], key and value [batch, seq, kv_heads, head_dim]; rotated."""
+    """Return query [batch, seq, heads, head_dim] and key, both rotated, and value [batch, seq, kv_heads, head_dim]."""
     query, key = normed(self, hidden)
     value = self.v_proj(hidden).view(*hidden.shape[:-1], -1, self.head_dim)
     cos, sin = (x.unsqueeze(2) for x in position_embeddings)  # (batch, seq, 1, head_dim)
@@ -41,13 +41,13 @@ def rotated(self: Any, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x * cos + rotate_half(x) * sin over the last axis (RoFormer, half-split layout)."""
+    """Return x * cos + rotate_half(x) * sin over the last axis (RoFormer, half-split layout)."""
     half = x.shape[-1] // 2
     return x * cos + torch.cat((-x[..., half:], x[..., :half]), dim=-1) * sin
 
 
 def causal_bias(attention_mask: Tensor, seq: int, dtype: torch.dtype) -> Tensor:
-    """[batch, 1, seq, total]: 0 where query i may see key j (j <= past + i, mask[j] = 1), its minimum elsewhere."""
+    """Return [batch, 1, seq, total]: 0 where query i sees key j (j <= past + i, mask[j] = 1), elsewhere the minimum."""
     total = attention_mask.shape[1]
     keys = torch.arange(total, device=attention_mask.device)
     queries = torch.arange(seq, device=attention_mask.device) + (total - seq)
@@ -56,14 +56,14 @@ def causal_bias(attention_mask: Tensor, seq: int, dtype: torch.dtype) -> Tensor:
 
 
 def fused_mask(attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """`seqlens_k` [batch] int32 = number of valid keys - 1, and the total length as an int32 scalar."""
+    """Return `seqlens_k` [batch] int32, the number of valid keys minus one, and the total length, an int32 scalar."""
     lengths = attention_mask.sum(1, dtype=torch.int32)
     return lengths - 1, torch.ones_like(attention_mask[0], dtype=torch.int32).sum(dtype=torch.int32)
 
 
 @torch.no_grad()
 def check_text_attention(patch: Patch, fused: bool) -> None:
-    """Prefill, decode and a chunk on a past against upstream's eager attention, every layer's weights."""
+    """Compare prefill, decode and a chunk after a past with upstream's eager attention, for each layer."""
     model = tiny_model().model.language_model
     for batch, past, seq in ((1, 0, 9), (2, 0, 5), (1, 9, 1), (2, 6, 4)):
         generator = torch.Generator().manual_seed(past + seq)

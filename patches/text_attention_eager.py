@@ -1,4 +1,4 @@
-"""Text attention in standard operators, the cache concatenated."""
+"""Text attention in standard operators with a concatenated cache."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _make(original: Callable[..., Any]) -> Callable[..., Any]:
         past_key, past_value = kv[self.layer_idx]
         key, value = torch.cat((past_key, key), dim=2), torch.cat((past_value, value), dim=2)
         kv[self.layer_idx] = (key, value)
-        # Grouping the queries keeps the cache unrepeated: (batch, kv_heads, group, seq, head_dim)
+        # Queries are grouped so that the cache need not be repeated: (batch, kv_heads, group, seq, head_dim)
         batch, heads, seq, head_dim = query.shape
         grouped = query.view(batch, key.shape[1], heads // key.shape[1], seq, head_dim)
         scores = torch.matmul(grouped, key[:, :, None].transpose(-1, -2)) * self.scaling
@@ -39,7 +39,7 @@ def _make(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def check() -> None:
-    """Upstream's eager attention against this one, to the last bits of fp32."""
+    """Compare with upstream's eager attention, to the last bits of fp32."""
     check_text_attention(PATCH, fused=False)
 
 

@@ -1,4 +1,4 @@
-"""Text attention as `com.microsoft::RotaryEmbedding` and `::GroupQueryAttention`, which shares the runtime's cache."""
+"""Text attention as `com.microsoft::RotaryEmbedding` and `::GroupQueryAttention`, which appends in place."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _make(original: Callable[..., Any]) -> Callable[..., Any]:
     ) -> tuple[Tensor, None]:
         query, key = (x.flatten(2) for x in normed(self, hidden_states))
         batch, seq = hidden_states.shape[:2]
-        # One row of the tables a token: the operator looks rows up by position, and here the three axes have one each.
+        # The operator looks table rows up by one position per token; as a token has three, it gets a row of its own.
         tables = [x[..., : self.head_dim // 2].reshape(batch * seq, -1) for x in position_embeddings]
         rows = torch.arange(batch * seq, device=hidden_states.device).view(batch, seq)
         query, key = (rotary_embedding(x, rows, *tables) for x in (query, key))
@@ -45,7 +45,7 @@ def _make(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def check() -> None:
-    """Upstream's eager attention against the operator's definition, to the last bits of fp32."""
+    """Compare the operator's definition with upstream's eager attention, to the last bits of fp32."""
     check_text_attention(PATCH, fused=True)
 
 

@@ -15,9 +15,9 @@ MODELING = "transformers.models.qwen3_vl.modeling_qwen3_vl"
 
 
 def frequency_axes(mrope_section: list[int], frequencies: int) -> list[int]:
-    """The position axis (0 temporal, 1 height, 2 width) of each rotary frequency, interleaved T H W T H W … T T.
+    """Return the position axis (0 temporal, 1 height, 2 width) of each rotary frequency: T H W T H W … T T.
 
-    Formula: Qwen3-VL's interleaved MRoPE. Height has the frequencies 1, 4, 7 … below 3 * mrope_section[1], width has
+    This is Qwen3-VL's interleaved MRoPE: height has the frequencies 1, 4, 7 … below 3 * mrope_section[1], width has
     2, 5, 8 … below 3 * mrope_section[2], all others are temporal.
     """
     return [i % 3 if i % 3 and i < 3 * mrope_section[i % 3] else 0 for i in range(frequencies)]
@@ -39,7 +39,7 @@ def _make(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def check() -> None:
-    """Exact against upstream for every static RoPE type."""
+    """Check equality with upstream for every static RoPE type."""
     yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
     llama3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     llama3["original_max_position_embeddings"] = 128

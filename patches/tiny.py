@@ -1,8 +1,4 @@
-"""A tiny random Qwen3-VL, seeded, for the equivalence checks of the patches.
-
-Out: upstream modules in fp32 on the CPU, with SDPA off so that both sides compute attention the same way.
-Guaranteed: no weights are read; the same seed gives the same model.
-"""
+"""A tiny Qwen3-VL with seeded random weights, for the equivalence checks of the patches."""
 
 from __future__ import annotations
 
@@ -15,7 +11,13 @@ TOLERANCE = 2e-6  # of the output's standard deviation: a few units in the last 
 
 
 def tiny_model(rope: dict[str, Any] | None = None, seed: int = 0) -> Any:
-    """`Qwen3VLForConditionalGeneration`, 3 text and 3 vision layers, DeepStack after 0 and 1."""
+    """Return upstream's model in fp32 on the CPU with eager attention, so that both sides compute it the same way.
+
+    It has 3 text and 3 vision layers, with DeepStack after vision layers 0 and 1. Equal seeds give equal models.
+
+    Args:
+        rope: RoPE parameters, over the default type.
+    """
     torch.manual_seed(seed)
     section = {"mrope_interleaved": True, "mrope_section": [4, 2, 2]}
     text = {
@@ -57,7 +59,13 @@ def tiny_model(rope: dict[str, Any] | None = None, seed: int = 0) -> Any:
 
 
 def assert_close(name: str, got: torch.Tensor, want: torch.Tensor, tolerance: float = TOLERANCE) -> None:
-    """Raises AssertionError with the figure when max |got - want| / std(want) exceeds the tolerance."""
+    """Check that max |got - want| / std(want) is within the tolerance.
+
+    Raises:
+        AssertionError: shapes differ, or the difference exceeds the tolerance.
+    """
     assert got.shape == want.shape, f"{name}: shape {tuple(got.shape)}, expected {tuple(want.shape)}"
     error = float((got - want).abs().max() / want.std().clamp(min=1e-30))
-    assert error <= tolerance, f"{name}: {error:.1e} of a standard deviation off, allowed {tolerance:.0e}"
+    assert error <= tolerance, (
+        f"{name}: differs by {error:.1e} of a standard deviation, at most {tolerance:.0e} allowed"
+    )

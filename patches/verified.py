@@ -1,7 +1,6 @@
-"""Which upstream sources each patch was verified on: `verified.toml`, read strictly and written whole.
+"""Read and write `verified.toml`, the upstream sources that each patch was verified on.
 
-In: the file. Out: `Verified`, frozen. Guaranteed: the same data gives the same bytes, the file is replaced at
-once or not at all, and only `qwen3vl-onnx patches --record` writes it.
+Guarantees: equal data gives equal bytes, and the file is replaced atomically.
 """
 
 from __future__ import annotations
@@ -42,26 +41,31 @@ LineDigests = Annotated[str, Field(pattern="^([0-9a-f]{6})+$")]
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class Verified:
-    """digests: patch → release → digest; lines: release → function → line digests (see patches/source.py)."""
+    """Verified sources.
+
+    Args:
+        digests: patch → release → digest.
+        lines: release → function → line digests (see patches/source.py).
+    """
 
     digests: Mapping[str, Mapping[Release, Digest]] = Field(default_factory=dict)
     lines: Mapping[Release, Mapping[str, LineDigests]] = Field(default_factory=dict)
 
     def releases(self, patch: str) -> tuple[str, ...]:
-        """The releases that the patch was verified on, oldest first."""
+        """Return the releases that the patch was verified on, oldest first."""
         return tuple(in_order(self.digests.get(patch, {})))
 
 
 def in_order(releases: Iterable[str]) -> list[str]:
-    """Oldest first."""
+    """Sort releases, oldest first."""
     return sorted(releases, key=Version)
 
 
 def read(file: Path = FILE) -> Verified:
-    """The file's data; nothing verified where there is no file.
+    """Read the file; without a file, nothing is verified.
 
     Raises:
-        PatchError: the file is not what `write` writes.
+        PatchError: the file does not have the form that `write` gives it.
     """
     if not file.is_file():
         return Verified()
@@ -80,7 +84,7 @@ def write(verified: Verified, file: Path = FILE) -> None:
     """Replace the file.
 
     Raises:
-        OutputError: it cannot be written (an installed package that belongs to someone else, say).
+        OutputError: the file cannot be written, e.g. in a read-only installation.
     """
     parts = [HEADER]
     for patch in sorted(verified.digests):

@@ -2,7 +2,7 @@
 
 `cu_seqlens` carries the [2, patches] ranges that patches/vision_forward.py computes, instead of offsets.
 The recipe's `attention` decides how builder/graph/passes/lower_segment_attention.py lowers the operator:
-in blocks of query rows with standard operators, or as one MultiHeadAttention a segment.
+in blocks of query rows with standard operators, or as one MultiHeadAttention per segment.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ def _make(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def check() -> None:
-    """Upstream's eager attention against this one."""
+    """Compare with upstream's eager attention."""
     check_vision_attention(PATCH)
 
 
 @torch.no_grad()
 def check_vision_attention(patch: Patch) -> None:
-    """Upstream's eager attention, which loops over segments in Python, against `patch`."""
+    """Compare `patch` with upstream's eager attention, which loops over segments in Python."""
     attention = tiny_model().model.visual.blocks[0].attn
     for lengths in ((16,), (4, 12), (8, 8, 4)):
         ends = torch.tensor(lengths).cumsum(0)

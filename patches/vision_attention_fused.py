@@ -1,4 +1,4 @@
-"""Vision attention as in patches/vision_attention.py, query and key rotated by `com.microsoft::RotaryEmbedding`."""
+"""Vision attention as in patches/vision_attention.py, with rotation as `com.microsoft::RotaryEmbedding`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _make(original: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Tensor:
         query, key, value = self.qkv(hidden_states).chunk(3, dim=-1)  # (patches, hidden)
         patches = hidden_states.shape[0]
-        # One row of the tables a patch; their second half is the first again.
+        # One table row per patch; the second half of a row repeats the first.
         tables = [x.chunk(2, dim=-1)[0] for x in position_embeddings]
         rows = torch.arange(patches, device=hidden_states.device)[None]
         query, key = (rotary_embedding(x[None], rows, *tables)[0] for x in (query, key))
@@ -35,7 +35,7 @@ def _make(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def check() -> None:
-    """Upstream's eager attention against the operator's definition."""
+    """Compare the operator's definition with upstream's eager attention."""
     check_vision_attention(PATCH)
 
 

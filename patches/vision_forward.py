@@ -1,8 +1,7 @@
 """`Qwen3VLVisionModel.forward` with the geometry of the grids in tensor arithmetic.
 
-In: pixel_values [patches, channels·temporal·patch²] and grid_thw [images, 3] int64.
-Out: `VisionFeatures`: the main merger's tokens [tokens, out_hidden] and one such tensor a DeepStack level.
-Guaranteed: no loop over images, nothing that depends on the values of `grid_thw` but tensors.
+It takes pixel_values [patches, channels·temporal·patch²] and grid_thw [images, 3] int64. There is no loop over images,
+and only tensors depend on the values of `grid_thw`.
 """
 
 from __future__ import annotations
@@ -22,14 +21,17 @@ from patches.tiny import assert_close, tiny_model
 
 
 class VisionFeatures(NamedTuple):
-    """pooler_output [tokens, out_hidden]; deepstack_features: D of the same shape."""
+    """Output of the encoder: pooler_output and each of deepstack_features are [tokens, out_hidden]."""
 
     pooler_output: Tensor
     deepstack_features: list[Tensor]
 
 
 class Geometry(NamedTuple):
-    """Of each patch: row, column, its image's height and width in patches, [patches] int64; segments [2, patches]."""
+    """Geometry of each patch: row, column, and height and width of its image, all in patches.
+
+    Each is [patches] int64; segments is [2, patches], the half-open range of each patch's segment.
+    """
 
     row: Tensor
     column: Tensor
@@ -39,10 +41,10 @@ class Geometry(NamedTuple):
 
 
 def geometry(grid_thw: Tensor, patches: int, merge: int) -> Geometry:
-    """Where each patch lies. Patches come block by block of merge x merge, blocks in raster order, frame by frame."""
+    """Compute the geometry of patches that are ordered by frame, then by merge x merge blocks in raster order."""
     ends = grid_thw.prod(1).cumsum(0)  # (images,)
     index = torch.arange(patches, device=grid_thw.device)
-    # min: the exporter's shape propagation may see a patch behind the last image, a gather must stay in range
+    # The exporter's shape propagation may evaluate a patch after the last image; clamping keeps the gather in range.
     image = (index[:, None] >= ends[None]).sum(1).clamp(max=grid_thw.shape[0] - 1)
     _, height, width = grid_thw.index_select(0, image).unbind(1)
     frame = height * width
@@ -57,7 +59,11 @@ def geometry(grid_thw: Tensor, patches: int, merge: int) -> Geometry:
 
 
 def interpolated(table: Tensor, place: Geometry, side: int) -> Tensor:
-    """The learned side x side position grid, bilinear with aligned corners, at each patch: [patches, hidden]."""
+    """Interpolate the learned side x side position grid at each patch, bilinearly with aligned corners.
+
+    Returns:
+        [patches, hidden].
+    """
     taps = []
     for index, size in ((place.row, place.height), (place.column, place.width)):
         source = index.float() * (side - 1) / torch.clamp(size - 1, min=1)
@@ -76,7 +82,7 @@ def interpolated(table: Tensor, place: Geometry, side: int) -> Tensor:
 def _make(original: Callable[..., Any]) -> Callable[..., Any]:
     def forward(self: Any, hidden_states: Tensor, grid_thw: Tensor, **_: Any) -> VisionFeatures:
         place = geometry(grid_thw, hidden_states.shape[0], self.spatial_merge_size)
-        projection = self.patch_embed.proj  # kernel = stride, so the convolution is a linear layer
+        projection = self.patch_embed.proj  # the kernel equals the stride, so the convolution is a linear layer
         hidden = F.linear(hidden_states, projection.weight.flatten(1), projection.bias)
         hidden = hidden + interpolated(self.pos_embed.weight, place, self.num_grid_per_side)
         angles = torch.cat(
@@ -99,7 +105,7 @@ def _make(original: Callable[..., Any]) -> Callable[..., Any]:
 
 @torch.no_grad()
 def check() -> None:
-    """Upstream's vision model against this one: one and several images, several frames, one row of blocks."""
+    """Compare with upstream's vision model: one and several images, several frames, a single row of blocks."""
     visual = tiny_model().model.visual
     for grids in (
         [[1, 4, 6]],

@@ -1,6 +1,6 @@
 """README.md of a bundle: the card that the hub shows.
 
-In: a manifest, the checkpoint's licence. Out: Markdown behind the hub's metadata. Guaranteed: the same text for the
+In: a manifest, the checkpoint's license. Out: Markdown behind the hub's metadata. Guaranteed: the same text for the
 same manifest, and so no measured figure: those are of a machine, and lie in `evidence/report.md`, which the card links
 to; what a checkpoint names is shown as text; limits are those of the target's runtime.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from builder.checkpoint.license import Licence
+from builder.checkpoint.license import License
 from builder.targets.registry import PACKAGING
 from builder.targets.spec import Notes
 from builder.util.text import clean, cut
@@ -39,28 +39,28 @@ def limits(manifest: Mapping[str, Any]) -> tuple[str, ...]:
     return (*notes(manifest["target"]).limits, *shared)
 
 
-def model_card(manifest: Mapping[str, Any], licence: Licence) -> str:
+def model_card(manifest: Mapping[str, Any], license: License) -> str:
     """The card's text."""
     title = f"# {plain(manifest['checkpoint']['name'])} for {plain(manifest['target'])}, {precision(manifest)}"
     parts = [title, _origin(manifest), _use(manifest), _check(), _limits(manifest), _graphs(manifest)]
-    return f"---\n{metadata(manifest, licence)}---\n" + "\n\n".join([*parts, _licence(licence)]) + "\n"
+    return f"---\n{metadata(manifest, license)}---\n" + "\n\n".join([*parts, _license(license)]) + "\n"
 
 
-def metadata(manifest: Mapping[str, Any], licence: Licence) -> str:
+def metadata(manifest: Mapping[str, Any], license: License) -> str:
     """The hub's metadata, as YAML."""
     from huggingface_hub import ModelCardData
 
     told, repository = notes(manifest["target"]), manifest["checkpoint"].get("repository")
-    bases = [repository] if repository else list(licence.base)
+    bases = [repository] if repository else list(license.base)
     level = precision(manifest)
     # The hub files a model of other weights below the one that it was made from; fp32 holds the same weights.
     relation = "quantized" if bases and level != "fp32" else None
     data = ModelCardData(
         base_model=bases[0] if len(bases) == 1 else bases or None,
         base_model_relation=relation,
-        license=licence.id,
-        license_name=licence.name,
-        license_link=licence.link if licence.id == "other" else None,
+        license=license.id,
+        license_name=license.name,
+        license_link=license.link if license.id == "other" else None,
         library_name=told.library,
         pipeline_tag=TASK,
         quantization=level,
@@ -150,11 +150,11 @@ def _ports(ports: Sequence[Mapping[str, Any]]) -> str:
     return "<br>".join(others + first)
 
 
-def _licence(licence: Licence) -> str:
-    if licence.id is None:
-        told = "The checkpoint does not say under which licence it is; ask its authors before you pass this bundle on."
+def _license(license: License) -> str:
+    if license.id is None:
+        told = "The checkpoint does not say under which license it is; ask its authors before you pass this bundle on."
     else:
-        name = licence.name if licence.id == "other" and licence.name else licence.id
-        told = f"These weights come under the checkpoint's licence: {quoted(name)}."
-    files = f" Its files, as they came: {', '.join(map(quoted, licence.files))}." if licence.files else ""
-    return f"## Licence\n\n{told}{files}"
+        name = license.name if license.id == "other" and license.name else license.id
+        told = f"These weights come under the checkpoint's license: {quoted(name)}."
+    files = f" Its files, as they came: {', '.join(map(quoted, license.files))}." if license.files else ""
+    return f"## License\n\n{told}{files}"

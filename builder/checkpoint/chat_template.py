@@ -1,8 +1,7 @@
-"""In: a checkpoint's chat template. Out: one user turn of it, as three strings that any language can join.
+"""Split a chat template into three strings that a program in any language can join.
 
-Guaranteed: prefix + image * n + text + suffix is what transformers' `apply_chat_template` renders for n
-images and a text, with the generation prompt behind them; proven on `PROBES`, else the template is refused.
-No torch.
+Guarantees: prefix + image * n + text + suffix is what transformers' `apply_chat_template` renders for a user turn of n
+images and a text, followed by the generation prompt. A template that differs on any of `PROBES` is refused.
 """
 
 from __future__ import annotations
@@ -22,10 +21,10 @@ from builder.checkpoint.files import TOKENIZER, TOKENIZER_CONFIG
 from builder.checkpoint.load import Checkpoint
 from builder.util.errors import CheckpointError, PromptError
 from builder.util.json_files import read_json
-from builder.util.limited_process import BoundsError, bounded
+from builder.util.limited_process import LimitError, run_limited
 
-# Texts that a template might trim, escape, evaluate, or take for something else. The first splits the template:
-# no template holds it itself.
+# Texts that a template might trim, escape, evaluate or interpret. The first splits the rendered turn, so it must not
+# occur in a template.
 PROBES = (
     "Größe, 数字, नमस्ते, e\u0301, \U0001f642\u200d\u2194\ufe0f",
     "Read the number.",
@@ -38,29 +37,30 @@ PROBES = (
     "",
 )
 MOST_IMAGES = 3
-# What splitting may take; it takes some 100 MB and one or two seconds, nearly all of them for imports.
+# Limits on splitting, which takes about 100 MB and one or two seconds, nearly all of them for imports.
 SECONDS, MEMORY = 10, 400 * 2**20
 SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 def split_template(checkpoint: Checkpoint) -> dict[str, str]:
-    """`{"prefix", "image", "suffix"}` of the checkpoint's chat template.
+    """Split the checkpoint's chat template, in a process with limits, as a template is a program.
 
-    A template is a program: it runs in a process of its own, under bounds of time and memory.
+    Returns:
+        `{"prefix", "image", "suffix"}`.
 
     Raises:
         CheckpointError: no template, or the tokenizer does not have the image token.
-        PromptError: see `split`; or it takes too long or too much memory.
+        PromptError: see `split`; or the template takes too much time or memory.
     """
     image_token = token_text(checkpoint, checkpoint.image_token_id)
-    return dict(_split_apart(checkpoint.chat_template, image_token, tuple(special_tokens(checkpoint).items())))
+    return dict(_split_limited(checkpoint.chat_template, image_token, tuple(special_tokens(checkpoint).items())))
 
 
 @cache
-def _split_apart(template: str, image_token: str, variables: tuple[tuple[str, str], ...]) -> dict[str, str]:
+def _split_limited(template: str, image_token: str, variables: tuple[tuple[str, str], ...]) -> dict[str, str]:
     try:
-        return bounded(split, template, image_token, dict(variables), seconds=SECONDS, memory=MEMORY)
-    except BoundsError as error:
+        return run_limited(split, template, image_token, dict(variables), seconds=SECONDS, memory=MEMORY)
+    except LimitError as error:
         raise PromptError(
             "the chat template cannot be rendered",
             expected=f"at most {SECONDS} s of work and {MEMORY // 2**20} MB of memory",
@@ -69,7 +69,7 @@ def _split_apart(template: str, image_token: str, variables: tuple[tuple[str, st
 
 
 def token_text(checkpoint: Checkpoint, token_id: int) -> str:
-    """How the tokenizer writes one of its added tokens.
+    """Return the text of an added token of the tokenizer.
 
     Raises:
         CheckpointError: tokenizer.json has no such token.
@@ -84,10 +84,10 @@ def token_text(checkpoint: Checkpoint, token_id: int) -> str:
 
 
 def special_tokens(checkpoint: Checkpoint) -> dict[str, str]:
-    """The special tokens that a template may use as variables.
+    """Return the special tokens that a template may use as variables.
 
     Raises:
-        CheckpointError: tokenizer_config.json is missing, or one of them is no text.
+        CheckpointError: tokenizer_config.json is missing, or a token is not a string.
     """
     config = read_json(checkpoint.folder / TOKENIZER_CONFIG)
     tokens = {name: config[name] for name in SPECIAL if config.get(name) is not None}
@@ -95,18 +95,21 @@ def special_tokens(checkpoint: Checkpoint) -> dict[str, str]:
     for name, token in tokens.items():
         text = token.get("content") if isinstance(token, Mapping) else token
         if not isinstance(text, str):
-            raise CheckpointError(f"{TOKENIZER_CONFIG}: {name} is no token", expected="a text", found=token)
+            raise CheckpointError(f"{TOKENIZER_CONFIG}: {name} is not a token", expected="a string", found=token)
         texts[name] = text
     return texts
 
 
 def split(template: str, image_token: str, variables: Mapping[str, str]) -> dict[str, str]:
-    """`{"prefix", "image", "suffix"}` of a template.
+    """Split a template.
 
     Args:
         template: Jinja source.
-        image_token: the token that `image` must hold exactly once.
-        variables: what the template may use besides messages, tools, documents and add_generation_prompt.
+        image_token: the token that `image` must contain exactly once.
+        variables: of the template, besides messages, tools, documents and add_generation_prompt.
+
+    Returns:
+        `{"prefix", "image", "suffix"}`.
 
     Raises:
         PromptError: the template does not render, or not as prefix + image * n + text + suffix.
@@ -114,37 +117,35 @@ def split(template: str, image_token: str, variables: Mapping[str, str]) -> dict
     compiled = compile_template(template)
     first = PROBES[0]
     plain, with_image = (render(compiled, first, images, variables) for images in (0, 1))
-    prefix, found, suffix = plain.partition(first)
-    if not found or first in suffix:
+    prefix, separator, suffix = plain.partition(first)
+    if not separator or first in suffix:
         raise _not_split("does not write the text exactly once", f"…{first}…", plain)
     image = with_image.removeprefix(prefix).removesuffix(first + suffix)
     if image.count(image_token) != 1 or image_token in prefix + suffix:
-        raise _not_split(f"does not write {image_token} exactly once an image", image_token, with_image)
+        raise _not_split(f"does not write {image_token} exactly once per image", image_token, with_image)
     for text in PROBES:
         for images in range(MOST_IMAGES + 1):
             expected = prefix + image * images + text + suffix
             rendered = render(compiled, text, images, variables)
             if rendered != expected:
-                raise _not_split(
-                    f"treats {images} images and the text {text!r} in a way of its own", expected, rendered
-                )
+                raise _not_split(f"treats {images} images and the text {text!r} differently", expected, rendered)
     return {"prefix": prefix, "image": image, "suffix": suffix}
 
 
 def _not_split(why: str, expected: str, found: str) -> PromptError:
     return PromptError(
-        f"the chat template {why}; a bundle can only hold one of the form prefix + images + text + suffix",
+        f"the chat template {why}; a bundle requires the form prefix + images + text + suffix",
         expected=repr(expected),
         found=repr(found),
-        next="give the checkpoint a chat_template.jinja that writes images and text as they come",
+        next="give the checkpoint a chat_template.jinja that writes images and text unchanged and in order",
     )
 
 
 def compile_template(template: str) -> Any:
-    """The template in the sandbox that transformers renders chat templates in.
+    """Compile a template in the sandbox that transformers renders chat templates in.
 
     Raises:
-        PromptError: it is no Jinja template.
+        PromptError: Jinja does not compile it.
     """
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
@@ -156,14 +157,14 @@ def compile_template(template: str) -> Any:
         return environment.from_string(template)
     except Exception as error:  # Jinja compiles to Python, which has limits and errors of its own
         raise PromptError(
-            "the chat template is no Jinja template",
+            "the chat template is not a Jinja template",
             expected="a template that Jinja compiles",
             found=f"{type(error).__name__}: {error}",
         ) from error
 
 
 def render(compiled: Any, text: str, images: int, variables: Mapping[str, str]) -> str:
-    """One user turn: `images` images, then the text, then the generation prompt.
+    """Render one user turn: `images` images, then the text, then the generation prompt.
 
     Raises:
         PromptError: the template fails.
@@ -185,7 +186,7 @@ def render(compiled: Any, text: str, images: int, variables: Mapping[str, str]) 
 
 
 class _Generation(Extension):
-    """`{% generation %}` marks what the assistant says, for training; here it says nothing."""
+    """Ignore the tag `{% generation %}`, which marks the assistant's tokens for training."""
 
     tags = {"generation"}  # noqa: RUF012 - jinja2 declares it so
 
@@ -201,7 +202,7 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Jinja's own would escape HTML."""
+    """Replace Jinja's own filter, which escapes HTML."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
@@ -210,5 +211,5 @@ def _raise_exception(message: str) -> NoReturn:
 
 
 def _strftime_now(form: str) -> NoReturn:
-    # A bundle would keep the day on which it was built, and differ from the one that is built the next day.
+    # A bundle would contain its build date, and rebuilding it a day later would give other bytes.
     raise TemplateError(f"it writes today's date ({form}), which a bundle cannot")

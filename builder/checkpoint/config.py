@@ -1,7 +1,6 @@
-"""In: a checkpoint's `config.json`. Out: the facts of its two models.
+"""Read the architecture of the decoder and the vision encoder from `config.json`.
 
-Guaranteed: a config that passes is a dense Qwen3-VL whose numbers do not contradict one another; what is
-whole but of another kind is refused by name. Defaults are those of transformers'
+Guarantees: an accepted config is a dense Qwen3-VL whose numbers are consistent. Defaults are those of transformers'
 `configuration_qwen3_vl.py`.
 """
 
@@ -16,10 +15,10 @@ from builder.util.errors import CheckpointError, UnsupportedError
 
 MODEL_TYPE = "qwen3_vl"
 MODEL_CLASS = "Qwen3VLForConditionalGeneration"
-# Counts beyond these are nonsense, which is better said than written out, weight by weight.
+# Larger counts are refused before the expected weights are listed.
 MOST_ELEMENTS, MOST_LAYERS, MOST_NUMBER = 2**31 - 1, 1000, 1e30
 ROPE_TYPES = ("default", "linear", "yarn", "llama3")
-# Numbers that a rope may do without, and what each rope type cannot (transformers' `modeling_rope_utils.py`).
+# Optional parameters of RoPE, and those that each type requires (transformers' `modeling_rope_utils.py`).
 ROPE_OPTIONAL = (
     "rope_theta",
     "original_max_position_embeddings",
@@ -39,7 +38,7 @@ ROPE_NUMBERS = {
 
 @dataclass(frozen=True)
 class Text:
-    """The decoder: sizes in elements, counts of layers and heads; `max_position` is in tokens."""
+    """Architecture of the decoder: sizes in elements, `max_position` in tokens."""
 
     hidden: int
     layers: int
@@ -57,7 +56,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Vision:
-    """The vision encoder: patch sizes in pixels (and frames), `deepstack` indexes of its layers."""
+    """Architecture of the vision encoder: patch sizes in pixels (or frames), `deepstack` as layer indexes."""
 
     depth: int
     hidden: int
@@ -73,12 +72,12 @@ class Vision:
 
 
 def read_architecture(config: Mapping[str, Any]) -> tuple[Text, Vision]:
-    """The facts that every stage works from.
+    """Read and check the architecture.
 
     Raises:
-        UnsupportedError: another model type, a mixture of experts, a quantized checkpoint, a rope type that
-            is not static.
-        CheckpointError: a value that is missing, of the wrong kind, or that contradicts another.
+        UnsupportedError: another model type, a mixture of experts, a quantized checkpoint, or a RoPE type whose
+            frequencies depend on the input.
+        CheckpointError: a value that is missing, of the wrong type, or contradicts another.
     """
     _refuse_other_kinds(config)
     text = _read_text(_section(config, "text_config"), config.get("tie_word_embeddings", False))
@@ -88,14 +87,14 @@ def read_architecture(config: Mapping[str, Any]) -> tuple[Text, Vision]:
 
 
 def token_id(config: Mapping[str, Any], key: str, default: int, vocab: int) -> int:
-    """A special token's id.
+    """Return the id of a special token.
 
     Raises:
         CheckpointError: not a row of the embedding matrix.
     """
     value = _count(config, key, default, least=0)
     if value >= vocab:
-        raise CheckpointError(f"config.json: {key} is no token", expected=f"an id below {vocab}", found=value)
+        raise CheckpointError(f"config.json: {key} is not a token", expected=f"an id below {vocab}", found=value)
     return value
 
 
@@ -114,7 +113,7 @@ def _refuse_other_kinds(config: Mapping[str, Any]) -> None:
     architectures = config.get("architectures") or [MODEL_CLASS]
     if not isinstance(architectures, list) or MODEL_CLASS not in architectures:
         raise UnsupportedError(
-            "config.json asks for another head", expected=f"architectures: {MODEL_CLASS}", found=architectures
+            "config.json names another head", expected=f"architectures: {MODEL_CLASS}", found=architectures
         )
     for part in sections:
         for key in ("quantization_config", "compression_config"):
@@ -169,9 +168,9 @@ def _read_text(section: Mapping[str, Any], tied: Any) -> Text:
 
 
 def _rope(section: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The rope parameters; as upstream has it, `rope_scaling` of transformers 4 wins."""
+    """Return the RoPE parameters; as in transformers, `rope_scaling` of version 4 takes precedence."""
     rope = section.get("rope_scaling") or section.get("rope_parameters") or {}
-    _demand(isinstance(rope, dict), "the rope parameters are no object", "rope_parameters", rope)
+    _demand(isinstance(rope, dict), "the rope parameters are not an object", "rope_parameters", rope)
     return rope
 
 
@@ -182,7 +181,7 @@ def _rope_type(section: Mapping[str, Any]) -> str:
     name = rope.get("rope_type", rope.get("type", "default"))
     if name not in ROPE_TYPES:
         raise UnsupportedError(
-            f"rope type {name!r} cannot be exported: only frequencies that are fixed beforehand can",
+            f"rope type {name!r} cannot be exported: only types with fixed frequencies can",
             expected=", ".join(ROPE_TYPES),
             found=name,
         )
@@ -221,12 +220,12 @@ def _read_vision(section: Mapping[str, Any]) -> Vision:
     )
     _demand(
         vision.hidden % vision.heads == 0,
-        "hidden_size is no multiple of num_heads",
+        "hidden_size is not a multiple of num_heads",
         "hidden_size",
         vision.hidden,
     )
     head_dim = vision.hidden // vision.heads
-    _demand(head_dim % 4 == 0, "the axial rotary embedding needs heads of 4·n elements", "head size", head_dim)
+    _demand(head_dim % 4 == 0, "the axial rotary embedding needs a head size divisible by 4", "head size", head_dim)
     side = isqrt(vision.positions)
     _demand(
         side * side == vision.positions,
@@ -266,7 +265,7 @@ def _count(section: Mapping[str, Any], key: str, default: int, *, least: int = 1
     value = section.get(key, default)
     if type(value) is not int or not least <= value <= most:
         raise CheckpointError(
-            f"config.json: {key} is no count", expected=f"an integer from {least} to {most}", found=value
+            f"config.json: {key} is not a count", expected=f"an integer from {least} to {most}", found=value
         )
     return value
 
@@ -276,7 +275,7 @@ def _number(section: Mapping[str, Any], key: str, default: float | None) -> floa
     # An integer can be larger than any float.
     if type(value) not in (int, float) or not 0 < value <= MOST_NUMBER or not isfinite(value):
         raise CheckpointError(
-            f"config.json: {key} is no number above 0", expected=f"a number up to {MOST_NUMBER:g}", found=value
+            f"config.json: {key} is not a positive number", expected=f"a number up to {MOST_NUMBER:g}", found=value
         )
     return float(value)
 
@@ -287,6 +286,6 @@ def _flag(key: str, value: Any) -> bool:
     return value
 
 
-def _demand(holds: bool, what: str, key: str, found: Any) -> None:
-    if not holds:
+def _demand(condition: bool, what: str, key: str, found: Any) -> None:
+    if not condition:
         raise CheckpointError(f"config.json contradicts itself: {what}", found=f"{key} = {found}")

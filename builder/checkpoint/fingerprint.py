@@ -1,4 +1,4 @@
-"""Fingerprints of a checkpoint: what tells its files from those of another."""
+"""Fingerprint the files of a checkpoint, for cache keys."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from builder.checkpoint.files import notice_files
-from builder.checkpoint.hub import MEGABYTE, settle
+from builder.checkpoint.hub import MEGABYTE, pin_revision
 from builder.checkpoint.load import Checkpoint, open_checkpoint
 from builder.checkpoint.source import Source
 from builder.util.errors import CheckpointError
@@ -20,28 +20,28 @@ BLOCK = 8 * MEGABYTE
 
 
 def resolve(source: Source) -> Source:
-    """The source with a hub revision settled as a commit, after the checks that need no weights.
+    """Pin a hub revision to a commit, after the checks that need no weights; return a local source as it is.
 
     Raises:
-        DownloadError: the hub cannot be reached, or does not have it.
+        DownloadError: the hub cannot be reached, or does not have the repository or revision.
         BuildError: a config, or file names, that `builder.checkpoint.load` refuses.
     """
-    return source if source.repo is None else settle(source)
+    return source if source.repo is None else pin_revision(source)
 
 
 def hub_fingerprint(source: Source) -> dict[str, str]:
-    """What a resolved hub source adds to a stage key: its id and commit."""
+    """Return what a resolved hub source adds to a cache key: its id and commit."""
     return {"repository": str(source.repo), "revision": str(source.revision)}
 
 
 def folder_fingerprint(checkpoint: Checkpoint, *, rehash: bool = False) -> dict[str, str]:
-    """What a local checkpoint adds to a stage key: its name, and each file that a build reads → its fingerprint.
+    """Return what a local checkpoint adds to a cache key: its name, and each file that a build reads → its fingerprint.
 
     Args:
-        rehash: fingerprint weight files by all their bytes, rather than by size, time and header.
+        rehash: hash weight files completely, rather than their size, modification time and header.
     """
     folder = checkpoint.folder
-    files = (*checkpoint.files, *_notices(folder))
+    files = (*checkpoint.files, *notice_names(folder))
     return {"checkpoint name": checkpoint.name, **{file: file_fingerprint(folder / file, rehash) for file in files}}
 
 
@@ -49,7 +49,7 @@ def open_fetched(out: Path) -> Checkpoint:
     """Open the checkpoint that the stage `fetch` recorded in `out`.
 
     Raises:
-        CheckpointError: the stage did not end, or its folder is gone.
+        CheckpointError: the stage did not complete, or the checkpoint's folder is gone.
     """
     record = read_json(out / FETCHED)
     folder = Path(record["folder"])
@@ -63,16 +63,16 @@ def open_fetched(out: Path) -> Checkpoint:
     return open_checkpoint(folder, name=record["name"], revision=record["revision"])
 
 
-def _notices(folder: Path) -> tuple[str, ...]:
-    """Names of licences, notices and the card in `folder`; none that is larger than a text."""
+def notice_names(folder: Path) -> tuple[str, ...]:
+    """Return the names of the license files, notices and model card in `folder`, without any over `MAX_TEXT` bytes."""
     names = (path.name for path in folder.iterdir() if path.is_file() and path.stat().st_size <= MAX_TEXT)
     return notice_files(names)
 
 
 def file_fingerprint(path: Path, rehash: bool = False) -> str:
-    """SHA-256 of a file; of weights, unless `rehash`, size, time and SHA-256 of the header."""
+    """Return the SHA-256 of a file; of weights, unless `rehash`, the size, time and SHA-256 of the header."""
     if rehash or path.suffix != WEIGHTS:
-        return f"sha256 {_sha256(path)}"
+        return f"sha256 {cached_sha256(path)}"
     stat = path.stat()
     with path.open("rb") as file:
         header = file.read(8)
@@ -81,7 +81,7 @@ def file_fingerprint(path: Path, rehash: bool = False) -> str:
 
 
 def cases_fingerprint(source: Source, name: str) -> str:
-    """SHA-256 over all files of the folder `name` next to a local checkpoint; "none" where it holds no cases."""
+    """Return the SHA-256 over all files of the folder `name` next to a local checkpoint; "none" if it has no cases."""
     folder = None if source.folder is None else source.folder.resolve().parent / name
     if folder is None or not (folder / "cases.jsonl").is_file():
         return "none"
@@ -89,14 +89,14 @@ def cases_fingerprint(source: Source, name: str) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def _sha256(path: Path) -> str:
+def cached_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, hashed once per process: with `--rehash`, the cache key and the stage need it."""
     stat = path.stat()
-    return _sha256_of(path, stat.st_size, stat.st_mtime_ns)
+    return _sha256_of_state(path, stat.st_size, stat.st_mtime_ns)
 
 
 @lru_cache(maxsize=4096)
-def _sha256_of(path: Path, size: int, _time: int) -> str:
-    """Once a process for each state of a file: `--rehash` asks before the stage does."""
+def _sha256_of_state(path: Path, size: int, _time: int) -> str:
     digest = hashlib.sha256()
     with progress(f"sha256 of {path.name}, MB", total=size // MEGABYTE) as advance, path.open("rb") as file:
         while block := file.read(BLOCK):

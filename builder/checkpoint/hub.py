@@ -1,11 +1,8 @@
-"""In: a `Source` that names a hub repository. Out: its files in huggingface_hub's cache, its revision
-settled.
+"""Download the files that a build needs from the Hugging Face hub.
 
-Guaranteed: only the files that a build needs are fetched, all of one commit; what the config or the file
-names rule out is refused before a weight is fetched; whatever goes wrong on the way is a `DownloadError`
-that says what to do. Connections, resuming, locks, the cache, tokens and the endpoint (`HF_ENDPOINT`) are
-huggingface_hub's. A file whose connection drops is resumed; a build that is killed keeps every file that
-was whole.
+All files come from one commit, and an unsupported checkpoint is refused before its weights are fetched. Connections,
+resuming, locks, the cache, tokens and the endpoint (`HF_ENDPOINT`) are those of huggingface_hub. Complete files survive
+an interrupted download.
 """
 
 from __future__ import annotations
@@ -30,12 +27,12 @@ MEGABYTE = 10**6
 
 @dataclass(frozen=True)
 class Remote:
-    """A file of the repository, and what the hub says of its bytes (`None` where it says nothing).
+    """A file of a repository as the hub describes it; None where it does not.
 
     Args:
         size: in bytes.
-        sha256: of the content, of a file that is stored with LFS.
-        git: of any other file: SHA-1 of `blob <size>\\0` and the content, git's own name for it.
+        sha256: of the content, for files in LFS.
+        git: git's blob id (SHA-1 of `blob <size>\\0` and the content), for all other files.
     """
 
     size: int | None = None
@@ -43,14 +40,14 @@ class Remote:
     git: str | None = None
 
 
-def settle(source: Source) -> Source:
-    """The source with its revision as a commit; checks its config, and its file names where the hub is asked.
+def pin_revision(source: Source) -> Source:
+    """Replace the revision by its commit, and check the config and the file names.
 
-    A commit whose config is in the cache asks nothing of the network.
+    A commit whose config is in the cache needs no network; its file names are not checked here.
 
     Raises:
-        DownloadError: the hub cannot be reached, or does not have it.
-        BuildError: what `builder.checkpoint.load` would refuse by the config and the names.
+        DownloadError: the hub cannot be reached, or does not have the repository or revision.
+        BuildError: a config or file names that `builder.checkpoint.load` would refuse.
     """
     from huggingface_hub import HfApi, try_to_load_from_cache
 
@@ -61,25 +58,25 @@ def settle(source: Source) -> Source:
             return source
         info = HfApi().model_info(_repo(source), revision=source.revision)
         if info.sha is None:
-            raise DownloadError(f"the hub does not say which commit {source} is")
-        refuse_names({one.rfilename for one in info.siblings or []}, str(source))
-        settled = replace(source, revision=info.sha)
-        _check_config(_fetch_file(settled, CONFIG))
-        return settled
+            raise DownloadError(f"the hub does not report the commit of {source}")
+        refuse_names({file.rfilename for file in info.siblings or []}, str(source))
+        pinned = replace(source, revision=info.sha)
+        _check_config(_fetch_file(pinned, CONFIG))
+        return pinned
 
 
 def download(source: Source) -> tuple[Path, dict[str, Remote]]:
-    """Every file that a build needs, and the checkpoint's notices, in the cache.
+    """Download every file that a build needs, and the checkpoint's notices, to the cache.
 
     Returns:
-        the folder of the snapshot, and the needed files with what the hub says of each.
+        the folder of the snapshot, and the needed files as the hub describes them.
 
     Raises:
-        DownloadError: the hub cannot be reached, or the connection drops again and again.
-        CheckpointError: a file missing.
+        DownloadError: the hub cannot be reached, or the connection drops repeatedly.
+        CheckpointError: a file is missing.
         UnsafeError: an index that names a file outside the repository.
     """
-    folder, files = needed(source)
+    folder, files = list_needed(source)
     with _hub_errors(source):
         megabytes = sum(remote.size or 0 for remote in files.values()) // MEGABYTE
         with progress(f"{source.repo}, MB", total=megabytes) as advance:
@@ -89,14 +86,14 @@ def download(source: Source) -> tuple[Path, dict[str, Remote]]:
     return folder, files
 
 
-def needed(source: Source) -> tuple[Path, dict[str, Remote]]:
-    """What `download` brings; fetches no more of it than the config and the index.
+def list_needed(source: Source) -> tuple[Path, dict[str, Remote]]:
+    """List the files that `download` fetches, fetching only the config and the index.
 
     Returns:
-        the folder of the snapshot, and the needed files with what the hub says of each.
+        the folder of the snapshot, and the needed files as the hub describes them.
 
     Raises:
-        BuildError: as `download`.
+        BuildError: as in `download`.
     """
     with _hub_errors(source):
         remotes = _listing(source)
@@ -107,12 +104,12 @@ def needed(source: Source) -> tuple[Path, dict[str, Remote]]:
         files = needed_files(remotes, weight_files(folder, remotes))
     for file in files:
         if file not in remotes:
-            raise CheckpointError(f"{file} is missing from {source}", expected=f"{file}, as {INDEX} says")
+            raise CheckpointError(f"{file} is missing from {source}", expected=f"{file}, which {INDEX} names")
     return folder, {file: remotes[file] for file in files}
 
 
-def cache() -> Path:
-    """The folder that downloads go to."""
+def cache_folder() -> Path:
+    """Return the folder of huggingface_hub's cache."""
     from huggingface_hub import constants
 
     return Path(constants.HF_HUB_CACHE)
@@ -120,7 +117,7 @@ def cache() -> Path:
 
 def _repo(source: Source) -> str:
     if source.repo is None:
-        raise ValueError(f"{source} is no hub repository")
+        raise ValueError(f"{source} is not a hub repository")
     return source.repo
 
 
@@ -131,7 +128,7 @@ def _check_config(path: Path) -> None:
 
 
 def _listing(source: Source) -> dict[str, Remote]:
-    """What the repository holds; if the hub cannot be reached, what an earlier download left."""
+    """List the files of the repository, or if the hub cannot be reached, those of an earlier download."""
     from huggingface_hub import HfApi, try_to_load_from_cache
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
@@ -148,10 +145,10 @@ def _listing(source: Source) -> dict[str, Remote]:
 
 
 def remote_files(info: Any) -> dict[str, Remote]:
-    """The files of a `ModelInfo` that was requested with `files_metadata`, by name."""
+    """Return the files of a `ModelInfo` that was requested with `files_metadata`, by name."""
     return {
-        one.rfilename: Remote(one.size, sha256=one.lfs.sha256) if one.lfs else Remote(one.size, git=one.blob_id)
-        for one in info.siblings or []
+        file.rfilename: Remote(file.size, sha256=file.lfs.sha256) if file.lfs else Remote(file.size, git=file.blob_id)
+        for file in info.siblings or []
     }
 
 
@@ -163,7 +160,7 @@ def _fetch_file(source: Source, file: str, bar: Any = None) -> Path:
 
 
 def _bar(advance: Callable[[int], None]) -> type[Any]:
-    """A class for huggingface_hub to report bytes to, which hands them on by the megabyte."""
+    """Return a `tqdm` class for huggingface_hub that reports megabytes to `advance`."""
     from tqdm import tqdm  # type: ignore[import-untyped]
 
     seen = 0
@@ -182,7 +179,7 @@ def _bar(advance: Callable[[int], None]) -> type[Any]:
 
 
 def transport_error() -> type[Exception]:
-    """The base class of the HTTP library that this release of huggingface_hub is built on."""
+    """Return the base error of the HTTP library that the installed huggingface_hub uses."""
     from huggingface_hub import errors
 
     error: type[Exception] = errors.HTTPError  # type: ignore[attr-defined]
@@ -211,12 +208,12 @@ def _hub_errors(source: Source) -> Iterator[None]:
         ) from error
     except errors.RepositoryNotFoundError as error:
         raise DownloadError(
-            f"the hub has no repository {source.repo}, or not for you, and there is no folder of that name",
+            f"the hub has no repository {source.repo} that you can read, and there is no folder of that name",
             found=first_line(error),
             next="check the spelling; for a private repository, `hf auth login`, or set HF_TOKEN",
         ) from error
     except errors.RemoteEntryNotFoundError as error:
-        raise DownloadError(f"{source} lacks a file that it lists", found=first_line(error)) from error
+        raise DownloadError(f"{source} does not have a file that it lists", found=first_line(error)) from error
     except (OSError, transport_error()) as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -224,7 +221,7 @@ def _hub_errors(source: Source) -> Iterator[None]:
             f"{source} could not be downloaded",
             expected="an answer from " + _page(source),
             found=f"{type(error).__name__}: {first_line(error)}",
-            next=f"{source.command} once the hub can be reached; files that are whole are not fetched again",
+            next=f"{source.command} once the hub can be reached; complete files are not fetched again",
         ) from error
 
 
@@ -235,5 +232,5 @@ def _page(source: Source) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text that is not blank; the error's type where there is none."""
+    """Return the first non-blank line of an error's text, or the name of its type."""
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

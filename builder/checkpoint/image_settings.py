@@ -1,9 +1,8 @@
-"""In: the image settings of a checkpoint. Out: the same, checked, in one form.
+"""Check the image settings of a checkpoint, and convert those of older releases.
 
-Guaranteed: `patch_size`, `temporal_patch_size` and `merge_size` are those of the vision config,
-`image_mean` and `image_std` have a number for each channel, and `size` has `shortest_edge` and
-`longest_edge` (counts of pixels; older files say `min_pixels` and `max_pixels`). Steps that this project
-does not do are refused by name.
+Guarantees: `patch_size`, `temporal_patch_size` and `merge_size` match the vision config, `image_mean` and `image_std`
+have one number per channel, and `size` has `shortest_edge` and `longest_edge` (pixel counts; `min_pixels` and
+`max_pixels` in older files).
 """
 
 from __future__ import annotations
@@ -15,17 +14,17 @@ from builder.checkpoint.config import Vision
 from builder.util.errors import CheckpointError, UnsupportedError
 
 PROCESSORS = ("Qwen2VLImageProcessor", "Qwen2VLImageProcessorFast", "Qwen2VLImageProcessorPil")
-# Every image is made at least as large as `shortest_edge` says, and has to fit in memory.
+# Every image is resized to at least `shortest_edge` pixels, which must fit in memory.
 MOST_LEAST, MOST_PIXELS, MOST_LEVEL = 2**26, 2**31 - 1, 1e6
-# Every step of upstream's processor, with the only setting that there is here; 3 is bicubic.
+# Steps of upstream's processor with the only supported setting of each; 3 is bicubic.
 STEPS = {"do_resize": True, "do_rescale": True, "do_normalize": True, "do_convert_rgb": True, "resample": 3}
 
 
 def read_preprocessor(raw: Mapping[str, Any], file: str, vision: Vision) -> dict[str, Any]:
-    """The settings in `raw`, which came from `file`.
+    """Return the checked settings in `raw`, the content of `file`.
 
     Raises:
-        UnsupportedError: another image processor, or a step of it turned off.
+        UnsupportedError: another image processor, or an unsupported setting of a step.
         CheckpointError: a setting is missing, or contradicts the vision config.
     """
     settings = dict(raw)
@@ -61,21 +60,21 @@ def _check_channels(file: str, key: str, value: Any, channels: int) -> None:
         type(number) in (int, float) and -MOST_LEVEL <= number <= MOST_LEVEL for number in value
     )
     if not numbers or len(value) != channels or (key == "image_std" and 0 in value):
-        raise CheckpointError(f"{file}: {key} is no list of {channels} numbers, one a channel", found=value)
+        raise CheckpointError(f"{file}: {key} is not a list of {channels} numbers, one per channel", found=value)
 
 
 def _pixel_counts(settings: dict[str, Any], file: str) -> dict[str, int]:
-    """`min_pixels` and `max_pixels` win over `size`, as in upstream's `Qwen2VLImageProcessorPil`."""
+    """Read `size`; `min_pixels` and `max_pixels` take precedence, as in upstream's `Qwen2VLImageProcessorPil`."""
     size = settings.get("size")
-    found = dict(size) if isinstance(size, dict) else {}
+    counts = dict(size) if isinstance(size, dict) else {}
     for key, older in (("shortest_edge", "min_pixels"), ("longest_edge", "max_pixels")):
         count = settings.pop(older, None)
-        found[key] = found.get(key) if count is None else count
-    low, high = found["shortest_edge"], found["longest_edge"]
+        counts[key] = counts.get(key) if count is None else count
+    low, high = counts["shortest_edge"], counts["longest_edge"]
     if type(low) is not int or type(high) is not int or not 0 < low <= high <= MOST_PIXELS or low > MOST_LEAST:
         raise CheckpointError(
-            f"{file}: size does not say how many pixels an image may have",
+            f"{file}: size does not give the least and most pixels of an image",
             expected='"size": {"shortest_edge": 65536, "longest_edge": 16777216}, for example',
             found=size,
         )
-    return found
+    return counts

@@ -1,7 +1,6 @@
-"""In: what a checkpoint says of its licence. Out: a `Licence`.
+"""Read the license of a checkpoint from its model card.
 
-Guaranteed: nothing is guessed: a checkpoint whose card names no licence has none here; a card that cannot be read is
-one that says nothing.
+Nothing is guessed: without a license in a readable card, the license is unknown.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from builder.checkpoint.files import CARD
 from builder.util.json_files import MAX_TEXT
 
 MOST = 200  # characters of a name or an address
-# The hub's names of licences, and SPDX's where they are not the same but for the case.
+# The hub's names of licenses → SPDX ids.
 SPDX = {
     "apache-2.0": "Apache-2.0",
     "mit": "MIT",
@@ -33,14 +32,14 @@ SPDX = {
 
 
 @dataclass(frozen=True)
-class Licence:
-    """A checkpoint's licence.
+class License:
+    """License of a checkpoint.
 
     Args:
-        id: the hub's name for it, `apache-2.0`; `other` where `name` says which; None where nothing is said.
-        link: an address, or a file of the checkpoint.
-        base: the hub ids of the models that the checkpoint says it was made from.
-        files: licences and notices that lie beside it.
+        id: the hub's name, e.g. `apache-2.0`; `other` for one that `name` names; None if unknown.
+        link: a URL, or a file of the checkpoint.
+        base: hub ids of the models that the card names as base models.
+        files: license files and notices of the checkpoint.
     """
 
     id: str | None = None
@@ -54,14 +53,14 @@ class Licence:
         return SPDX.get(self.id or "")
 
 
-def read_licence(folder: Path) -> Licence:
-    """What the files in `folder` say (see `builder.stages.fetch`, `notices/`); the folder may be missing."""
+def read_license(folder: Path) -> License:
+    """Read the license from the notices in `folder` (see `builder.stages.fetch`), which may be missing."""
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     files = tuple(name for name in names if name.casefold() != CARD)
     cards = [name for name in names if name.casefold() == CARD]
-    told = _metadata(folder / cards[0]) if cards else {}
-    kind, name, link = (_text(told.get(key)) for key in ("license", "license_name", "license_link"))
-    return Licence(kind, name, link, _base(told.get("base_model")), files)
+    metadata = _metadata(folder / cards[0]) if cards else {}
+    kind, name, link = (_text(metadata.get(key)) for key in ("license", "license_name", "license_link"))
+    return License(kind, name, link, _base(metadata.get("base_model")), files)
 
 
 def _metadata(card: Path) -> Mapping[str, Any]:
@@ -71,13 +70,13 @@ def _metadata(card: Path) -> Mapping[str, Any]:
         return {}
     try:
         return metadata_load(card) or {}
-    except Exception:  # of the YAML reader, of the decoder: somebody's text is no reason to end a build
+    except Exception:  # of the YAML parser or the decoder: a malformed card must not end a build
         return {}
 
 
-def _base(found: Any) -> tuple[str, ...]:
-    listed = found if isinstance(found, list) else [found]
-    return tuple(one for one in map(_text, listed[:8]) if one and one.count("/") == 1 and " " not in one)
+def _base(value: Any) -> tuple[str, ...]:
+    values = value if isinstance(value, list) else [value]
+    return tuple(name for name in map(_text, values[:8]) if name and name.count("/") == 1 and " " not in name)
 
 
 def _text(value: Any) -> str | None:

@@ -1,10 +1,7 @@
-"""In: a folder with a Qwen3-VL checkpoint. Out: a `Checkpoint`: its facts, its files, and where each weight
-lies.
+"""Open a Qwen3-VL checkpoint and check it, without reading its weights.
 
-Guaranteed: what `open_checkpoint` returns is whole (every weight that the architecture has, of the right
-shape, in a readable file, and none left over), safe (no pickle, no remote code, no name that leaves the
-folder) and of a kind that can be exported. Only headers and small JSON files are read, so a wrong folder is
-refused in the first second.
+Guarantees: a checkpoint from `open_checkpoint` is complete (exactly the weights of the architecture, each of the right
+shape), safe (no pickles, no remote code, no path outside the folder) and of a kind that can be exported.
 """
 
 from __future__ import annotations
@@ -41,7 +38,7 @@ from builder.util.json_files import read_json, read_text
 
 __all__ = ["Checkpoint", "Tensor", "Text", "Vision", "expected_tensors", "open_checkpoint"]
 
-# What two copies of one architecture may differ in.
+# Keys that do not affect the architecture.
 NOT_ARCHITECTURE = ("dtype", "torch_dtype", "transformers_version", "_name_or_path")
 
 
@@ -50,15 +47,15 @@ class Checkpoint:
     """A checkpoint whose weights are still on disk.
 
     Args:
-        folder: where the files lie.
+        folder: with the checkpoint's files.
         name: short, for output folders.
-        revision: the hub's commit; `None` for a local folder.
-        config: `config.json` as it is.
+        revision: the hub's commit; None for a local folder.
+        config: content of `config.json`.
         tensors: by name, exactly those of `expected_tensors`.
-        generation: `generation_config.json`, empty if there is none.
+        generation: content of `generation_config.json`, empty if there is none.
         preprocessor: the image settings, see `builder.checkpoint.image_settings`.
         files: every file that a build needs, relative to `folder`, sorted.
-        states: each of `files` → its size in bytes and its modification time in ns, from before it was read.
+        states: each of `files` → size in bytes and modification time in ns, taken before the file was read.
     """
 
     folder: Path
@@ -78,7 +75,7 @@ class Checkpoint:
     states: Mapping[str, tuple[int, int]]
 
     def read(self, name: str) -> npt.NDArray[Any]:
-        """One weight, memory-mapped and read-only, in its own type (`ml_dtypes.bfloat16` for BF16).
+        """Map one weight into memory, read-only, in its stored dtype (`ml_dtypes.bfloat16` for BF16).
 
         Raises:
             WeightError: the checkpoint has no such weight.
@@ -91,10 +88,10 @@ class Checkpoint:
 
     @property
     def chat_template(self) -> str:
-        """The Jinja source of the chat template, from where transformers looks for it first.
+        """The Jinja source of the chat template, from the first place where transformers finds one.
 
         Raises:
-            CheckpointError: the checkpoint has none, or none that can be read.
+            CheckpointError: the checkpoint has no readable chat template.
         """
         for file in (*CHAT_TEMPLATES, TOKENIZER_CONFIG):
             if file not in self.files:
@@ -112,25 +109,24 @@ class Checkpoint:
 
     @property
     def config_digest(self) -> str:
-        """SHA-256 (hex) of what `config.json` says about the architecture, its dtype aside."""
+        """SHA-256 (hex) of the architecture in `config.json`, which does not include the dtype."""
         canonical = json.dumps(_architecture(self.config), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 def open_checkpoint(folder: Path, *, name: str | None = None, revision: str | None = None) -> Checkpoint:
-    """The checkpoint in `folder`, checked without reading a weight (but an `lm_head` that should be tied).
+    """Open the checkpoint in `folder`; the only weight that may be read is an `lm_head` that should be tied.
 
     Args:
-        folder: holds `config.json` and the rest.
-        name: what to call it; the folder's own name if `None`.
+        folder: with `config.json` and the other files.
+        name: of the checkpoint; the folder's name if None.
         revision: the commit, for a download from the hub.
 
     Raises:
-        CheckpointError: no checkpoint, a file that is missing, truncated or malformed, a dtype or shape
-            that is wrong.
-        UnsupportedError: a kind that cannot be exported: see `builder.checkpoint.config`, or an adapter.
-        UnsafeError: pickle weights, remote code, a file outside the folder.
-        WeightError: a weight missing or left over.
+        CheckpointError: not a checkpoint; a file is missing, truncated or malformed; a dtype or shape is wrong.
+        UnsupportedError: an adapter, or a kind that cannot be exported (see `builder.checkpoint.config`).
+        UnsafeError: pickle weights, remote code, or a file outside the folder.
+        WeightError: a weight is missing or unexpected.
     """
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder", expected="a folder with config.json and safetensors files")
@@ -168,13 +164,13 @@ def open_checkpoint(folder: Path, *, name: str | None = None, revision: str | No
 
 
 def file_states(folder: Path, files: Iterable[str]) -> dict[str, tuple[int, int]]:
-    """File → its size in bytes and its modification time in ns; what is not a file is left out."""
+    """Return the size in bytes and modification time in ns of those of `files` that are files."""
     stats = {file: (folder / file).stat() for file in files if (folder / file).is_file()}
     return {file: (stat.st_size, stat.st_mtime_ns) for file, stat in stats.items()}
 
 
 def _image_settings(folder: Path, names: Collection[str]) -> tuple[Mapping[str, Any], str]:
-    """The image settings and the file that they are in."""
+    """Return the image settings and the name of their file."""
     if PROCESSOR in names:
         nested = read_json(folder / PROCESSOR).get("image_processor")
         if isinstance(nested, dict):
@@ -188,7 +184,7 @@ def _generation(folder: Path, names: Collection[str], config: Mapping[str, Any],
 
 
 def _check_tokenizer(folder: Path, text: Text) -> None:
-    """A token without a row in the embedding matrix would read past its end."""
+    """Refuse tokens that have no row in the embedding matrix."""
     tokenizer = read_json(folder / TOKENIZER)
     model = tokenizer.get("model")
     vocab = model.get("vocab") if isinstance(model, dict) else None
@@ -196,11 +192,13 @@ def _check_tokenizer(folder: Path, text: Text) -> None:
         added = [(token["id"], token["content"]) for token in tokenizer.get("added_tokens") or []]
         ids = [*(vocab or {}).values(), *(number for number, _ in added)]
         largest = max(ids)
-        if not all(type(one) is int and one >= 0 for one in ids) or not all(type(text) is str for _, text in added):
-            raise ValueError("an id is no number, or a token no text")
+        if not all(type(token) is int and token >= 0 for token in ids) or not all(
+            type(word) is str for _, word in added
+        ):
+            raise ValueError("an id is not a number, or a token is not a string")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
-            f"{folder / TOKENIZER} is not a tokenizer's", expected='"vocab" in "model", and "added_tokens"'
+            f"{folder / TOKENIZER} is not a tokenizer", expected='"vocab" in "model", and "added_tokens"'
         ) from error
     if largest >= text.vocab:
         raise CheckpointError(

@@ -1,4 +1,4 @@
-"""The three parts of a Qwen3-VL model, each of which becomes a graph; a graph's role is its part."""
+"""The three parts of a Qwen3-VL model, each exported as a graph; a graph's role is its part."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
-"""In: the safetensors files of a checkpoint folder. Out: where each tensor lies, without reading one.
+"""Read the headers of safetensors files (https://github.com/huggingface/safetensors#format).
 
-Guaranteed: every `Tensor` lies inside its file, no two share bytes or a name, and the index file (where
-there is one) tells the truth about which file holds what. Only headers are read. The format:
-https://github.com/huggingface/safetensors#format
+Guarantees: every `Tensor` is inside its file, no two share bytes or a name, and the index file, if there is one, agrees
+with the headers.
 """
 
 from __future__ import annotations
@@ -24,19 +23,19 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 NUMPY_TYPES: Mapping[str, type] = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32}
 ITEM_BYTES = {name: np.dtype(kind).itemsize for name, kind in NUMPY_TYPES.items()}
-# The reference implementation takes six times as much; a header of the largest dense model is a hundredth of this.
+# The reference implementation allows six times as much; the header of the largest dense model has a hundredth of this.
 MAX_HEADER_BYTES = 16 * 2**20
 MAX_AXES, MAX_NUMBER = 8, 2**63 - 1
-MAX_NAME, MAX_PATH = 255, 1024  # characters; systems refuse longer ones, each with an error of its own
+MAX_NAME, MAX_PATH = 255, 1024  # characters; operating systems refuse longer names, with errors that differ
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor of a checkpoint and where its bytes lie.
+    """A tensor of a checkpoint, and the location of its bytes.
 
     Args:
         name: as in the file, e.g. `model.language_model.norm.weight`.
-        file: the safetensors file that holds it, relative to the checkpoint folder.
+        file: the safetensors file, relative to the checkpoint folder.
         dtype: `"BF16"`, `"F16"` or `"F32"`.
         shape: row-major.
         offset: of the first byte, from the start of the file.
@@ -52,15 +51,14 @@ class Tensor:
 
 
 def weight_files(folder: Path, names: Collection[str]) -> tuple[str, ...]:
-    """The safetensors files that make up the checkpoint, sorted, relative to `folder`.
+    """Return the checkpoint's safetensors files, sorted, relative to `folder`.
 
     Args:
-        folder: where the index file lies, if `names` has one.
-        names: what the checkpoint holds (of a hub repository: more than `folder` does yet).
+        folder: with the index file, if `names` has one.
+        names: the checkpoint's files (those of a hub repository need not be in `folder` yet).
 
     Raises:
-        CheckpointError: neither `model.safetensors` nor an index, both, or a file of the index that is not
-            there.
+        CheckpointError: neither `model.safetensors` nor an index, or two sets of weights.
         UnsafeError: the index names a file outside the folder, or one that is not safetensors.
     """
     if INDEX not in names:
@@ -79,31 +77,33 @@ def weight_files(folder: Path, names: Collection[str]) -> tuple[str, ...]:
             f"two sets of weights in {folder}",
             expected=f"{SINGLE}, or {INDEX} with its shards",
             found="both",
-            next="remove the one that is not meant",
+            next="remove the set that should not be used",
         )
     return files
 
 
 def read_weight_map(path: Path) -> dict[str, str]:
-    """Tensor name → file, from an index file.
+    """Read tensor name → file from an index file.
 
     Raises:
-        CheckpointError: no `weight_map` of strings in it.
-        UnsafeError: a name that leaves the folder, or that is not a safetensors file.
+        CheckpointError: no `weight_map` of strings.
+        UnsafeError: a file outside the folder, or one that is not safetensors.
     """
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f'{path} has no "weight_map"', expected="tensor name → file name")
     for tensor, file in weight_map.items():
         if not isinstance(file, str) or not file:
-            raise CheckpointError(f"{path.name}: the file of {tensor} is no name", found=file)
+            raise CheckpointError(f"{path.name}: the file of {tensor} is not a file name", found=file)
         if len(file) > MAX_PATH or max(map(len, file.split("/"))) > MAX_NAME:
             raise CheckpointError(
-                f"{path.name}: the file of {tensor} is no name", expected=f"at most {MAX_NAME} characters", found=file
+                f"{path.name}: the file name of {tensor} is too long",
+                expected=f"at most {MAX_NAME} characters",
+                found=file,
             )
         if leaves_folder(file):
             raise UnsafeError(
-                f"{path.name}: the file of {tensor} lies outside the checkpoint",
+                f"{path.name}: the file of {tensor} is outside the checkpoint",
                 expected="a name inside the folder",
                 found=file,
             )
@@ -115,17 +115,16 @@ def read_weight_map(path: Path) -> dict[str, str]:
 
 
 def leaves_folder(name: str) -> bool:
-    """Whether a file name from a JSON file may point outside the folder it is relative to, on any system."""
+    """Return whether a relative file name can leave its folder, on any operating system."""
     path = PurePosixPath(name)
     return path.is_absolute() or ".." in path.parts or any(mark in name for mark in "\\:\0")
 
 
 def index_tensors(folder: Path, files: Collection[str]) -> dict[str, Tensor]:
-    """Every tensor of `files`, by name.
+    """Return every tensor of `files`, by name.
 
     Raises:
-        CheckpointError: a file that is missing, truncated or malformed, a tensor held twice, or an index
-            that is wrong.
+        CheckpointError: a file is missing, truncated or malformed, a tensor is in two files, or the index is wrong.
         UnsupportedError: quantized weights.
     """
     tensors: dict[str, Tensor] = {}
@@ -150,25 +149,25 @@ def index_tensors(folder: Path, files: Collection[str]) -> dict[str, Tensor]:
 
 
 def map_bytes(folder: Path, tensor: Tensor) -> npt.NDArray[np.uint8]:
-    """The bytes of one tensor, memory-mapped and read-only, shape `(nbytes,)`."""
+    """Map the bytes of a tensor into memory, read-only: uint8 [nbytes]."""
     if tensor.nbytes == 0:
         return np.zeros(0, np.uint8)
     return np.memmap(folder / tensor.file, np.uint8, "r", tensor.offset, (tensor.nbytes,))
 
 
 def read_header(folder: Path, file: str) -> dict[str, Tensor]:
-    """The tensors that one safetensors file declares.
+    """Read the header of a safetensors file.
 
     Raises:
-        CheckpointError: the file is missing, truncated, or its header is not one.
-        UnsupportedError: a tensor of an integer or an 8-bit float type.
+        CheckpointError: the file is missing or truncated, or its header is malformed.
+        UnsupportedError: a tensor of an integer or 8-bit float type.
     """
     path = folder / file
     if not path.is_file():
         raise CheckpointError(
             f"{file} is missing from {folder}",
-            expected=f"a file {file}, as {INDEX} says",
-            next="download the checkpoint again; what is whole is not fetched twice",
+            expected=f"a file {file}, which {INDEX} names",
+            next="download the checkpoint again; complete files are not fetched again",
         )
     try:
         size = path.stat().st_size
@@ -195,14 +194,14 @@ def read_header(folder: Path, file: str) -> dict[str, Tensor]:
 def _entry(path: Path, file: str, name: str, entry: Any, start: int) -> Tensor:
     try:
         dtype, shape, (begin, end) = str(entry["dtype"]), tuple(entry["shape"]), entry["data_offsets"]
-        # Bounded, or the product of a shape's axes can take hours, and can be too long to be said in an error.
-        whole = len(shape) <= MAX_AXES and all(
+        # Without limits, the product of a shape's axes can take hours, and have too many digits to print.
+        valid = len(shape) <= MAX_AXES and all(
             type(number) is int and 0 <= number <= MAX_NUMBER for number in (*shape, begin, end)
         )
     except (KeyError, TypeError, ValueError):
-        whole = False
-    if not whole:
-        raise CheckpointError(f"{path}: the header says nothing readable about {name}", found=entry)
+        valid = False
+    if not valid:
+        raise CheckpointError(f"{path}: the header's entry for {name} is malformed", found=entry)
     if dtype not in ITEM_BYTES:
         _refuse_dtype(file, name, dtype)
     nbytes = math.prod(shape) * ITEM_BYTES[dtype]
@@ -228,13 +227,13 @@ def _refuse_dtype(file: str, name: str, dtype: str) -> NoReturn:
 
 
 def _check_layout(path: Path, tensors: list[Tensor], start: int, size: int) -> None:
-    """The format allows neither overlaps nor holes nor trailing bytes."""
+    """Check that tensors fill the file without overlaps, holes or trailing bytes, as the format requires."""
     at = start
     for tensor in sorted(tensors, key=lambda tensor: (tensor.offset, tensor.nbytes)):
         if tensor.offset + tensor.nbytes > size:
             _truncated(path, f"{tensor.name} up to byte {tensor.offset + tensor.nbytes}", f"{size} bytes")
         if tensor.offset != at:
-            fault = "overlaps another tensor" if tensor.offset < at else "lies behind a hole"
+            fault = "overlaps another tensor" if tensor.offset < at else "follows a hole"
             raise CheckpointError(
                 f"{path}: {tensor.name} {fault}",
                 expected=f"data from byte {at}",
@@ -242,12 +241,14 @@ def _check_layout(path: Path, tensors: list[Tensor], start: int, size: int) -> N
             )
         at += tensor.nbytes
     if at != size:
-        raise CheckpointError(f"{path} has bytes that no tensor owns", expected=f"{at} bytes", found=f"{size} bytes")
+        raise CheckpointError(
+            f"{path} has bytes that belong to no tensor", expected=f"{at} bytes", found=f"{size} bytes"
+        )
 
 
 def _truncated(path: Path, expected: str, found: str) -> NoReturn:
     raise CheckpointError(
-        f"{path} is truncated or is no safetensors file",
+        f"{path} is truncated or is not a safetensors file",
         expected=expected,
         found=found,
         next="download or copy the file again",

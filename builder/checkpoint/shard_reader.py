@@ -1,8 +1,7 @@
-"""Read a safetensors file front to back, and know at the end what was read.
+"""Read a safetensors file and hash it in one pass.
 
-In: a file of a checkpoint. Out: its bytes as asked for, and their SHA-256.
-Guaranteed: plain reads, no memory map (whose pages count as this process' memory, and which crashes it where a file
-gets shorter); a file that ends early, changes or is replaced while it is read is an error.
+Uses plain reads instead of a memory map, whose pages count as memory of this process and which crashes it if the file
+shrinks. A file that ends early, changes or is replaced while it is read is an error.
 """
 
 from __future__ import annotations
@@ -21,16 +20,16 @@ import numpy.typing as npt
 from builder.checkpoint.safetensors import NUMPY_TYPES, Tensor
 from builder.util.errors import CheckpointError
 
-BLOCK = 4 << 20  # bytes of a tensor that are read, and of what becomes of them, at a time
-STEP = 16 << 20  # bytes read at a time where nobody asks for them
-AHEAD = 64 << 20  # bytes that the disk is asked for while those before them are in use
+BLOCK = 4 << 20  # bytes of a tensor that are read, or that they are converted to, at a time
+STEP = 16 << 20  # bytes read at a time only to hash them
+AHEAD = 64 << 20  # bytes that the system is advised to read ahead
 
 Bytes = npt.NDArray[np.uint8]
 Array = npt.NDArray[Any]
 
 
 class Shard:
-    """One open file; what is read for the first time goes into its digest, and so does what is passed over."""
+    """An open file that hashes bytes in order as they are first read or skipped."""
 
     def __init__(self, path: Path, stream: BinaryIO, hashing: ThreadPoolExecutor) -> None:
         self.path, self._stream, self._hashing = path, stream, hashing
@@ -38,12 +37,12 @@ class Shard:
         self._last = hashing.submit(lambda: None)
 
     def read(self, start: int, stop: int) -> Bytes:
-        """The bytes from `start` up to `stop`, uint8 [stop - start].
+        """Read the bytes from `start` up to `stop`, uint8 [stop - start].
 
         Raises:
             CheckpointError: the file ends before `stop`, or cannot be read.
         """
-        self._pass_over(start)
+        self._hash_up_to(start)
         content = np.empty(stop - start, np.uint8)
         rest = content.data
         try:
@@ -61,29 +60,29 @@ class Shard:
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self._stream.fileno(), stop, AHEAD, os.POSIX_FADV_WILLNEED)
         if start == self._hashed:
-            self._last.result()  # so that no more than two pieces are held
+            self._last.result()  # wait, so that at most two pieces are in memory
             self._last = self._hashing.submit(self._digest.update, content.data)
             self._hashed = stop
         return content
 
     def sha256(self) -> str:
-        """Of the whole file (hex); what nobody has asked for is read now."""
-        self._pass_over(os.fstat(self._stream.fileno()).st_size)
+        """Return the SHA-256 of the file (hex), after reading the rest of it."""
+        self._hash_up_to(os.fstat(self._stream.fileno()).st_size)
         self._last.result()
         return self._digest.hexdigest()
 
-    def _pass_over(self, stop: int) -> None:
-        """Reads up to `stop`: the header, and tensors that nobody has asked for."""
+    def _hash_up_to(self, stop: int) -> None:
+        """Hash the bytes before `stop` that were not read: the header, and tensors that were skipped."""
         while self._hashed < stop:
             self.read(self._hashed, min(stop, self._hashed + STEP))
 
 
 @contextmanager
 def open_shard(path: Path) -> Iterator[Shard]:
-    """The file at `path`, which must stay as it is inside.
+    """Open the file at `path`, which must not change inside the `with` block.
 
     Raises:
-        CheckpointError: it cannot be opened, or is another one at the end than it was at the beginning.
+        CheckpointError: the file cannot be opened, or has changed at the end of the block.
     """
     try:
         stream = path.open("rb", buffering=0)
@@ -96,7 +95,7 @@ def open_shard(path: Path) -> Iterator[Shard]:
             after = _state(path.stat())
         except OSError as error:
             raise CheckpointError(
-                f"{path} is gone since it was opened",
+                f"{path} was removed while it was read",
                 expected="the same file from the first byte to the last",
                 found=error.strerror,
             ) from error
@@ -105,15 +104,15 @@ def open_shard(path: Path) -> Iterator[Shard]:
             f"{path} changed while it was read",
             expected="the same file from the first byte to the last",
             found="another size, time or file",
-            next="let whatever writes it finish, then run the same command again",
+            next="wait until no other program writes the file, then run the same command again",
         )
 
 
 def blocks_of(tensor: Tensor, shard: Shard, rows: int, columns: int, itemsize: int = 0) -> Iterator[Array]:
-    """[some rows, columns], one after the other; at most `BLOCK` bytes of them, and of what they become.
+    """Read a tensor as consecutive blocks [some rows, columns] of at most `BLOCK` bytes, before and after conversion.
 
     Args:
-        itemsize: bytes of an element of what they become.
+        itemsize: bytes of an element after conversion.
     """
     dtype = NUMPY_TYPES[tensor.dtype]
     width = columns * np.dtype(dtype).itemsize
@@ -125,7 +124,7 @@ def blocks_of(tensor: Tensor, shard: Shard, rows: int, columns: int, itemsize: i
 
 
 def _unreadable(path: Path, error: OSError) -> CheckpointError:
-    return CheckpointError(f"{path} cannot be read", expected="a file that can be", found=error.strerror or error)
+    return CheckpointError(f"{path} cannot be read", expected="a readable file", found=error.strerror or error)
 
 
 def _state(stat: os.stat_result) -> tuple[int, int, int]:

@@ -1,8 +1,7 @@
-"""In: the facts of a checkpoint's two models. Out: the name and shape of every weight that they have.
+"""List the weights of an architecture, and check a checkpoint's tensors against them.
 
-Guaranteed: exactly the parameters of transformers' `Qwen3VLForConditionalGeneration`, tied ones once; and a
-set of tensors that passes `check_tensors` is exactly these. Shapes are `(out, in)` for linear layers,
-`(out, channels, frames, rows, columns)` for the patch embedding.
+The weights are the parameters of transformers' `Qwen3VLForConditionalGeneration`, tied weights once. Shapes are
+`(out, in)` for linear layers, `(out, channels, frames, rows, columns)` for the patch embedding.
 """
 
 from __future__ import annotations
@@ -17,15 +16,15 @@ from builder.checkpoint.safetensors import Tensor, map_bytes
 from builder.util.errors import CheckpointError, WeightError
 
 LM_HEAD, EMBEDDINGS = "lm_head.weight", "model.language_model.embed_tokens.weight"
-# config.json's names of the dtypes, and which stored ones become them without loss.
+# Dtypes of config.json → the stored dtypes that convert to them without loss.
 EXACT_IN = {"bfloat16": ("BF16",), "float16": ("F16",), "float32": ("F32", "BF16", "F16")}
 COMPARED_BYTES = 16 * 2**20
-# Comparing spellings takes the square of their length, and time with each: what a hostile file may ask of it.
+# Comparing spellings takes time quadratic in their length: limits against hostile files.
 MOST_COMPARED, LONGEST_COMPARED = 2000, 200
 
 
 def expected_tensors(config: Mapping[str, Any], text: Text, vision: Vision) -> dict[str, tuple[int, ...]]:
-    """Name → shape of every weight that `Qwen3VLForConditionalGeneration(config)` has, and no other."""
+    """Return name → shape of the weights of `Qwen3VLForConditionalGeneration(config)`."""
     shapes = {LM_HEAD: (text.vocab, text.hidden)} if not text.tied else {}
     return shapes | _text_tensors(text) | _vision_tensors(vision)
 
@@ -36,34 +35,34 @@ def check_tensors(
     config: Mapping[str, Any],
     expected: Mapping[str, tuple[int, ...]],
 ) -> dict[str, Tensor]:
-    """The tensors that `expected` names, in its order.
+    """Return the tensors of `expected`, in its order.
 
     Args:
-        folder: holds the files of `tensors`; read only to compare an `lm_head` that should be tied.
-        tensors: all that the files hold.
-        config: its `dtype`, if it has one, is what transformers loads every weight as.
+        folder: with the files of `tensors`; read only to compare an `lm_head` that should be tied.
+        tensors: all tensors of the files.
+        config: `config.json`; transformers loads every weight as its `dtype`, if given.
         expected: see `expected_tensors`.
 
     Raises:
-        WeightError: one missing, or one left over.
-        CheckpointError: a shape or a dtype that the config contradicts, an `lm_head` that is not tied as it
-            says.
+        WeightError: a tensor is missing or unexpected.
+        CheckpointError: a shape or dtype contradicts the config, or an `lm_head` that should be tied differs.
     """
     tied = LM_HEAD not in expected and LM_HEAD in tensors
-    left_over = [name for name in tensors if name not in expected and not (tied and name == LM_HEAD)]
+    unexpected = [name for name in tensors if name not in expected and not (tied and name == LM_HEAD)]
     missing = [name for name in expected if name not in tensors]
     if missing:
         raise WeightError(
             f"{_listed(missing)} missing from the checkpoint",
             expected=f"{missing[0]}, shape {list(expected[missing[0]])}",
-            found=nearest(missing[0], left_over) or "nothing of that name",
-            next='if the embeddings are tied, say "tie_word_embeddings": true' if missing == [LM_HEAD] else None,
+            found=nearest(missing[0], unexpected) or "nothing of that name",
+            next='if the embeddings are tied, set "tie_word_embeddings": true' if missing == [LM_HEAD] else None,
         )
-    if left_over:
+    if unexpected:
+        first = unexpected[0]
         raise WeightError(
-            f"{_listed(left_over)} in {tensors[left_over[0]].file} but not in the model of config.json",
-            expected=nearest(left_over[0], expected),
-            found=f"{left_over[0]}, shape {list(tensors[left_over[0]].shape)}",
+            f"{_listed(unexpected)} in {tensors[first].file} but not in the model of config.json",
+            expected=nearest(first, expected),
+            found=f"{first}, shape {list(tensors[first].shape)}",
         )
     for name, shape in expected.items():
         _check_shape(tensors[name], shape)
@@ -74,7 +73,7 @@ def check_tensors(
 
 
 def nearest(name: str, names: Iterable[str]) -> str | None:
-    """The closest spelling of `name` among `names`, if one is close."""
+    """Return the closest spelling of `name` among `names`, or None if nothing is close."""
     if len(name) > LONGEST_COMPARED:
         return None
     comparable = [other for other in names if len(other) <= LONGEST_COMPARED][:MOST_COMPARED]
@@ -95,7 +94,7 @@ def _check_shape(tensor: Tensor, shape: tuple[int, ...]) -> None:
 
 
 def _check_dtype(tensor: Tensor, declared: Any) -> None:
-    """A weight that loses bits when it is loaded as the config says makes two models of one checkpoint."""
+    """Refuse a weight that loses precision in the config's dtype: transformers would compute with other values."""
     if declared is None:
         return
     if not isinstance(declared, str) or declared not in EXACT_IN:
@@ -105,7 +104,7 @@ def _check_dtype(tensor: Tensor, declared: Any) -> None:
             f"{tensor.file}: the dtype of {tensor.name} contradicts config.json",
             expected=f"{EXACT_IN[declared][0]} (dtype: {declared})",
             found=tensor.dtype,
-            next="correct dtype in config.json, or remove it if every weight is meant to keep its own",
+            next="correct dtype in config.json, or remove it to keep the dtype of each weight",
         )
 
 
@@ -117,8 +116,8 @@ def _check_tied(folder: Path, head: Tensor, embeddings: Tensor) -> None:
         raise CheckpointError(
             f"{head.file}: {LM_HEAD} differs from {EMBEDDINGS}, to which config.json ties it",
             expected="the same values, or no such tensor",
-            found="others",
-            next='say "tie_word_embeddings": false in config.json if the head is meant to be its own',
+            found="different values",
+            next='set "tie_word_embeddings": false in config.json if the head has weights of its own',
         )
 
 
@@ -169,7 +168,7 @@ def _vision_tensors(vision: Vision) -> dict[str, tuple[int, ...]]:
         shapes |= _layer(f"{block}.attn.proj", (hidden, hidden))
         shapes |= _layer(f"{block}.mlp.linear_fc1", (vision.intermediate, hidden))
         shapes |= _layer(f"{block}.mlp.linear_fc2", (hidden, vision.intermediate))
-    # The main merger normalizes each patch, those of DeepStack the merged ones.
+    # The main merger normalizes each patch, the DeepStack mergers the merged patches.
     mergers = {f"{prefix}.merger": hidden}
     mergers |= {f"{prefix}.deepstack_merger_list.{index}": merged for index in range(len(vision.deepstack))}
     for merger, normalized in mergers.items():

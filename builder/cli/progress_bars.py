@@ -15,7 +15,7 @@ from rich.progress import Progress as Bars
 from builder.stages.engine.build import Build
 from builder.stages.engine.execute import Event, Step
 from builder.stages.engine.output_folder import Record
-from builder.util.progress import Advance, shown_by
+from builder.util.progress import Advance, use_display
 
 
 def line(build: Build, step: Step, record: Record | None = None) -> str:
@@ -47,14 +47,14 @@ def watching(build: Build) -> Iterator[Callable[[Event], None]]:
             if event.record is not None:
                 write(line(build, event.step, event.record))
 
-        with shown_by(lambda label, total: _bar(bars, label, total)):
+        with use_display(lambda label, total: _bar(bars, label, total)):
             yield on_event
 
 
 @contextmanager
 def bars() -> Iterator[None]:
     """Show every `progress` inside on stderr."""
-    with _bars(Console(stderr=True)) as shown, shown_by(lambda label, total: _bar(shown, label, total)):
+    with _bars(Console(stderr=True)) as shown, use_display(lambda label, total: _bar(shown, label, total)):
         yield
 
 

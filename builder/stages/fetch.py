@@ -1,7 +1,7 @@
 """The stage `fetch`: the checkpoint's files, on this disk, whole, and what each is.
 
 In: a resolved `Source`. Out: `checkpoint.json` with the folder, the revision, and what tells every file that a
-build needs from another; `notices/`: what the checkpoint says of its licence. Guaranteed: a local folder is used in
+build needs from another; `notices/`: what the checkpoint says of its license. Guaranteed: a local folder is used in
 place and never written to, and its weights are not read: `builder.stages.quantize` takes their SHA-256 as they pass; a
 download is of one commit, and its bytes are those that the hub names; the checkpoint opens (see
 `builder.checkpoint.load`).
@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from builder.checkpoint.fingerprint import FETCHED, NOTICES, WEIGHTS, _notices, _sha256
+from builder.checkpoint.fingerprint import FETCHED, NOTICES, WEIGHTS, cached_sha256, notice_names
 from builder.checkpoint.hub import Remote, download
 from builder.checkpoint.load import file_states, open_checkpoint
 from builder.util.errors import CheckpointError, DownloadError
@@ -63,7 +63,7 @@ def run(build: Build, out: Path) -> dict[str, Any]:
         found = dict(zip(("size", "time"), now.get(file, ("none", "none")), strict=True))
         _check_same(checkpoint.folder / file, "opened", files[file], found)
         files[file]["sha256"] = digests.get(file, (0, None))[1]
-    for file in _notices(checkpoint.folder):
+    for file in notice_names(checkpoint.folder):
         (out / NOTICES).mkdir(exist_ok=True)
         shutil.copyfile(checkpoint.folder / file, out / NOTICES / file)
     text = json.dumps({**facts, "files": files}, indent=2, sort_keys=True)
@@ -103,7 +103,7 @@ def _check_same(path: Path, since: str, known: Mapping[str, object], found: Mapp
 
 def _digests(folder: Path, files: Iterable[str]) -> dict[str, tuple[int, str]]:
     """File → size in bytes and SHA-256 (hex)."""
-    return {file: ((folder / file).stat().st_size, _sha256(folder / file)) for file in files}
+    return {file: ((folder / file).stat().st_size, cached_sha256(folder / file)) for file in files}
 
 
 def _check_bytes(folder: Path, remotes: Mapping[str, Remote], digests: Mapping[str, tuple[int, str]]) -> None:

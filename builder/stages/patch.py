@@ -79,7 +79,7 @@ def status(patches: Iterable[Patch] | None = None, file: Path = verified.FILE) -
     """Each patch (all by default) against what is installed; an unverified source is a state, no error."""
     data = verified.read(file)
     out = []
-    for patch in own.every() if patches is None else patches:
+    for patch in own.all_patches() if patches is None else patches:
         missing = source.locate(patch.target) is None
         found = "" if missing else digest(patch)
         known = found in data.digests.get(patch.name, {}).values()
@@ -133,7 +133,7 @@ def record(patches: Iterable[Patch] | None = None, file: Path = verified.FILE) -
     """
     if not __debug__:
         raise PatchError("checks are assertions, and this Python runs without them", next="run without -O")
-    chosen = own.every() if patches is None else tuple(patches)
+    chosen = own.all_patches() if patches is None else tuple(patches)
     failures = {patch.name: said for patch in chosen if (said := _failure(patch, file))}
     if failures:
         raise PatchError(

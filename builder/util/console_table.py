@@ -1,4 +1,4 @@
-"""Tables for a person: printed to the console that is there, or written to a file as wide as they need to be."""
+"""Tables for the console, and for text files of any width."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from rich.text import Text
 
 GOOD, BAD = "green", "bold red"
 STYLES = {"pass": GOOD, "caught": GOOD, "fits": GOOD, "FAIL": BAD, "SURVIVED": BAD, "MISPLACED": BAD, "TOO": BAD}
-WIDEST = 10_000  # columns of a file, which no cell is cut or folded for
+WIDEST = 10_000  # columns of a file: no cell is cut or folded
 
 
 def console_table(
     title: str, headings: Sequence[str], rows: Iterable[Sequence[str]], *, right: Collection[str] = ()
 ) -> Table:
-    """A table that stays readable at 80 columns: long cells are folded, none is cut.
+    """Return a table that is readable at 80 columns: long cells are folded, never cut.
 
     Args:
-        right: headings of the columns that are aligned to the right, i.e. of numbers.
+        right: headings of the right-aligned columns, i.e. of numbers.
     """
     table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
     for heading in headings:
@@ -35,14 +35,16 @@ def console_table(
 
 
 def show(*parts: RenderableType) -> None:
-    """Print to stdout: as wide as the terminal (80 columns where there is none), coloured unless `NO_COLOR` is set or
-    stdout is not a terminal. Sentences are not folded.
+    """Print tables and unfolded sentences to stdout.
+
+    The width is the terminal's (80 columns without a terminal); colours are off if `NO_COLOR` is set or stdout is not
+    a terminal.
     """
     _print(Console(markup=False, emoji=False, highlight=False), parts)
 
 
 def as_text(*parts: RenderableType) -> str:
-    """The same for a file, without colours and as wide as its longest row."""
+    """Return the same as text for a file: no colours, as wide as the longest row."""
     file = io.StringIO()
     _print(Console(file=file, width=WIDEST, color_system=None, markup=False, emoji=False, highlight=False), parts)
     return "\n".join(line.rstrip() for line in file.getvalue().splitlines())
@@ -54,6 +56,6 @@ def _print(console: Console, parts: Iterable[RenderableType]) -> None:
 
 
 def _cell(text: str) -> Text:
-    """A verdict in its colour; all else as it is."""
+    """Colour a cell that begins with a verdict."""
     first, *_ = text.replace(",", " ").split() or [""]
     return Text(text, STYLES.get(first, "") if first.isupper() or text == first else "")

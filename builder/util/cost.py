@@ -1,8 +1,7 @@
-"""What a stretch of work costs: seconds, peak memory, bytes read and written.
+"""Measure the cost of a piece of work: seconds, peak memory, bytes read and written.
 
-In: a `Meter` made when the work begins. Out: a `Cost`. Guaranteed: processes that the work starts and waits for count;
-memory is resident bytes of one process, the largest there was; reads and writes are those asked of the system, from its
-cache or not.
+Child processes that the work waits for are included. Memory is the resident bytes of the largest single process; reads
+and writes are those of system calls, whether served from the page cache or not.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from builder.util import peak_memory
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds of the clock and of all cores; bytes, or None where the system does not tell."""
+    """Wall-clock and CPU seconds; bytes, or None where the system does not report them."""
 
     wall_s: float
     cpu_s: float
@@ -27,7 +26,7 @@ class Cost:
 
 
 class Meter:
-    """Starts counting when it is made."""
+    """Measures from its construction on."""
 
     def __init__(self) -> None:
         peak_memory.reset_peak()
@@ -36,7 +35,7 @@ class Meter:
         self._begin, self._cpu, self._io = time.perf_counter(), self._cpu_s(), self._moved()
 
     def cost(self) -> Cost:
-        """Since the meter was made."""
+        """Return the cost since the meter was constructed."""
         peaks = [peak_memory.peak_rss()]
         if (peak := peak_memory.peak_of_children()) != self._children:
             peaks.append(peak)
@@ -45,7 +44,7 @@ class Meter:
         return Cost(
             wall_s=round(time.perf_counter() - self._begin, 3),
             cpu_s=round(self._cpu_s() - self._cpu, 3),
-            peak_rss=max((one for one in peaks if one is not None), default=None),
+            peak_rss=max((peak for peak in peaks if peak is not None), default=None),
             read=read,
             written=written,
         )
@@ -56,6 +55,6 @@ class Meter:
     def _moved(self) -> tuple[int | None, int | None]:
         try:
             counters = self._process.io_counters() if hasattr(self._process, "io_counters") else None
-        except (psutil.Error, OSError):  # a container may hide the file that says so
+        except (psutil.Error, OSError):  # a container may hide /proc/PID/io
             counters = None
         return getattr(counters, "read_chars", None), getattr(counters, "write_chars", None)

@@ -1,6 +1,6 @@
-"""Every error a user can cause, one class and one exit code a kind.
+"""The errors that a user can cause, each with an exit code of its own.
 
-`builder/cli/app.py` is the only place that exits; everything else raises one of these.
+Only `builder/cli/app.py` exits; everything else raises one of these.
 """
 
 from __future__ import annotations
@@ -13,22 +13,25 @@ QUOTED = 2000  # characters
 
 
 class BuildError(Exception):
-    """What happened, what was expected, what was found, and the next command.
+    """What happened, what was expected, what was found, and what to do next.
 
     Args:
-        what: one sentence: what happened, naming the file, tensor, key or graph.
+        what: one sentence that names the file, tensor, key or graph.
         expected: what would have been right.
         found: what is there instead.
-        next: the command (or the edit) that gets the user on; the kind's own `otherwise` if None.
+        next: the command or edit that resolves it; the class's `default_next` if None.
+
+    Example:
+        >>> raise CheckpointError("config.json: unknown dtype", expected="float16", found="int8")
     """
 
     exit_code = 1
-    otherwise: str | None = None
+    default_next: str | None = None
 
     def __init__(self, what: str, *, expected: Any = None, found: Any = None, next: str | None = None) -> None:
         super().__init__(what)
         self.what, self.expected, self.found = what, expected, found
-        self.next = self.otherwise if next is None else next
+        self.next = self.default_next if next is None else next
 
     def __str__(self) -> str:
         lines = [shortened(self.what)]
@@ -38,7 +41,7 @@ class BuildError(Exception):
         return "\n".join(lines)
 
     def as_dict(self) -> dict[str, Any]:
-        """The same for `--json`: strings only, `None` where nothing was said."""
+        """Return the error as `--json` prints it; `expected`, `found` and `next` are strings or None."""
         text = {key: getattr(self, key) for key in ("expected", "found", "next")}
         return {
             "error": type(self).__name__,
@@ -49,7 +52,10 @@ class BuildError(Exception):
 
 
 def shortened(value: Any) -> str:
-    """`value` as an error quotes it: a file can hold names of any length, and integers too long to be written."""
+    """Return `value` as text, with the middle cut out of more than `QUOTED` characters.
+
+    A file can hold names of any length, and integers with more digits than Python converts.
+    """
     try:
         text = str(value)
     except ValueError:
@@ -58,140 +64,140 @@ def shortened(value: Any) -> str:
 
 
 class CheckpointError(BuildError):
-    """Not a checkpoint, a file missing, truncated, or contradicting the config."""
+    """A folder that is not a checkpoint, or a file that is missing, truncated, or contradicts the config."""
 
     exit_code = 10
-    otherwise = "fetch the checkpoint again, or save it again with `save_pretrained`"
+    default_next = "fetch the checkpoint again, or save it again with `save_pretrained`"
 
 
 class UnsupportedError(BuildError):
-    """A checkpoint that is whole but of a kind that cannot be exported."""
+    """A complete checkpoint of a kind that cannot be exported."""
 
     exit_code = 11
-    otherwise = "README, «Build a checkpoint», says what can be exported"
+    default_next = "see README, «Build a checkpoint», for what can be exported"
 
 
 class UnsafeError(BuildError):
-    """Pickle weights, remote code demanded, or a path that leaves its folder."""
+    """Pickle weights, required remote code, or a path that leaves its folder."""
 
     exit_code = 12
-    otherwise = "save the checkpoint again with `save_pretrained`, which writes safetensors and no code"
+    default_next = "save the checkpoint again with `save_pretrained`, which writes safetensors and no code"
 
 
 class RecipeError(BuildError):
     """An unknown key, a wrong type, or a combination that no target can run."""
 
     exit_code = 13
-    otherwise = "edit the recipe; README, «Build a checkpoint», lists its keys"
+    default_next = "edit the recipe; README, «Build a checkpoint», lists its keys"
 
 
 class DownloadError(BuildError):
-    """The hub could not be reached, or does not have what was asked for."""
+    """The hub could not be reached, or does not have the requested repository, revision or file."""
 
     exit_code = 14
-    otherwise = "run the same command again"
+    default_next = "run the same command again"
 
 
 class PatchError(BuildError):
     """Upstream source that no patch was verified on, or a patch that never ran."""
 
     exit_code = 15
-    otherwise = "`qwen3vl-onnx patches` shows every patch and its state"
+    default_next = "`qwen3vl-onnx patches` shows every patch and its state"
 
 
 class WeightError(BuildError):
     """A graph initializer without a checkpoint tensor, or a tensor that no graph uses."""
 
     exit_code = 16
-    otherwise = "save the checkpoint again with `save_pretrained`; if it is right, see `qwen3vl-onnx patches`"
+    default_next = "save the checkpoint again with `save_pretrained`; if it is right, see `qwen3vl-onnx patches`"
 
 
 class PassError(BuildError):
-    """A graph pass that the recipe expects to match and that did not."""
+    """A graph pass that the recipe requires and that matched nowhere."""
 
     exit_code = 17
-    otherwise = "`qwen3vl-onnx patches`: an upstream change alters what is traced"
+    default_next = "`qwen3vl-onnx patches`: an upstream change alters what is traced"
 
 
 class ImageError(BuildError):
-    """A file that is no image, or an image the model cannot take."""
+    """A file that is not an image, or an image that the model cannot take."""
 
     exit_code = 18
-    otherwise = "give another file: PNG, JPEG, WebP …"
+    default_next = "give another file: PNG, JPEG, WebP …"
 
 
 class OutputError(BuildError):
     """An output folder that holds something else, is in use, or cannot be written."""
 
     exit_code = 19
-    otherwise = "give another --output"
+    default_next = "give another --output"
 
 
 class VerificationError(BuildError):
-    """A gate that does not hold."""
+    """A gate that fails."""
 
     exit_code = 20
-    otherwise = "read the report in `evidence/`"
+    default_next = "read the report in `evidence/`"
 
 
 class BundleError(BuildError):
-    """A folder that is no bundle, or whose files differ from its manifest."""
+    """A folder that is not a bundle, or whose files differ from its manifest."""
 
     exit_code = 21
-    otherwise = "build it again with `qwen3vl-onnx build`"
+    default_next = "build it again with `qwen3vl-onnx build`"
 
 
 class MissingPackageError(BuildError):
     """A package that this command needs and that is not installed."""
 
     exit_code = 22
-    otherwise = 'pip install "qwen3vl-onnx[build]"'
+    default_next = 'pip install "qwen3vl-onnx[build]"'
 
 
 class PromptError(BuildError):
     """A prompt that the model or the runtime cannot take."""
 
     exit_code = 23
-    otherwise = "shorten or change the prompt; a chat template must be one of Qwen3-VL's kind"
+    default_next = "shorten or change the prompt; a chat template must have the form of Qwen3-VL's"
 
 
 class CasesError(BuildError):
-    """A file of cases that cannot be read, or that asks for what cannot be compared."""
+    """A case file that cannot be read, or that requests something that cannot be compared."""
 
     exit_code = 25
-    otherwise = "edit the file; builder/reference/case_file.py shows all that it may say"
+    default_next = "edit the file; builder/reference/case_file.py documents its keys"
 
 
 class GoldenError(BuildError):
-    """A golden that cannot be read, or that was made from something else."""
+    """A golden file that cannot be read, or that was recorded from something else."""
 
     exit_code = 26
-    otherwise = "make it again: qwen3vl-onnx golden CHECKPOINT --output FILE"
+    default_next = "record it again: qwen3vl-onnx golden CHECKPOINT --output FILE"
 
 
 class SignatureError(BuildError):
-    """A bundle that is not signed, or not by that key; a key that cannot be read."""
+    """A bundle that is not signed, or not with that key; a key that cannot be read."""
 
     exit_code = 27
-    otherwise = "take the bundle again from where it was built, and the key from whoever signed it"
+    default_next = "get the bundle again from where it was built, and the key from whoever signed it"
 
 
 class UploadError(BuildError):
-    """The hub could not be reached, or did not take what was sent."""
+    """The hub could not be reached, or rejected the upload."""
 
     exit_code = 28
-    otherwise = "run the same command again: what has arrived is not sent again"
+    default_next = "run the same command again; files that were uploaded are not sent again"
 
 
 class ResourceError(BuildError):
-    """A build that needs more disk or memory than there is.
+    """A build that needs more disk or memory than is available.
 
     Args:
-        estimate: every figure, as `build --dry-run --json` shows them (see `builder.stages.engine.dry_run`).
+        estimate: the requirements, as `build --dry-run --json` reports them (see `builder.stages.engine.dry_run`).
     """
 
     exit_code = 24
-    otherwise = "`build --dry-run` shows what is needed: give another --output, or a machine with more memory"
+    default_next = "`build --dry-run` shows what is needed: give another --output, or a machine with more memory"
 
     def __init__(
         self,
@@ -206,5 +212,5 @@ class ResourceError(BuildError):
         self.estimate = estimate
 
     def as_dict(self) -> dict[str, Any]:
-        """The same, and the estimate."""
+        """Return the error as `--json` prints it, with the estimate."""
         return {**super().as_dict(), "estimate": self.estimate}

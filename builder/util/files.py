@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 def link(source: Path, destination: Path) -> None:
-    """`destination` becomes the same file as `source`; a copy where the file system has no hard links."""
+    """Hard-link `destination` to `source`, or copy it where the file system has no hard links."""
     destination.parent.mkdir(parents=True, exist_ok=True)
     try:
         os.link(source, destination)
@@ -20,14 +20,14 @@ def link(source: Path, destination: Path) -> None:
 
 
 def sha256(path: Path) -> str:
-    """Hex digest of a file's bytes."""
+    """Return the SHA-256 of a file, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def git_blob(path: Path) -> str:
-    """Git's name for a file's bytes, in hex: what the hub reports of files outside LFS."""
-    content = path.read_bytes()  # small, as it is outside LFS
+    """Return git's blob id of a file, in hex, as the hub reports it for files outside LFS."""
+    content = path.read_bytes()  # files outside LFS are small
     return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
 
 

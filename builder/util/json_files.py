@@ -1,8 +1,7 @@
-"""In: a JSON or text file of a checkpoint or a bundle. Out: its top-level object, its text.
+"""Read the JSON and text files of a checkpoint or a bundle, which may be hostile.
 
-Guaranteed: no more than `MAX_BYTES`, `MAX_VALUES` and `MAX_DEPTH` are taken in; what is returned can be written
-again as JSON in UTF-8 (no NaN, no half of a surrogate pair); whatever is wrong with the file is a `CheckpointError`
-that names it.
+Guarantees: at most `MAX_BYTES`, `MAX_VALUES` and `MAX_DEPTH` are read; the result can be written as JSON in UTF-8 again
+(no NaN, no lone surrogate); any fault of the file is a `CheckpointError` that names it.
 """
 
 from __future__ import annotations
@@ -17,25 +16,24 @@ from builder.util.errors import CheckpointError
 # The largest JSON file of a real checkpoint is its tokenizer.json, 11 MB.
 MAX_BYTES = 32 * 2**20
 MAX_TEXT = 2**20  # a chat template's source; the longest known are 30,000 characters
-# A value takes some 100 bytes of memory, however short it is written. That tokenizer.json has 0.8 million.
+# A value takes about 100 bytes of memory, however short its text. That tokenizer.json has 0.8 million.
 MAX_VALUES = 2_000_000
-# Deeper ones pass here and end the recursion of whoever reads them next. A tokenizer.json has 8 levels.
+# Deeper nesting would exceed the recursion limit of code that reads the value next. A tokenizer.json has 8 levels.
 MAX_DEPTH = 64
-_HALF = re.compile(rb"\\u[dD][89a-fA-F]")
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in `path`.
+    """Return the object in `path`.
 
     Raises:
-        CheckpointError: no such file, larger than `MAX_BYTES`, not UTF-8, not JSON, not an object, or more than can be
-            taken in.
+        CheckpointError: no such file, larger than `MAX_BYTES`, not UTF-8, not JSON, not an object, or over a limit.
     """
     return parse_object(_content(path, MAX_BYTES), str(path))
 
 
 def read_text(path: Path) -> str:
-    """The text in `path`.
+    """Return the text in `path`.
 
     Raises:
         CheckpointError: no such file, larger than `MAX_TEXT`, or not UTF-8.
@@ -43,7 +41,7 @@ def read_text(path: Path) -> str:
     try:
         return _content(path, MAX_TEXT).decode("utf-8")
     except UnicodeDecodeError as error:
-        raise CheckpointError(f"{path} is no text in UTF-8", found=error) from error
+        raise CheckpointError(f"{path} is not UTF-8 text", found=error) from error
 
 
 def _content(path: Path, most: int) -> bytes:
@@ -64,12 +62,12 @@ def _content(path: Path, most: int) -> bytes:
 
 
 def parse_object(content: bytes, name: str, *, unique: bool = False) -> dict[str, Any]:
-    """The JSON object that `content` spells.
+    """Parse a JSON object.
 
     Args:
         content: UTF-8.
-        name: what an error calls it.
-        unique: refuse a key that is given twice (which makes a large object twice as slow to read).
+        name: of the content, for error messages.
+        unique: refuse duplicate keys (parsing a large object then takes twice as long).
 
     Raises:
         CheckpointError: not UTF-8, not JSON, not an object, too many values, too deep, or a key given twice.
@@ -81,7 +79,7 @@ def parse_object(content: bytes, name: str, *, unique: bool = False) -> dict[str
         value = json.loads(
             content.decode("utf-8"), object_pairs_hook=_object if unique else None, parse_constant=_no_number
         )
-        if _HALF.search(content):
+        if _SURROGATE.search(content):
             json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{name} is not JSON", found=error) from error
@@ -105,13 +103,13 @@ def _check_depth(value: dict[str, Any], name: str) -> None:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    content: dict[str, Any] = {}
     for name, value in pairs:
-        if name in found:
+        if name in content:
             raise ValueError(f"the key {name!r} is given twice")
-        found[name] = value
-    return found
+        content[name] = value
+    return content
 
 
 def _no_number(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no number of JSON's")
+    raise ValueError(f"{name} is not a JSON number")

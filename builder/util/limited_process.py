@@ -1,8 +1,4 @@
-"""Run a function in a process of its own, and end it where it takes too much time or memory.
-
-In: a function of this package, its arguments, bounds. Out: what it returns, or the error that it raises.
-Guaranteed: the process is gone when `bounded` returns; what it takes beyond the bounds is what fits between two looks.
-"""
+"""Run a function in a process with limits on time and memory."""
 
 from __future__ import annotations
 
@@ -18,27 +14,27 @@ from builder.util.errors import BuildError
 
 T = TypeVar("T")
 
-_LOOK = 0.01  # seconds
-# Of the clock, for each second of work: a machine that is busy is no reason to end what works.
+_POLL = 0.01  # seconds
+# Wall-clock seconds allowed per CPU second: a busy machine must not end a process that makes progress.
 _PATIENCE = 60
 
 
-class BoundsError(Exception):
-    """The function took too long, too much memory, or ended its process; says which."""
+class LimitError(Exception):
+    """The function took too much time or memory, or its process ended without a result."""
 
 
-def bounded(function: Callable[..., T], *arguments: Any, seconds: float, memory: int) -> T:
-    """`function(*arguments)`.
+def run_limited(function: Callable[..., T], *arguments: Any, seconds: float, memory: int) -> T:
+    """Return `function(*arguments)`, computed in a process that has ended when this returns.
 
     Args:
-        function: of a module, so that the other process can import it; raises nothing but `BuildError`s.
-        arguments: what can be pickled.
-        seconds: of work of its process (CPU time), what it imports included.
-        memory: resident bytes of its process, likewise.
+        function: at module level, so that the process can import it; raises only `BuildError`s.
+        arguments: picklable.
+        seconds: of CPU time of the process, including imports.
+        memory: resident bytes of the process, including imports.
 
     Raises:
-        BuildError: whatever the function raises.
-        BoundsError: a bound was reached, or the process ended without an answer.
+        BuildError: the error that the function raised.
+        LimitError: a limit was reached (checked every 10 ms), or the process ended without a result.
     """
     context = get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
@@ -46,7 +42,7 @@ def bounded(function: Callable[..., T], *arguments: Any, seconds: float, memory:
     process.start()
     theirs.close()
     try:
-        answer = _received(ours, psutil.Process(process.pid), seconds, memory)
+        answer = _receive(ours, psutil.Process(process.pid), seconds, memory)
     finally:
         process.kill()
         process.join()
@@ -57,21 +53,21 @@ def bounded(function: Callable[..., T], *arguments: Any, seconds: float, memory:
     return result
 
 
-def _received(ours: Connection, process: psutil.Process, seconds: float, memory: int) -> Any:
+def _receive(ours: Connection, process: psutil.Process, seconds: float, memory: int) -> Any:
     end = time.monotonic() + _PATIENCE * seconds
-    while not ours.poll(_LOOK):
+    while not ours.poll(_POLL):
         try:
             if process.memory_info().rss > memory:
-                raise BoundsError(f"it takes more than {memory // 2**20} MB of memory")
+                raise LimitError(f"it takes more than {memory // 2**20} MB of memory")
             worked = process.cpu_times()
         except psutil.NoSuchProcess:
             break
         if worked.user + worked.system > seconds or time.monotonic() > end:
-            raise BoundsError("it does not come to an end")
+            raise LimitError("it does not come to an end")
     try:
         return ours.recv()
     except (EOFError, OSError) as error:
-        raise BoundsError("its process ended without an answer") from error
+        raise LimitError("its process ended without a result") from error
 
 
 def _answer(theirs: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:

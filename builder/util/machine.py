@@ -1,7 +1,4 @@
-"""What this machine has: memory under every limit of this process, and free disk space.
-
-In: the system's own figures. Out: bytes. Guaranteed: nothing is written; a limit that cannot be read is none.
-"""
+"""Memory and disk space that this process may use. A limit that cannot be read counts as no limit."""
 
 from __future__ import annotations
 
@@ -12,12 +9,12 @@ from pathlib import Path, PurePosixPath
 import psutil
 
 PROC, CGROUP = Path("/proc"), Path("/sys/fs/cgroup")
-# What no machine has means that there is no limit: version 1 says 2^63 less a page.
+# More than any machine has means no limit: cgroups version 1 reports 2^63 less a page.
 UNLIMITED = 2**60
 
 
 def memory_limit(proc: Path = PROC, cgroup: Path = CGROUP) -> int:
-    """Bytes that this process may use: the least of physical memory and the limits of all its control groups.
+    """Return the bytes that this process may use: the least of physical memory and the limits of its control groups.
 
     Args:
         proc: where proc(5) is mounted.
@@ -28,23 +25,23 @@ def memory_limit(proc: Path = PROC, cgroup: Path = CGROUP) -> int:
 
 
 def free_disk(path: Path) -> int:
-    """Bytes that may be written under `path`, which need not exist yet."""
-    return shutil.disk_usage(existing(path)).free
+    """Return the bytes that may be written under `path`, which need not exist yet."""
+    return shutil.disk_usage(nearest_existing(path)).free
 
 
-def same_disk(one: Path, other: Path) -> bool:
-    """Whether what is written under either takes space from both; neither need exist yet."""
-    return existing(one).stat().st_dev == existing(other).stat().st_dev
+def same_disk(first: Path, second: Path) -> bool:
+    """Return whether two paths, which need not exist yet, are on the same file system."""
+    return nearest_existing(first).stat().st_dev == nearest_existing(second).stat().st_dev
 
 
-def existing(path: Path) -> Path:
-    """The nearest of `path` and its parents that exists."""
+def nearest_existing(path: Path) -> Path:
+    """Return the nearest of `path` and its parents that exists."""
     path = path.resolve()
     return next(folder for folder in (path, *path.parents) if folder.exists())
 
 
 def _limit_files(proc: Path, cgroup: Path) -> Iterator[Path]:
-    """Of this process' own group and of every group that it lies in."""
+    """Yield the limit file of this process's control group and of every group above it."""
     try:
         lines = (proc / "self" / "cgroup").read_text().splitlines()
     except OSError:
@@ -57,7 +54,7 @@ def _limit_files(proc: Path, cgroup: Path) -> Iterator[Path]:
         else:
             continue
         parts = PurePosixPath(path).parts[1:]
-        # ".." is a group outside the container's view. A path that is the host's does not exist here, but its top does.
+        # ".." is a group outside the container's view. A path of the host does not exist here, but its top does.
         own = top if ".." in parts else top.joinpath(*parts)
         yield own / name
         while own != top:

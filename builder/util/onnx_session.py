@@ -9,9 +9,11 @@ from builder.util.errors import BundleError
 
 
 def open_session(model: Path | bytes, data: Path | None = None, **settings: int) -> Any:
-    """Open a graph file, or a serialized graph whose data files are in the folder `data`.
+    """Open a graph on the CPU.
 
     Args:
+        model: a graph file, or a serialized graph.
+        data: the folder with the data files of a serialized graph.
         settings: attributes of `onnxruntime.SessionOptions`.
     """
     import onnxruntime
@@ -25,7 +27,7 @@ def open_session(model: Path | bytes, data: Path | None = None, **settings: int)
 
 
 def does_not_load(path: Path, error: Exception, *, expected: str | None = None, next: str | None = None) -> BundleError:
-    """The error for a graph that onnxruntime refuses; onnxruntime's exceptions have no common base class."""
+    """Return the error for a graph that onnxruntime refuses; onnxruntime's exceptions have no common base class."""
     import onnxruntime
 
     return BundleError(

@@ -1,6 +1,6 @@
-"""The peak of this process' resident memory over a stretch of work, in bytes.
+"""Peak resident memory of this process, in bytes.
 
-Linux counts it a stretch (`reset_peak` starts one); elsewhere the figure is the peak since the process began.
+On Linux the peak is that since `reset_peak`; elsewhere it is that since the process started.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ _PROC = Path("/proc/self")
 
 
 def reset_peak() -> None:
-    """Start a new stretch, where the system can (writing 5 to `clear_refs`, proc(5))."""
+    """Reset the peak where the system supports it (5 written to `clear_refs`, proc(5))."""
     try:
         (_PROC / "clear_refs").write_text("5")
     except OSError:
@@ -20,9 +20,9 @@ def reset_peak() -> None:
 
 
 def peak_rss() -> int | None:
-    """Bytes, or None where the system does not tell.
+    """Return the peak in bytes, or None where the system does not report it.
 
-    `VmHWM` goes before `ru_maxrss`: the latter starts from the peak of whatever process started this one.
+    `VmHWM` is preferred to `ru_maxrss`, which starts from the peak of the parent process.
     """
     try:
         for line in (_PROC / "status").read_text().splitlines():
@@ -34,7 +34,7 @@ def peak_rss() -> int | None:
 
 
 def peak_of_children() -> int | None:
-    """Bytes: the largest peak of a process that this one started and waited for, ever; None where nobody tells."""
+    """Return the largest peak of any child process waited for so far, or None where the system does not report it."""
     return _maxrss(children=True)
 
 

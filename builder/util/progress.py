@@ -1,7 +1,7 @@
-"""How far a long step has come, for whoever looks.
+"""Report the progress of long steps to a display that the command line installs.
 
-A stage says `with progress("export", total=6) as advance: … advance()`; what is done with it is up to the
-command line, which calls `shown_by`. Guaranteed: without one, nothing is printed and nothing is imported.
+A stage runs `with progress("export", total=6) as advance: … advance()`; without a display (`use_display`), nothing is
+printed or imported.
 """
 
 from __future__ import annotations
@@ -13,37 +13,42 @@ from typing import Protocol
 
 
 class Advance(Protocol):
-    """Tell that `steps` more are done (of the unit that `total` counts)."""
+    """Report `steps` more steps as done."""
 
     def __call__(self, steps: int = 1) -> None: ...
 
 
-Show = Callable[[str, int | None], AbstractContextManager[Advance]]
+Display = Callable[[str, int | None], AbstractContextManager[Advance]]
 
 
 @contextmanager
 def progress(label: str, total: int | None = None) -> Iterator[Advance]:
-    """A stretch of work of `total` steps (None: not known), shown where someone looks."""
-    show = _SHOW.get()
-    if show is None:
+    """Report a step of work to the display, if there is one.
+
+    Args:
+        label: of the step, with the unit of `total`.
+        total: number of steps; None if not known.
+    """
+    display = _DISPLAY.get()
+    if display is None:
         yield _ignore
     else:
-        with show(label, total) as advance:
+        with display(label, total) as advance:
             yield advance
 
 
 @contextmanager
-def shown_by(show: Show) -> Iterator[None]:
-    """Have every `progress` inside shown by `show`."""
-    token = _SHOW.set(show)
+def use_display(display: Display) -> Iterator[None]:
+    """Send progress to `display` inside the `with` block."""
+    token = _DISPLAY.set(display)
     try:
         yield
     finally:
-        _SHOW.reset(token)
+        _DISPLAY.reset(token)
 
 
 def _ignore(steps: int = 1) -> None:
     return
 
 
-_SHOW: ContextVar[Show | None] = ContextVar("show", default=None)
+_DISPLAY: ContextVar[Display | None] = ContextVar("display", default=None)

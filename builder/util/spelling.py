@@ -1,4 +1,4 @@
-"""The spelling that was probably meant."""
+"""Suggest the intended spelling of a misspelled name."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ from collections.abc import Iterable
 
 
 def nearest(word: str, among: Iterable[str]) -> str | None:
-    """The spelling among `among` that `word` was probably meant to be, or None."""
+    """Return the closest match for `word`, or None if nothing is close."""
     return next(iter(difflib.get_close_matches(word, list(among), n=1, cutoff=0.5)), None)

@@ -1,4 +1,4 @@
-"""Distributions of the next token."""
+"""Log-probabilities of the next token, and their divergence."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Array = npt.NDArray[Any]
 
 
 def log_softmax(logits: Array) -> Array:
-    """Log-probabilities over the last axis, float64; NaN in a row with a NaN."""
+    """Return log-probabilities over the last axis, float64; a row with a NaN becomes NaN."""
     with np.errstate(invalid="ignore"):
         shifted = logits.astype(np.float64)
         shifted -= shifted.max(-1, keepdims=True)
@@ -20,10 +20,14 @@ def log_softmax(logits: Array) -> Array:
 
 
 def kl_divergence(want: Array, got: Array) -> Array:
-    """Σ p·ln(p/q) over the last axis of two arrays of log-probabilities, float64, in nats, at least 0; NaN where an
-    input is NaN.
+    """Return the Kullback-Leibler divergence Σ p·ln(p/q) over the last axis, float64, in nats, at least 0.
 
-    A token that `want` rules out costs nothing, whatever `got` says about it.
+    Args:
+        want: log-probabilities ln p; a token of probability 0 contributes 0.
+        got: log-probabilities ln q, of the same shape.
+
+    Returns:
+        one axis less than the inputs; NaN where an input is NaN.
     """
     weight = np.exp(want, dtype=np.float64)
     with np.errstate(invalid="ignore"):

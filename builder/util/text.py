@@ -1,4 +1,4 @@
-"""Figures and text from elsewhere, made safe and short enough to print."""
+"""Format numbers, and make untrusted text safe and short enough to print."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import unicodedata
 
 NAME = 160  # characters of a name
 
-# Control characters, and those that turn the direction of what is written around them.
+# Control characters, and those that change the direction of the text around them.
 _UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
 
 
 def figure(value: float) -> str:
-    """`4.0e-06`, `0.5`, `1,204`."""
+    """Format a number: `4.0e-06`, `0.5`, `1,204`."""
     if not math.isfinite(value):
         return str(value)
     if 0 < abs(value) < 1e-2 or abs(value) >= 1e7:
@@ -22,17 +22,20 @@ def figure(value: float) -> str:
 
 
 def clean(text: object) -> str:
-    """Text that changes nothing around it: no control characters, no direction marks."""
+    """Replace control characters and direction marks, which would change the text around them."""
     return _UNSEEN.sub("\ufffd", unicodedata.normalize("NFC", str(text)))
 
 
 def cut(text: str, length: int) -> str:
-    """At most `length` characters."""
+    """Cut text to at most `length` characters."""
     return text if len(text) <= length else text[: length - 1] + "…"
 
 
 def code(text: object, length: int = NAME) -> str:
-    """A name as it is: inside `<code>` nothing is a mention, and as entities no character is markup."""
+    """Return a name for Markdown, literally.
+
+    Inside `<code>` nothing is a mention, and punctuation written as entities is not markup.
+    """
     words = " ".join(clean(cut(str(text), length)).split())
     if not words:
         return ""

@@ -8,7 +8,7 @@ MISSING = "not installed"
 
 
 def version(distribution: str) -> str:
-    """The installed version, or `MISSING`; imports nothing of it."""
+    """Return the installed version, or `MISSING`, without importing the package."""
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:

@@ -27,7 +27,7 @@ from builder.cli.app import app
 from builder.targets.clients.pipeline import SettingsError, load_tokenizer, read_image_settings, read_settings
 from builder.util.errors import BundleError, UnsafeError
 from builder.util.files import write_text
-from tests.checkpoint.test_fuzz import told
+from tests.checkpoint.test_fuzz import record_counts
 from tests.helpers.checkpoints import MINIATURE
 from tests.helpers.edits import Change, both, edit_json, remove, truncate, write
 from tests.helpers.hostile import HUGE, ODD_VALUES, mutated, outcome, snapshot
@@ -318,4 +318,4 @@ def test_a_few_drawn_bytes(good: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_many_drawn_bytes(good: Path, tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
     folder = spoiled(good, tmp_path / "genai", unlisted)
-    told(Counter(drawn(good, folder, seed) for seed in range(1000, 1000 + DRAWN)), record_property)
+    record_counts(Counter(drawn(good, folder, seed) for seed in range(1000, 1000 + DRAWN)), record_property)

@@ -1,4 +1,4 @@
-"""Chat templates, taken apart and put together again, against transformers' rendering."""
+"""Chat templates, split and joined again, against transformers' rendering."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ FULL = """\
     {%- endif %}
 {%- endif %}
 """
-# One user turn, whitespace trimmed around the tags; {0} is what an image and {1} what a text becomes.
+# One user turn, whitespace trimmed around the tags; {0} is the rendering of an image and {1} of a text.
 TURN = (
     "{{% for message in messages %}}<u>{{% for part in message.content %}}{{% if part.type == 'image' %}}{0}"
     "{{% else %}}{1}{{% endif %}}{{% endfor %}}</u>{{% endfor %}}<a>"
@@ -98,7 +98,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.torch
 @pytest.mark.parametrize("template", [(MINIATURE / "chat_template.jinja").read_text(), FULL], ids=["mini", "full"])
-def test_the_parts_make_up_what_transformers_renders(template: str) -> None:
+def test_joined_parts_equal_transformers_rendering(template: str) -> None:
     from transformers import AutoTokenizer
 
     upstream: Any = AutoTokenizer.from_pretrained(MINIATURE)
@@ -140,7 +140,7 @@ def test_a_system_prompt_of_the_templates_own_is_kept() -> None:
     }
 
 
-def test_a_template_may_hold_a_text_itself() -> None:
+def test_a_template_may_contain_a_probe() -> None:
     template = "Read the number. " + TURN.format("<|image_pad|>", "{{ part.text }}")
     assert split(template, IMAGE, {})["prefix"] == "Read the number. <u>"
 
@@ -153,7 +153,7 @@ def test_a_template_may_hold_a_text_itself() -> None:
         ("<|image_pad|>", "{{ part.text | escape }}", "&amp;"),
         ("<|image_pad|>", "{{ part.text }}{{ part.text }}", "exactly once"),
         ("<|image_pad|>", "", "exactly once"),
-        ("<|image_pad|>\n", "{{ part.text }}\n<|image_pad|>", "exactly once an image"),
+        ("<|image_pad|>\n", "{{ part.text }}\n<|image_pad|>", "exactly once per image"),
         ("<image>", "{{ part.text }}", "does not write <|image_pad|>"),
         ("", "{{ part.text }}", "does not write <|image_pad|>"),
         ("<|image_pad|>", "{{ raise_exception('no') }}", "TemplateError: no"),
@@ -162,10 +162,10 @@ def test_a_template_may_hold_a_text_itself() -> None:
         ("<|image_pad|>", "{{ ''.__class__.__mro__ }}", "SecurityError"),
         ("<|image_pad|>", "{{ messages.append(1) }}", "SecurityError"),
         ("<|image_pad|>", "{{ 1 / 0 }}", "ZeroDivisionError"),
-        ("<|image_pad|>", "{% endif %}", "no Jinja template"),
+        ("<|image_pad|>", "{% endif %}", "not a Jinja template"),
     ],
 )
-def test_templates_that_are_no_three_strings_are_refused(image: str, text: str, why: str) -> None:
+def test_templates_that_cannot_be_split_are_refused(image: str, text: str, why: str) -> None:
     with pytest.raises(PromptError) as caught:
         split(TURN.format(image, text), IMAGE, {})
     assert why in str(caught.value)
@@ -195,7 +195,7 @@ def test_the_template_is_found(file: str, content: str, plain: Path, tmp_path: P
     assert split_template(open_checkpoint(folder))["prefix"] == prefix
 
 
-def test_a_token_that_is_not_there_is_named() -> None:
+def test_a_missing_token_is_named() -> None:
     checkpoint = open_checkpoint(MINIATURE)
     assert token_text(checkpoint, checkpoint.image_token_id) == IMAGE
     with pytest.raises(CheckpointError, match=r"tokenizer\.json has no added token 12"):

@@ -1,6 +1,6 @@
-"""Checkpoints that mean harm: each is taken, or refused with an error of ours, in bounded time and memory.
+"""Hostile checkpoints: each is accepted, or refused with a `BuildError`, in bounded time and memory.
 
-A sample of the named ones runs always, all of them and thousands of drawn ones with `-m slow`.
+A sample of the named checkpoints always runs; all of them, and thousands of random mutations, run with `-m slow`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from tests.helpers.checkpoints import write_checkpoint
 from tests.helpers.edits import Change, both, remove, write
 from tests.helpers.hostile import CHECKPOINTS, mutated, outcome, snapshot
 
-DRAWN = 3000  # in a long run
+MUTATIONS = 3000  # of a slow run
 MOST_MEMORY = 500 * 2**20
 NAMED = [(kind, name) for kind, table in CHECKPOINTS.items() for name in table]
 SAMPLE = random.Random(20).sample(NAMED, 60)
@@ -43,7 +43,7 @@ SAMPLE = random.Random(20).sample(NAMED, 60)
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of two shards, as small as one can be."""
+    """A minimal checkpoint of two shards."""
     folder = tmp_path_factory.mktemp("good") / "checkpoint"
     text = {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 1}
     vision = {"depth": 1, "hidden_size": 16, "num_heads": 1, "intermediate_size": 16, "num_position_embeddings": 4}
@@ -54,7 +54,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def memory() -> Iterator[None]:
-    """What the test takes at its peak, beyond the peak before."""
+    """Check how far the test raises the peak memory."""
     before = _peak()
     yield
     assert _peak() - before < MOST_MEMORY
@@ -64,8 +64,8 @@ def _peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def read_whole(folder: Path) -> None:
-    """All that a build reads of a checkpoint before it traces, and all that it writes of what it read."""
+def read_all(folder: Path) -> None:
+    """Read everything that a build reads of a checkpoint before tracing, and write everything it writes of that."""
     checkpoint = open_checkpoint(folder)
     graph_bytes(described(checkpoint), ("genai", "onnxruntime"))
     verify_memory(checkpoint)
@@ -74,8 +74,8 @@ def read_whole(folder: Path) -> None:
     text.encode()
 
 
-def spoiled(good: Path, folder: Path, change: Change) -> Path:
-    """A copy of the checkpoint, changed."""
+def changed_copy(good: Path, folder: Path, change: Change) -> Path:
+    """Copy the checkpoint and change the copy."""
     shutil.copytree(good, folder)
     change(folder)
     return folder
@@ -83,21 +83,21 @@ def spoiled(good: Path, folder: Path, change: Change) -> Path:
 
 @pytest.fixture
 def directly(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Templates are rendered in this process, where they are not what is spoiled."""
+    """Render templates in this process, for tests that do not change them."""
 
     def call(function: Callable[..., Any], *arguments: Any, **_bounds: int) -> Any:
         return function(*arguments)
 
-    monkeypatch.setattr("builder.checkpoint.chat_template.bounded", call)
+    monkeypatch.setattr("builder.checkpoint.chat_template.run_limited", call)
 
 
 def refusals(good: Path, folder: Path, cases: list[tuple[str, str]]) -> Counter[str]:
-    """How often each kind ends in what."""
+    """Count the outcomes of each kind of hostile checkpoint."""
     counts: Counter[str] = Counter()
     for number, (kind, name) in enumerate(cases):
-        copy = spoiled(good, folder / str(number), CHECKPOINTS[kind][name])
+        copy = changed_copy(good, folder / str(number), CHECKPOINTS[kind][name])
         try:
-            counts[f"{kind}: {outcome(lambda one=copy: read_whole(one))}"] += 1  # type: ignore[misc]
+            counts[f"{kind}: {outcome(lambda folder=copy: read_all(folder))}"] += 1  # type: ignore[misc]
         except BaseException as error:
             error.add_note(f"the hostile checkpoint: {kind}, {name}")
             raise
@@ -105,15 +105,15 @@ def refusals(good: Path, folder: Path, cases: list[tuple[str, str]]) -> Counter[
     return counts
 
 
-def told(counts: Mapping[str, int], record: Callable[[str, object], None]) -> None:
-    """Into the results, and for whoever looks."""
+def record_counts(counts: Mapping[str, int], record: Callable[[str, object], None]) -> None:
+    """Record the counts in the test results, and print them."""
     for kind, count in sorted(counts.items()):
         record(kind, count)
         print(f"{count:6} {kind}")
 
 
-def test_the_good_one_is_taken(good: Path) -> None:
-    assert outcome(lambda: read_whole(good)) == "accepted"
+def test_a_good_checkpoint_is_accepted(good: Path) -> None:
+    assert outcome(lambda: read_all(good)) == "accepted"
 
 
 @pytest.mark.usefixtures("memory", "directly")
@@ -125,13 +125,15 @@ def test_a_sample_is_refused(good: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("memory", "directly")
-def test_all_named_ones_are_refused(good: Path, tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
-    told(refusals(good, tmp_path, NAMED), record_property)
+def test_all_named_checkpoints_are_refused(
+    good: Path, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    record_counts(refusals(good, tmp_path, NAMED), record_property)
 
 
 @pytest.mark.parametrize("name", ["empty file", "length 2^63", "shape of huge numbers", "a pipe", "long name"])
 def test_the_command_line_refuses_and_writes_nothing(good: Path, tmp_path: Path, name: str) -> None:
-    copy = spoiled(good, tmp_path / "checkpoint", hostile.HEADERS[name])
+    copy = changed_copy(good, tmp_path / "checkpoint", hostile.HEADERS[name])
     before = snapshot(tmp_path)
     for command in (["build", "--dry-run"], ["explain"], ["build"]):
         result = CliRunner().invoke(app, [*command, str(copy), "--output", str(tmp_path / "output")])
@@ -172,20 +174,18 @@ FAST = ("no end", "doubled for ever", "deep brackets", "no UTF-8", "a folder")
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=() if name in FAST[2:] else pytest.mark.slow) for name in CHAT_TEMPLATES]
 )
-def test_a_template_that_means_harm_is_refused(
-    good: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_hostile_template_is_refused(good: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("builder.checkpoint.chat_template.SECONDS", 5)
-    checkpoint = open_checkpoint(spoiled(good, tmp_path / "checkpoint", CHAT_TEMPLATES[name]))
+    checkpoint = open_checkpoint(changed_copy(good, tmp_path / "checkpoint", CHAT_TEMPLATES[name]))
     with pytest.raises(BuildError):
         split_template(checkpoint)
 
 
 @pytest.mark.seconds
-def test_a_template_without_end_is_ended(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_template_that_never_ends_is_stopped(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("builder.checkpoint.chat_template.SECONDS", 5)
     change = write(TEMPLATE, TEMPLATES["no end"])
-    checkpoint = open_checkpoint(spoiled(good, tmp_path / "checkpoint", change))
+    checkpoint = open_checkpoint(changed_copy(good, tmp_path / "checkpoint", change))
     with pytest.raises(PromptError, match="cannot be rendered") as caught:
         split_template(checkpoint)
     assert "come to an end" in str(caught.value.found)
@@ -194,16 +194,16 @@ def test_a_template_without_end_is_ended(good: Path, tmp_path: Path, monkeypatch
 FILES = ("config.json", hostile.SHARD, hostile.INDEX, hostile.SETTINGS, "generation_config.json", hostile.WORDS)
 
 
-def drawn(good: Path, folder: Path, seed: int) -> str:
-    """The checkpoint with a file of which a few bytes are others."""
+def outcome_of_mutation(good: Path, folder: Path, seed: int) -> str:
+    """Open the checkpoint with a few random bytes of one file changed."""
     rng = random.Random(seed)
     file = FILES[seed % len(FILES)]
     content = (good / file).read_bytes()
-    # Of weights, the header: no value of a weight is looked at.
+    # Of a weight file only the header, as the values of weights are not checked.
     length = 8 + int.from_bytes(content[:8], "little") if file == hostile.SHARD else len(content)
     (folder / file).write_bytes(mutated(content[:length], rng) + content[length:])
     try:
-        return f"bytes of {file}: {outcome(lambda: read_whole(folder))}"
+        return f"bytes of {file}: {outcome(lambda: read_all(folder))}"
     except BaseException as error:
         error.add_note(f"bytes of {file}, seed {seed}")
         raise
@@ -213,20 +213,22 @@ def drawn(good: Path, folder: Path, seed: int) -> str:
 
 @pytest.mark.usefixtures("memory", "directly")
 @pytest.mark.seconds
-def test_a_few_drawn_bytes(good: Path, tmp_path: Path) -> None:
-    folder = spoiled(good, tmp_path / "checkpoint", lambda folder: None)
-    counts = Counter(drawn(good, folder, seed) for seed in range(120))
+def test_a_few_mutations(good: Path, tmp_path: Path) -> None:
+    folder = changed_copy(good, tmp_path / "checkpoint", lambda folder: None)
+    counts = Counter(outcome_of_mutation(good, folder, seed) for seed in range(120))
     assert sum(count for what, count in counts.items() if not what.endswith("accepted")) > 40
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("memory", "directly")
-def test_many_drawn_bytes(good: Path, tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
-    folder = spoiled(good, tmp_path / "checkpoint", lambda folder: None)
-    told(Counter(drawn(good, folder, seed) for seed in range(1000, 1000 + DRAWN)), record_property)
+def test_many_mutations(good: Path, tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
+    folder = changed_copy(good, tmp_path / "checkpoint", lambda folder: None)
+    record_counts(
+        Counter(outcome_of_mutation(good, folder, seed) for seed in range(1000, 1000 + MUTATIONS)), record_property
+    )
 
 
-# Every JSON value, in the place of any that a config has.
+# Any JSON value.
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20) | st.sampled_from([hostile.HUGE]),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
@@ -245,16 +247,16 @@ PLACES = [
 @pytest.mark.usefixtures("directly")
 @pytest.mark.seconds
 def test_any_value_in_a_config(good: Path, tmp_path: Path) -> None:
-    folder = spoiled(good, tmp_path / "checkpoint", lambda folder: None)
+    folder = changed_copy(good, tmp_path / "checkpoint", lambda folder: None)
     plain = (good / "config.json").read_text()
 
     @settings(max_examples=60, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
     @given(st.sampled_from(PLACES), VALUES)
-    def one(place: tuple[str | None, str], value: Any) -> None:
+    def check(place: tuple[str | None, str], value: Any) -> None:
         content = json.loads(plain)
         section, key = place
         (content[section] if section else content)[key] = value
         (folder / "config.json").write_text(json.dumps(content))
-        outcome(lambda: read_whole(folder))
+        outcome(lambda: read_all(folder))
 
-    one()
+    check()

@@ -1,4 +1,4 @@
-"""The stage `fetch` against a hub on this machine, on good days and bad."""
+"""The stage `fetch` against a local hub server, with and without faults."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ REPO = "Org/Tiny-VL"
 
 @pytest.fixture
 def repository(sharded: Path) -> Repository:
-    """A checkpoint as a hub repository, with what repositories hold besides."""
+    """A checkpoint as a hub repository, with other files that repositories have."""
     (sharded / "README.md").write_text("# Tiny")
     (sharded / "pytorch_model.bin").write_bytes(b"never to be fetched")
     (sharded / "onnx").mkdir()
@@ -38,7 +38,7 @@ def repository(sharded: Path) -> Repository:
 
 @pytest.fixture
 def hub(repository: Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    """A hub with that repository, which huggingface_hub uses, and an empty cache."""
+    """A hub server with that repository, which huggingface_hub uses, and an empty cache."""
     with HubServer({REPO: repository}) as server:
         template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
         settings = {
@@ -57,7 +57,7 @@ def hub(repository: Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.fixture
 def out(tmp_path: Path) -> Path:
-    """Where the stage writes."""
+    """Output folder of the stage."""
     return tmp_path / "1-fetch"
 
 
@@ -94,7 +94,7 @@ def test_dropped_connection_is_resumed(hub: HubServer, repository: Repository, o
     assert sha256(open_fetched(out).folder / SHARD) == sha256(repository.folder / SHARD)
 
 
-def test_second_try_keeps_the_files_that_were_whole(hub: HubServer, repository: Repository, out: Path) -> None:
+def test_second_try_keeps_complete_files(hub: HubServer, repository: Repository, out: Path) -> None:
     last = "model-00003-of-00003.safetensors"
     repository.fail.add(last)
     source = resolve(parse_source(REPO))
@@ -124,7 +124,7 @@ def test_other_bytes_than_the_hub_names_are_refused(
     assert sha256(open_fetched(out).folder / file) == sha256(repository.folder / file)
 
 
-def test_a_download_is_opened_to_prove_it_and_once_more_from_the_record(
+def test_a_download_is_opened_to_check_it_and_once_more_from_the_record(
     hub: HubServer, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened = count_openings(monkeypatch)
@@ -139,12 +139,12 @@ def test_cached_commit_needs_no_network(hub: HubServer, repository: Repository, 
     pinned = resolve(parse_source(REPO))
     fetch_into(pinned, out)
     hub.close()
-    asked = len(hub.requests)
+    requests = len(hub.requests)
     assert resolve(pinned) == pinned
     shutil.rmtree(out)
     fetch_into(pinned, out)
     assert open_fetched(out).revision == repository.commit
-    assert len(hub.requests) == asked
+    assert len(hub.requests) == requests
     with pytest.raises(DownloadError, match="could not be downloaded"):
         resolve(parse_source(REPO))
 
@@ -155,7 +155,7 @@ def test_cached_commit_needs_no_network(hub: HubServer, repository: Repository, 
         ("Org/None", None, "no repository Org/None", "spelling"),
         (f"{REPO}@nope", None, "no revision nope", "commits"),
         (REPO, ("GatedRepo", 403), "gated", "hf auth login"),
-        (REPO, ("RepoNotFound", 401), "not for you", "HF_TOKEN"),
+        (REPO, ("RepoNotFound", 401), "that you can read", "HF_TOKEN"),
         (REPO, ("", 403), "could not be downloaded", REPO),
     ],
 )

@@ -1,4 +1,4 @@
-"""What a checkpoint says about itself, in every form that it may have."""
+"""Checkpoints of every supported form are opened and read correctly."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FIRST, LAST = "model-00001-of-00003.safetensors", "model-00003-of-00003.safetens
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_every_shape_opens_with_its_facts(checkpoint: Callable[[str], Path], shape: str) -> None:
+def test_every_shape_opens_with_its_architecture(checkpoint: Callable[[str], Path], shape: str) -> None:
     folder = checkpoint(shape)
     opened = open_checkpoint(folder)
     arguments = SHAPES[shape]
@@ -38,7 +38,7 @@ def test_every_shape_opens_with_its_facts(checkpoint: Callable[[str], Path], sha
     assert set(opened.files) <= {path.name for path in folder.iterdir()}
 
 
-def test_facts_of_the_miniature(miniature: Path) -> None:
+def test_architecture_of_the_miniature(miniature: Path) -> None:
     opened = open_checkpoint(miniature, name="miniature", revision="1" * 40)
     assert (opened.name, opened.revision) == ("miniature", "1" * 40)
     assert (opened.text.hidden, opened.text.heads, opened.text.kv_heads, opened.text.head_dim) == (
@@ -72,12 +72,12 @@ def test_read_gives_the_stored_values_without_copying(checkpoint: Callable[[str]
     types = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32}
     for file in {tensor.file for tensor in opened.tensors.values()}:
         for name, stored in load_file(opened.folder / file).items():
-            found = opened.read(name)
-            assert found.dtype == stored.dtype == types[opened.tensors[name].dtype]
-            assert found.shape == stored.shape == opened.tensors[name].shape
-            assert found.tobytes() == stored.tobytes()
-            assert not found.flags.writeable
-            assert isinstance(found, np.memmap)
+            weight = opened.read(name)
+            assert weight.dtype == stored.dtype == types[opened.tensors[name].dtype]
+            assert weight.shape == stored.shape == opened.tensors[name].shape
+            assert weight.tobytes() == stored.tobytes()
+            assert not weight.flags.writeable
+            assert isinstance(weight, np.memmap)
 
 
 def test_read_names_the_nearest_weight(miniature: Path) -> None:
@@ -125,11 +125,11 @@ def test_chat_template_is_where_transformers_looks_first(sharded: Path) -> None:
     edit_json("tokenizer_config.json", lambda content: content.update(chat_template="third"))(sharded)
     write("chat_template.json", b'{"chat_template": "second"}')(sharded)
     write("chat_template.jinja", b"first")(sharded)
-    found = []
+    templates = []
     for file in ("chat_template.jinja", "chat_template.json", "tokenizer_config.json"):
-        found.append(open_checkpoint(sharded).chat_template)
+        templates.append(open_checkpoint(sharded).chat_template)
         (sharded / file).unlink()
-    assert found == ["first", "second", "third"]
+    assert templates == ["first", "second", "third"]
     with pytest.raises(CheckpointError, match="has no chat template"):
         _ = open_checkpoint(sharded).chat_template
 
@@ -173,7 +173,7 @@ def test_harmless_variations_open(single: Path, change: Change) -> None:
 
 
 def test_kv_heads_default_to_heads(tmp_path: Path) -> None:
-    folder = write_checkpoint(tmp_path / "whole", text={"num_key_value_heads": 4})
+    folder = write_checkpoint(tmp_path / "checkpoint", text={"num_key_value_heads": 4})
     config(text__num_key_value_heads=None)(folder)
     assert open_checkpoint(folder).text.kv_heads == 4
 
@@ -191,8 +191,8 @@ def test_names_and_shapes_are_upstreams(checkpoint: Callable[[str], Path], shape
     loaded: Any = Qwen3VLForConditionalGeneration.from_pretrained(
         opened.folder, dtype=torch.float32, output_loading_info=True
     )
-    model, found = loaded
-    assert {kind: list(names) for kind, names in found.items() if names} == {}
+    model, info = loaded
+    assert {kind: list(names) for kind, names in info.items() if names} == {}
     parameters = {name: tuple(value.shape) for name, value in model.named_parameters()}
     assert parameters == expected_tensors(opened.config, opened.text, opened.vision)
     for name, value in model.named_parameters():

@@ -1,4 +1,4 @@
-"""Each way in which a folder is no checkpoint, or none that can be exported, and what is said about it."""
+"""Each way in which a folder is not a checkpoint that can be exported, and its error."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def refused(folder: Path, error: type[BuildError], message: str) -> BuildError:
         (both(write("config.json"), lambda f: os.truncate(f / "config.json", MAX_BYTES + 1)), "too large"),
         (write("generation_config.json", b"no"), "generation_config.json is not JSON"),
         (remove("tokenizer.json"), "tokenizer.json is missing"),
-        (write("tokenizer.json"), "is not a tokenizer's"),
+        (write("tokenizer.json"), "tokenizer.json is not a tokenizer"),
         (remove("preprocessor_config.json"), "preprocessor_config.json is missing"),
         (remove("*.safetensors*"), "no weights"),
         (remove(INDEX), "no weights"),
@@ -65,7 +65,7 @@ def refused(folder: Path, error: type[BuildError], message: str) -> BuildError:
         (write(INDEX), 'no "weight_map"'),
     ],
 )
-def test_folders_that_hold_no_whole_checkpoint(sharded: Path, change: Change, message: str) -> None:
+def test_folders_without_a_complete_checkpoint(sharded: Path, change: Change, message: str) -> None:
     change(sharded)
     assert refused(sharded, CheckpointError, message).exit_code == 10
 
@@ -140,8 +140,8 @@ def test_what_is_not_safe(sharded: Path, change: Change, message: str) -> None:
         (write(LAST, b"\xff" * 100), "truncated"),
         (write(LAST, struct.pack("<Q", 4) + b"nope"), "not JSON"),
         (write(LAST, struct.pack("<Q", 14) + b'{"a":1,"a":{}}'), "given twice"),
-        (write(LAST, struct.pack("<Q", 8) + b'{"a":{}}'), "nothing readable about a"),
-        (edit_header(LAST, lambda h: None, tail=b"more"), "no tensor owns"),
+        (write(LAST, struct.pack("<Q", 8) + b'{"a":{}}'), "the header's entry for a is malformed"),
+        (edit_header(LAST, lambda h: None, tail=b"more"), "bytes that belong to no tensor"),
         (edit_header(LAST, last_offsets(0, 2)), "wrong number of bytes"),
         (edit_header(LAST, last_offsets(2, 2)), "truncated"),
         (edit_header(LAST, last_offsets(-2, -2)), "overlaps"),
@@ -194,7 +194,7 @@ def test_weight_that_is_missing(single: Path) -> None:
     assert error.found == "model.language_model.norm.wieght"
 
 
-def test_weight_that_is_left_over(single: Path) -> None:
+def test_weight_that_is_unexpected(single: Path) -> None:
     edit_tensors("model.safetensors", lambda t: t.update({"model.language_model.norm.bias": t[NORM]}))(single)
     error = refused(single, WeightError, "model.language_model.norm.bias is in model.safetensors but not")
     assert error.expected == NORM
@@ -205,7 +205,7 @@ def test_missing_head_of_an_untied_model(single: Path) -> None:
     assert "tie_word_embeddings" in str(refused(single, WeightError, "lm_head.weight is missing").next)
 
 
-def test_head_that_is_not_tied_as_the_config_says(single: Path) -> None:
+def test_head_that_differs_although_the_config_ties_it(single: Path) -> None:
     def one_less(embeddings: Any) -> Any:
         embeddings[-1, -1] += 1
         return embeddings
@@ -218,35 +218,35 @@ def test_head_that_is_not_tied_as_the_config_says(single: Path) -> None:
     ("change", "message"),
     [
         (config(text_config=None), "no text_config"),
-        (config(text__num_hidden_layers=10**9), "num_hidden_layers is no count"),
+        (config(text__num_hidden_layers=10**9), "num_hidden_layers is not a count"),
         (config(dtype=["float16"]), "unknown dtype"),
-        (edit_json("tokenizer.json", lambda c: c.update(added_tokens=[1])), "is not a tokenizer's"),
-        (config(text__num_hidden_layers=0), "num_hidden_layers is no count"),
-        (config(text__hidden_size="80"), "hidden_size is no count"),
-        (config(text__vocab_size=True), "vocab_size is no count"),
+        (edit_json("tokenizer.json", lambda c: c.update(added_tokens=[1])), "tokenizer.json is not a tokenizer"),
+        (config(text__num_hidden_layers=0), "num_hidden_layers is not a count"),
+        (config(text__hidden_size="80"), "hidden_size is not a count"),
+        (config(text__vocab_size=True), "vocab_size is not a count"),
         (config(text__rms_norm_eps=-1.0), "rms_norm_eps"),
         (config(tie_word_embeddings="yes"), "tie_word_embeddings"),
         (config(text__num_key_value_heads=2), "multiple of kv heads"),
         (config(text__head_dim=33), "even head_dim"),
         (config(rope__mrope_section=[6, 5, 6]), "mrope_section"),
         (config(rope__mrope_section=[8, 8]), "mrope_section"),
-        (config(rope__factor=None), "factor is no number"),
+        (config(rope__factor=None), "factor is not a positive number"),
         (config(vision__num_heads=5), "num_heads"),
         (config(vision__num_heads=24), "axial"),
         (config(vision__num_position_embeddings=63), "square"),
         (config(vision__out_hidden_size=81), "out_hidden_size"),
-        (config(vision__patch_size=[16, 16]), "patch_size is no count"),
+        (config(vision__patch_size=[16, 16]), "patch_size is not a count"),
         (config(vision__deepstack_visual_indexes=[1, 1]), "distinct"),
         (config(vision__deepstack_visual_indexes=[2]), "0 to 1"),
         (config(vision__deepstack_visual_indexes=[-1]), "0 to 1"),
         (config(vision__depth=9, vision__deepstack_visual_indexes=[1, 2, 3, 4]), "more DeepStack features"),
-        (config(image_token_id=4096), "image_token_id is no token"),
+        (config(image_token_id=4096), "image_token_id is not a token"),
         (config(vision__patch_size=14), "patch_size contradicts"),
         (config(vision__spatial_merge_size=4), "merge_size contradicts"),
         (config(vision__temporal_patch_size=1), "temporal_patch_size contradicts"),
         (edit_json("preprocessor_config.json", lambda c: c.pop("merge_size")), "merge_size contradicts"),
         (edit_json("preprocessor_config.json", lambda c: c.update(image_std=[0.5, 0.5])), "image_std"),
-        (edit_json("preprocessor_config.json", lambda c: c.pop("size")), "how many pixels"),
+        (edit_json("preprocessor_config.json", lambda c: c.pop("size")), "the least and most pixels"),
         (config(text__vocab_size=4000), "more tokens than the model has embeddings"),
     ],
 )

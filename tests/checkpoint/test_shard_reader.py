@@ -1,4 +1,4 @@
-"""A shard knows what was read of it, and a file that does not stay what it is while it is read is an error."""
+"""A shard hashes the bytes it reads, and a file that changes while it is read is an error."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from builder.graph.external_data import write_data
 from builder.util.errors import CheckpointError
 
 CONTENT = bytes(np.random.default_rng(0).integers(0, 256, 1000, np.uint8))
-LONG_AGO = 10**18  # so that a change now has another time, however coarse the file system's clock is
+LONG_AGO = 10**18  # a change now has another time, however coarse the file system's clock
 
 
 @pytest.fixture
@@ -31,12 +31,12 @@ def file(tmp_path: Path) -> Path:
 
 
 def four_parts(error: CheckpointError, path: Path) -> None:
-    """What, with the file's name; expected, found and next."""
+    """Check that an error names the file, and has expected, found and next."""
     assert str(path) in error.what
     assert all(error.as_dict()[part] for part in ("what", "expected", "found", "next"))
 
 
-def test_what_is_asked_for_is_what_is_there(file: Path) -> None:
+def test_reads_return_the_bytes_of_the_file(file: Path) -> None:
     with open_shard(file) as opened:
         for start, stop in ((0, 10), (990, 1000), (10, 10), (3, 700), (1000, 1000)):
             got = opened.read(start, stop)
@@ -46,7 +46,7 @@ def test_what_is_asked_for_is_what_is_there(file: Path) -> None:
 
 @pytest.mark.parametrize("step", [1, 7, 1 << 20])
 @pytest.mark.parametrize(
-    "asked",
+    "ranges",
     [
         pytest.param([(0, 1000)], id="all at once"),
         pytest.param([(0, 300), (300, 999), (999, 1000)], id="in order"),
@@ -58,12 +58,12 @@ def test_what_is_asked_for_is_what_is_there(file: Path) -> None:
         pytest.param([], id="nothing"),
     ],
 )
-def test_the_digest_is_the_files_whatever_was_asked_for(
-    file: Path, asked: list[tuple[int, int]], step: int, monkeypatch: pytest.MonkeyPatch
+def test_the_digest_is_the_files_whatever_was_read(
+    file: Path, ranges: list[tuple[int, int]], step: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shard_reader, "STEP", step)
     with open_shard(file) as opened:
-        for start, stop in asked:
+        for start, stop in ranges:
             assert opened.read(start, stop).tobytes() == CONTENT[start:stop]
         assert opened.sha256() == opened.sha256() == hashlib.sha256(CONTENT).hexdigest()
 
@@ -79,7 +79,7 @@ def truncated(path: Path) -> None:
 
 
 def rewritten(path: Path) -> None:
-    """One byte at its end, under the same size."""
+    """Change the last byte; the size stays the same."""
     with path.open("r+b") as stream:
         stream.seek(-1, os.SEEK_END)
         last = stream.read(1)[0]
@@ -93,7 +93,7 @@ def grown(path: Path) -> None:
 
 
 def replaced(path: Path) -> None:
-    """Another file of the same bytes, size and time, renamed into place."""
+    """Rename another file of the same bytes, size and time into place."""
     other = path.with_name("other")
     shutil.copy2(path, other)
     assert (other.stat().st_size, other.stat().st_mtime_ns) == (path.stat().st_size, path.stat().st_mtime_ns)
@@ -105,37 +105,37 @@ FAULTS = [
     pytest.param(rewritten, "changed while it was read", id="rewritten"),
     pytest.param(grown, "changed while it was read", id="grown"),
     pytest.param(replaced, "changed while it was read", id="replaced"),
-    pytest.param(os.unlink, "is gone since it was opened", id="gone"),
+    pytest.param(os.unlink, "was removed while it was read", id="gone"),
 ]
 
 
 def read_across(path: Path, event: Callable[[Path], None], stop: int = 1000) -> None:
-    """400 bytes, then what happens to the file, then the bytes up to `stop`."""
+    """Read 400 bytes, apply the event to the file, then read the bytes up to `stop`."""
     with open_shard(path) as opened:
         opened.read(0, 400)
         event(path)
         opened.read(400, stop)
 
 
-@pytest.mark.parametrize(("spoil", "said"), FAULTS)
-def test_a_file_that_changes_between_two_reads(file: Path, spoil: Callable[[Path], None], said: str) -> None:
-    with pytest.raises(CheckpointError, match=said) as caught:
-        read_across(file, spoil)
+@pytest.mark.parametrize(("fault", "message"), FAULTS)
+def test_a_file_that_changes_between_two_reads(file: Path, fault: Callable[[Path], None], message: str) -> None:
+    with pytest.raises(CheckpointError, match=message) as caught:
+        read_across(file, fault)
     four_parts(caught.value, file)
 
 
-def test_a_file_that_is_cut_short_says_where_it_ends(file: Path) -> None:
+def test_the_error_for_a_truncated_file_gives_its_length(file: Path) -> None:
     with pytest.raises(CheckpointError) as caught:
         read_across(file, truncated, stop=900)
     assert (caught.value.expected, caught.value.found) == ("at least 900 bytes", "500 bytes")
 
 
-def test_a_file_that_is_cut_where_nobody_reads_any_more(file: Path) -> None:
+def test_a_file_that_is_truncated_after_the_last_read(file: Path) -> None:
     with pytest.raises(CheckpointError, match="changed while it was read"):
         read_across(file, truncated, stop=500)
 
 
-def test_an_error_inside_is_not_covered_by_another(file: Path) -> None:
+def test_an_error_inside_is_not_replaced(file: Path) -> None:
     def fail(path: Path) -> None:
         path.unlink()
         raise ZeroDivisionError
@@ -154,32 +154,35 @@ def test_a_file_that_cannot_be_opened(tmp_path: Path, kind: str) -> None:
     four_parts(caught.value, path)
 
 
-@pytest.mark.parametrize("turned", [False, True], ids=["as it is", "turned"])
-@pytest.mark.parametrize(("spoil", "said"), FAULTS)
+@pytest.mark.parametrize("transposed", [False, True], ids=["as stored", "transposed"])
+@pytest.mark.parametrize(("fault", "message"), FAULTS)
 def test_a_shard_that_changes_while_the_weights_are_written(
     sharded: Path,
     tmp_path: Path,
-    spoil: Callable[[Path], None],
-    said: str,
-    turned: bool,
+    fault: Callable[[Path], None],
+    message: str,
+    transposed: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The second of three files, behind its first tensor; no data file has its name after that."""
+    """The second of three files changes after its first tensor; no data file is left under its final name."""
     monkeypatch.setattr(shard_reader, "BLOCK", 1000)
     opened = open_checkpoint(sharded)
     second = sorted(sharded.glob("*.safetensors"))[1]
     os.utime(second, ns=(LONG_AGO, LONG_AGO))
     small = [tensor for tensor in opened.tensors.values() if tensor.nbytes < 50_000]
-    bindings = [Binding(one.name, one.name, "float32", one.shape, turned and len(one.shape) == 2) for one in small]
+    bindings = [
+        Binding(tensor.name, tensor.name, "float32", tensor.shape, transposed and len(tensor.shape) == 2)
+        for tensor in small
+    ]
     first = sum(tensor.file < second.name for tensor in opened.tensors.values())
     counted: list[int] = []
 
     def on_read(count: int) -> None:
         counted.append(count)
         if len(counted) == first + 1:
-            spoil(second)
+            fault(second)
 
-    with pytest.raises(CheckpointError, match=said) as caught:
+    with pytest.raises(CheckpointError, match=message) as caught:
         write_data({tmp_path / "one": bindings, tmp_path / "two": bindings[:1]}, opened, on_read)
     four_parts(caught.value, second)
     assert len(counted) < len(opened.tensors)

@@ -1,4 +1,4 @@
-"""The registry on a toy upstream: digests, installing, restoring, and every refusal."""
+"""The registry with a toy upstream package: digests, installing, restoring, and every error."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["toy"]
 
 @pytest.fixture
 def file(toy: Toy, tmp_path: Path) -> Path:
-    """Release 1.0.0 installed, and a file that says that LAYER was verified on it."""
+    """Release 1.0.0 installed, and a file that records that LAYER was verified on it."""
     toy.install("1.0.0", FIRST)
     file = tmp_path / "verified.toml"
     lines = {name: source.line_digests(source.text(name)) for name in LAYER.functions}
@@ -39,7 +39,7 @@ def test_applied_replaces_counts_and_restores(file: Path) -> None:
     assert vars(layer)["forward"] is before
 
 
-def test_the_replacement_is_made_from_upstreams_function(file: Path) -> None:
+def test_the_replacement_receives_upstreams_function(file: Path) -> None:
     got: list[Any] = []
 
     def make(original: Any) -> Any:
@@ -52,7 +52,7 @@ def test_the_replacement_is_made_from_upstreams_function(file: Path) -> None:
     assert got == [before]
 
 
-def test_applied_restores_after_an_exception_and_says_nothing_of_its_own(file: Path) -> None:
+def test_applied_restores_after_an_exception_and_raises_no_other(file: Path) -> None:
     before = vars(model().Layer)["forward"]
     with pytest.raises(ZeroDivisionError), applied([LAYER], file):
         raise ZeroDivisionError
@@ -63,10 +63,10 @@ def test_applied_restores_what_was_installed_before_a_patch_that_cannot_be_made(
     def broken(original: Any) -> Any:
         raise RuntimeError("cannot be made")
 
-    one = patch(name="one", target=f"{PACKAGE}.model:Layer.fixed", covers=())
-    two = patch(name="two", target=f"{PACKAGE}.model:offset", covers=(), make=broken)
+    first = patch(name="first", target=f"{PACKAGE}.model:Layer.fixed", covers=())
+    second = patch(name="second", target=f"{PACKAGE}.model:offset", covers=(), make=broken)
     before = dict(vars(model().Layer))
-    with reverifying(), pytest.raises(RuntimeError, match="cannot be made"), applied([one, two], file):
+    with reverifying(), pytest.raises(RuntimeError, match="cannot be made"), applied([first, second], file):
         raise AssertionError("the block must not run")
     assert dict(vars(model().Layer)) == before
 
@@ -120,11 +120,11 @@ def test_an_unknown_source_names_everything_and_shows_what_differs(file: Path, t
     before = vars(model().Layer)["forward"]
     with pytest.raises(PatchError) as caught, applied([LAYER], file):
         raise AssertionError("the block must not run")
-    said = str(caught.value)
+    message = str(caught.value)
     for part in ("layer", LAYER.target, f"{PACKAGE} 2.0.0", "1.0.0", digest(LAYER)):
-        assert part in said
+        assert part in message
     removed = source.line_digests("    y = x * scale")
-    assert f"-«line 4 removed ({removed})»\n+    y = scale * x\n+    y = y + 0\n     return y + offset()" in said
+    assert f"-«line 4 removed ({removed})»\n+    y = scale * x\n+    y = y + 0\n     return y + offset()" in message
     assert "patches --diff" in str(caught.value.next)
     assert "patches --record" in str(caught.value.next)
     assert "x * scale" not in file.read_text()
@@ -145,9 +145,9 @@ def test_every_unverified_patch_is_in_one_error(file: Path, toy: Toy) -> None:
     assert "no release was ever recorded" in str(caught.value)
 
 
-def test_changed_covers_are_said_to_be_the_reason(file: Path) -> None:
+def test_changed_covers_are_reported_as_the_reason(file: Path) -> None:
     fewer = patch(covers=())
-    with pytest.raises(PatchError, match="what the digest covers has changed since"):
+    with pytest.raises(PatchError, match="the set of functions that the digest covers has changed since"):
         require_verified([fewer], file)
     more = patch(covers=(*LAYER.covers, f"{PACKAGE}.model:apply"))
     assert "+    return Layer().forward(x)" in drift(more, file)
@@ -155,20 +155,20 @@ def test_changed_covers_are_said_to_be_the_reason(file: Path) -> None:
 
 def test_a_missing_target_is_an_error(file: Path, toy: Toy) -> None:
     toy.install("2.0.0", RENAMED)
-    said = r"layer: toy_upstream 2\.0\.0 has no toy_upstream\.model:Layer\.forward"
-    with pytest.raises(PatchError, match=said) as caught:
+    message = r"layer: toy_upstream 2\.0\.0 has no toy_upstream\.model:Layer\.forward"
+    with pytest.raises(PatchError, match=message) as caught:
         require_verified([LAYER], file)
     assert "1.0.0" in str(caught.value.expected)
-    with reverifying(), pytest.raises(PatchError, match=said), applied([LAYER], file):
+    with reverifying(), pytest.raises(PatchError, match=message), applied([LAYER], file):
         raise AssertionError("the block must not run")
 
 
 @pytest.mark.torch
 def test_every_patch_is_found_by_its_modules_name() -> None:
-    for one in own.every():
-        assert own.patch(one.name) is one
-        assert one.make.__module__ == f"patches.{one.name}"
-    with pytest.raises(PatchError, match="no patch is called 'text_rotory'") as caught:
+    for module_patch in own.all_patches():
+        assert own.patch(module_patch.name) is module_patch
+        assert module_patch.make.__module__ == f"patches.{module_patch.name}"
+    with pytest.raises(PatchError, match="no patch is named 'text_rotory'") as caught:
         own.patch("text_rotory")
     assert "text_rotary" in str(caught.value.next)
 
@@ -180,25 +180,25 @@ def test_every_check_fails_when_the_replacement_is_a_thousandth_off(name: str, m
     from torch.utils import _pytree as pytree
 
     def off(original: Any) -> Any:
-        replacement = one.make(original)
+        replacement = tested.make(original)
         return lambda *args, **kwargs: pytree.tree_map_only(
             torch.Tensor, lambda x: x * 1.001, replacement(*args, **kwargs)
         )
 
-    one = own.patch(name)
-    one.check()
-    monkeypatch.setattr(f"patches.{name}.PATCH", replace(one, make=off))
-    with pytest.raises(AssertionError, match="of a standard deviation off"):
-        one.check()
+    tested = own.patch(name)
+    tested.check()
+    monkeypatch.setattr(f"patches.{name}.PATCH", replace(tested, make=off))
+    with pytest.raises(AssertionError, match="of a standard deviation, at most"):
+        tested.check()
 
 
 @pytest.mark.torch
 def test_every_patch_belongs_to_a_set_and_no_set_patches_a_target_twice() -> None:
-    assert {name for names in own.SETS.values() for name in names} == {one.name for one in own.every()}
+    assert {name for names in own.SETS.values() for name in names} == {each.name for each in own.all_patches()}
     for attention, names in own.SETS.items():
         chosen = own.patches_for(attention)
-        assert tuple(one.name for one in chosen) == names
-        assert len({one.target for one in chosen}) == len(chosen)
+        assert tuple(each.name for each in chosen) == names
+        assert len({each.target for each in chosen}) == len(chosen)
     with pytest.raises(PatchError, match="flash"):
         own.patches_for("flash")
 

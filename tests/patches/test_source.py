@@ -1,4 +1,4 @@
-"""Source texts and digests of a toy upstream."""
+"""Source texts and digests of a toy upstream package."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def first(toy: Toy) -> None:
 
 def test_digest_is_twelve_hex_digits_over_the_decorated_source() -> None:
     assert source.text(LAYER.target).splitlines()[:2] == ["@logged", "def forward(self, x, scale=2):"]
-    found = digest(LAYER)
-    assert len(found) == 12
-    assert int(found, 16) >= 0
+    value = digest(LAYER)
+    assert len(value) == 12
+    assert int(value, 16) >= 0
 
 
 def test_digest_ignores_line_endings_and_code_elsewhere(toy: Toy) -> None:
@@ -51,15 +51,15 @@ def test_digest_changes_when_an_absent_function_appears(toy: Toy) -> None:
 
 
 def test_digest_depends_on_names_and_order() -> None:
-    one, two = LAYER.functions[:2]
-    assert source.digest([one, two]) != source.digest([two, one])
+    first, second = LAYER.functions[:2]
+    assert source.digest([first, second]) != source.digest([second, first])
 
 
 def test_release_is_the_installed_distribution() -> None:
     assert release(LAYER) == "1.0.0"
 
 
-def test_a_package_that_is_not_there_is_named() -> None:
+def test_a_missing_package_is_named() -> None:
     with pytest.raises(MissingPackageError, match="no_such_upstream"):
         source.text("no_such_upstream.model:f")
     with pytest.raises(MissingPackageError, match="no_such_upstream"):
@@ -75,5 +75,5 @@ def test_an_import_error_inside_upstream_is_not_swallowed(toy: Toy) -> None:
 
 def test_source_that_cannot_be_read_is_named(toy: Toy) -> None:
     shutil.rmtree(toy.folder / "site-1.0.0" / PACKAGE)
-    with pytest.raises(PatchError, match=r"no source text of toy_upstream\.model:Layer\.forward"):
+    with pytest.raises(PatchError, match=r"the source of toy_upstream\.model:Layer\.forward cannot be read"):
         digest(LAYER)

@@ -1,4 +1,4 @@
-"""verified.toml: written the same, read strictly, and complete."""
+"""verified.toml is written reproducibly, read strictly, and complete."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from patches import verified
 
 def test_a_file_is_written_the_same_whatever_the_order(tmp_path: Path) -> None:
     rows = {"1.10.0": "0" * 12, "1.9.0": "1" * 12}
-    turned = dict(reversed(rows.items()))
+    backwards = dict(reversed(rows.items()))
     lines = {"1.9.0": {"m:b": "0" * 12, "m:a": "1" * 6}}
-    verified.write(verified.Verified({"b": rows, "a": turned}, lines), tmp_path / "one.toml")
-    verified.write(verified.Verified({"a": rows, "b": turned}, lines), tmp_path / "two.toml")
+    verified.write(verified.Verified({"b": rows, "a": backwards}, lines), tmp_path / "one.toml")
+    verified.write(verified.Verified({"a": rows, "b": backwards}, lines), tmp_path / "two.toml")
     assert (tmp_path / "one.toml").read_bytes() == (tmp_path / "two.toml").read_bytes()
     data = verified.read(tmp_path / "one.toml")
     assert data.releases("a") == ("1.9.0", "1.10.0")
@@ -47,12 +47,12 @@ def test_a_file_that_cannot_be_written_is_an_output_error(tmp_path: Path) -> Non
 
 
 @pytest.mark.torch
-def test_the_recorded_file_speaks_of_these_patches_and_is_as_recorded(tmp_path: Path) -> None:
+def test_the_recorded_file_covers_every_patch_and_is_written_the_same(tmp_path: Path) -> None:
     data = verified.read()
-    assert set(data.digests) == {one.name for one in own.every()}
-    for one in own.every():
-        assert len(data.releases(one.name)) >= 2, f"{one.name}: the newest release and an earlier one"
-        for each in data.releases(one.name):
-            assert set(one.functions) <= set(data.lines[each])
+    assert set(data.digests) == {patch.name for patch in own.all_patches()}
+    for patch in own.all_patches():
+        assert len(data.releases(patch.name)) >= 2, f"{patch.name}: the newest release and an earlier release"
+        for release in data.releases(patch.name):
+            assert set(patch.functions) <= set(data.lines[release])
     verified.write(data, tmp_path / "again.toml")
     assert (tmp_path / "again.toml").read_bytes() == verified.FILE.read_bytes()

@@ -214,9 +214,9 @@ def test_the_stage_writes_the_same_bytes_again(tmp_path: Path) -> None:
 
 @pytest.mark.torch
 def test_the_stage_stops_at_a_source_that_was_never_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    every = own.every()
+    patches = own.all_patches()
     strange = replace(own.patch("text_rotary"), target="transformers.vision_utils:get_vision_cu_seqlens")
-    monkeypatch.setattr(own, "every", lambda: tuple(strange if one.name == strange.name else one for one in every))
+    monkeypatch.setattr(own, "all_patches", lambda: tuple(strange if p.name == strange.name else p for p in patches))
     with pytest.raises(PatchError, match="text_rotary: not verified"):
         stage.run(build(tmp_path, "eager"), tmp_path)
     assert list(tmp_path.iterdir()) == []

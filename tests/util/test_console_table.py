@@ -1,4 +1,4 @@
-"""Tables for a person: nothing is cut, 80 columns are enough, colour only where somebody looks."""
+"""Console tables: nothing is cut, 80 columns suffice, colour only on a terminal."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ show(console_table("A title", {HEADINGS!r}, {ROWS!r}, right=("cases",)), "a sent
 
 
 def run(*, terminal: bool, **environment: str) -> str:
-    """What a process prints, on a terminal of its own or into a pipe."""
+    """Return what a process prints on a terminal of its own, or into a pipe."""
     program = PROGRAM if not terminal else f"import pty, sys; pty.spawn([sys.executable, '-c', {PROGRAM!r}])"
     given = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "TERM": "xterm-256color", **environment}
     return subprocess.run([sys.executable, "-c", program], env=given, capture_output=True, text=True, check=True).stdout
 
 
-def test_a_file_has_rows_as_long_as_they_are() -> None:
+def test_rows_of_a_file_are_not_folded() -> None:
     text = as_text(console_table("A title", HEADINGS, ROWS, right=("cases",)), "a sentence " * 20)
     assert ROWS[0][3].strip() in text
     assert "[b]x" in text
@@ -49,6 +49,6 @@ def test_a_pipe_has_80_columns_and_no_colour(environment: dict[str, str]) -> Non
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
 @pytest.mark.seconds
-def test_a_terminal_shows_a_failure_in_colour_unless_it_is_asked_not_to() -> None:
+def test_a_terminal_shows_a_failure_in_colour_unless_no_color_is_set() -> None:
     assert "\x1b[1;31mFAIL" in run(terminal=True)
     assert "31mFAIL" not in run(terminal=True, NO_COLOR="1")

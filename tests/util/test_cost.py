@@ -1,4 +1,4 @@
-"""A meter counts what happens after it was made, in this process and in those that it waits for, and no more."""
+"""A meter measures this process and the children it waits for, from its construction on."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.helpers.processes import python
 MEGABYTE = 10**6
 LARGE = 80 * MEGABYTE
 
-# What a process that starts another one says of itself; that one holds `SIZE` bytes.
+# A process prints its peaks around a child that holds `SIZE` bytes.
 PARENT = """
 import subprocess, sys
 from builder.util.cost import Meter
@@ -33,12 +33,12 @@ print(Meter().cost().peak_rss)
 
 
 def hold(size: int) -> None:
-    """Every page of a block of memory, then none."""
+    """Touch every page of a block of memory, then free it."""
     np.ones(size, np.uint8)
 
 
 def elsewhere(code: str) -> None:
-    """In a process that this one waits for."""
+    """Run code in a child process and wait for it."""
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -48,8 +48,8 @@ def cost_of(work: Callable[[], object]) -> Cost:
     return meter.cost()
 
 
-def test_the_peak_is_that_of_the_stretch() -> None:
-    """What was held before, and given back, does not count."""
+def test_the_peak_is_that_since_the_meter_began() -> None:
+    """Memory that was held before and freed does not count."""
     small = cost_of(lambda: None).peak_rss
     large = cost_of(lambda: hold(LARGE)).peak_rss
     after = cost_of(lambda: None).peak_rss
@@ -60,7 +60,7 @@ def test_the_peak_is_that_of_the_stretch() -> None:
     assert after < small + 0.5 * LARGE
 
 
-def test_the_peak_of_a_process_that_was_waited_for_counts(tmp_path: Path) -> None:
+def test_the_peak_of_a_child_process_counts(tmp_path: Path) -> None:
     done = python("-c", PARENT.replace("SIZE", str(4 * LARGE)), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     before, with_it, afterwards = map(int, done.stdout.split())
@@ -81,7 +81,7 @@ def test_bytes_through_system_calls(tmp_path: Path) -> None:
     assert read.written < MEGABYTE
 
 
-def test_bytes_of_a_process_that_was_waited_for(tmp_path: Path) -> None:
+def test_bytes_of_a_child_process_count(tmp_path: Path) -> None:
     size = 50 * MEGABYTE  # more than an interpreter reads to start
     code = f"open({str(tmp_path / 'file')!r}, 'wb').write(bytes({size}))"
     cost = cost_of(lambda: elsewhere(code))
@@ -89,7 +89,7 @@ def test_bytes_of_a_process_that_was_waited_for(tmp_path: Path) -> None:
     assert size <= cost.written < size + MEGABYTE
 
 
-def test_seconds_of_the_clock_and_of_the_cores() -> None:
+def test_wall_clock_and_cpu_seconds() -> None:
     def busy() -> None:
         until = time.process_time() + 0.1
         while time.process_time() < until:
@@ -104,7 +104,7 @@ def test_seconds_of_the_clock_and_of_the_cores() -> None:
 
 
 @pytest.mark.parametrize("error", [psutil.AccessDenied(), PermissionError(13, "Permission denied")], ids=repr)
-def test_what_the_system_hides_is_none(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hidden_counters_are_none(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     def hidden(self: psutil.Process) -> None:
         raise error
 
@@ -114,16 +114,16 @@ def test_what_the_system_hides_is_none(error: Exception, monkeypatch: pytest.Mon
     assert cost.wall_s >= 0
 
 
-def test_a_system_that_counts_no_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_system_without_byte_counters(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(psutil.Process, "io_counters")
     cost = cost_of(lambda: None)
     assert (cost.read, cost.written) == (None, None)
 
 
-def test_a_system_that_tells_no_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_system_without_a_peak(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peak_memory, "peak_rss", lambda: None)
     assert cost_of(lambda: None).peak_rss is None
 
 
-def test_it_is_what_a_record_says() -> None:
+def test_fields_are_those_of_a_record() -> None:
     assert list(asdict(cost_of(lambda: None))) == ["wall_s", "cpu_s", "peak_rss", "read", "written"]

@@ -1,4 +1,4 @@
-"""atomic_write: the old file or the new one, whatever fails."""
+"""atomic_write leaves the old file or the new file, whatever fails."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The limits of a machine, read from trees that look like the kernel's."""
+"""Limits of a machine, read from imitations of /proc and /sys/fs/cgroup."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from builder.util.machine import existing, free_disk, memory_limit, same_disk
+from builder.util.machine import free_disk, memory_limit, nearest_existing, same_disk
 
 GB = 10**9
 PHYSICAL = psutil.virtual_memory().total
@@ -17,7 +17,7 @@ V1_NONE = 2**63 - 4096
 
 
 def limit(folder: Path, groups: str | None, files: Mapping[str, object]) -> int:
-    """`memory_limit` where /proc/self/cgroup reads `groups` and the tree of control groups has `files`."""
+    """Return `memory_limit` with `groups` as /proc/self/cgroup and `files` in the tree of control groups."""
     proc, cgroup = folder / "proc", folder / "cgroup"
     (proc / "self").mkdir(parents=True)
     cgroup.mkdir()
@@ -33,7 +33,7 @@ def limit(folder: Path, groups: str | None, files: Mapping[str, object]) -> int:
 @pytest.mark.parametrize(
     ("groups", "files", "expected"),
     [
-        # version 2: the own group, one above it, several, the top (what a container sees)
+        # version 2: own group, parent group, both, top group (as seen in a container)
         ("0::/a/b\n", {"a/b/memory.max": GB}, GB),
         ("0::/a/b\n", {"a/memory.max": GB, "a/b/memory.max": "max"}, GB),
         ("0::/a/b\n", {"a/memory.max": GB, "a/b/memory.max": 2 * GB}, GB),
@@ -42,7 +42,7 @@ def limit(folder: Path, groups: str | None, files: Mapping[str, object]) -> int:
         ("0::/a\n", {"other/memory.max": GB}, PHYSICAL),
         ("0::/a\n", {"a/memory.max": "max"}, PHYSICAL),
         ("0::/a\n", {"a/memory.max": 2**62}, PHYSICAL),
-        # a group outside of what the container sees
+        # a group outside the container's view
         ("0::/../../host\n", {"memory.max": GB, "host/memory.max": GB // 2}, GB),
         # version 1
         ("4:memory:/a/b\n", {"memory/a/b/memory.limit_in_bytes": GB}, GB),
@@ -77,15 +77,15 @@ def test_free_disk_of_a_folder_that_is_not_there_yet(tmp_path: Path) -> None:
     missing = tmp_path / "a" / "b"
     system = os.statvfs(tmp_path)
     assert free_disk(missing) == pytest.approx(system.f_bavail * system.f_frsize, rel=0.05)
-    assert existing(missing) == tmp_path.resolve()
+    assert nearest_existing(missing) == tmp_path.resolve()
     assert same_disk(missing, tmp_path)
     assert not missing.parent.exists()
 
 
-def test_a_link_counts_as_where_it_leads(tmp_path: Path) -> None:
+def test_a_link_counts_as_its_target(tmp_path: Path) -> None:
     (tmp_path / "far").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "far" / "away", target_is_directory=True)
-    assert existing(tmp_path / "link" / "deeper") == (tmp_path / "far").resolve()
+    assert nearest_existing(tmp_path / "link" / "deeper") == (tmp_path / "far").resolve()
 
 
 def test_two_file_systems_are_two_disks(tmp_path: Path) -> None:

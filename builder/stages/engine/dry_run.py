@@ -169,7 +169,7 @@ def estimated(build: Build, steps: Sequence[Step]) -> Estimate:
     )
     uses: dict[Use, tuple[Path, int]] = {"output": (build.output, sum(cost.written for _, cost in costs))}
     if facts.missing:
-        uses["download"] = hub.cache(), sum(facts.missing.values())
+        uses["download"] = hub.cache_folder(), sum(facts.missing.values())
     return Estimate(
         steps=costs,
         graphs=graph_bytes(facts, runtimes, stored) if "quantize" in running else (),
@@ -186,7 +186,7 @@ def known(build: Build, steps: Sequence[Step]) -> Facts:
     fetched = any(step.stage.name == "fetch" and step.state == "cached" for step in steps)
     if fetched or build.source.folder is not None:
         return described(build.checkpoint)
-    folder, remotes = hub.needed(build.source)
+    folder, remotes = hub.list_needed(build.source)
     here = {file: (folder / file).stat().st_size for file in remotes if (folder / file).is_file()}
     missing = {file: remote.size or 0 for file, remote in remotes.items() if file not in here}
     config = read_json(folder / CONFIG)

@@ -19,7 +19,7 @@ from builder.stages.engine.execute import Event, execute
 from builder.stages.engine.output_folder import read_record
 from builder.targets.recipe import Target
 from builder.util.errors import MissingPackageError
-from builder.util.progress import progress, shown_by
+from builder.util.progress import progress, use_display
 from tests.helpers.toy_stages import TABLE, artifacts, ran, why
 
 
@@ -251,7 +251,7 @@ def test_progress_is_shown_by_whoever_asked() -> None:
 
     with progress("alone", 2) as advance:
         advance()
-    with shown_by(Shown), progress("weights", 7) as advance:
+    with use_display(Shown), progress("weights", 7) as advance:
         advance()
         advance(6)
     with progress("after") as advance:

@@ -19,7 +19,7 @@ from builder.reference.cases import IMAGES as SHIPPED
 from builder.targets.clients import pipeline
 from builder.targets.clients.pipeline import load_image
 from builder.util.errors import ImageError
-from tests.checkpoint.test_fuzz import told
+from tests.checkpoint.test_fuzz import record_counts
 from tests.helpers.hostile import mutated, outcome
 from tests.helpers.processes import ROOT
 
@@ -172,4 +172,4 @@ def test_a_few_drawn_bytes(tmp_path: Path, contents: list[bytes]) -> None:
 def test_many_drawn_bytes(
     tmp_path: Path, contents: list[bytes], record_property: Callable[[str, object], None]
 ) -> None:
-    told(Counter(drawn(tmp_path, seed, contents) for seed in range(1000, 1000 + DRAWN)), record_property)
+    record_counts(Counter(drawn(tmp_path, seed, contents) for seed in range(1000, 1000 + DRAWN)), record_property)
