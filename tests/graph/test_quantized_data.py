@@ -171,7 +171,7 @@ def test_what_is_given_takes_the_place_of_the_arithmetic(source: Checkpoint, tmp
 
     bindings = parted(INT4, "q", "k", "v")
     path = tmp_path / "data"
-    data = write_data({path: bindings}, source, given={"k": given}).files[path]
+    data = write_data({path: bindings}, source, calibrated={"k": given}).files[path]
     assert asked == ["k"]
     for binding in bindings:
         assert binding.part is not None

@@ -150,12 +150,12 @@ def test_toy_layers_in_any_number_compute_what_they_say() -> None:
 
 
 def test_a_layer_that_reads_inside_a_repeated_one_is_refused() -> None:
-    with pytest.raises(PassError, match="reads what another one computes") as caught:
+    with pytest.raises(PassError, match="reads what another layer computes") as caught:
         unroll(toy("inside_0"), LayerKinds((0, 1), (0, 1, 0)), TOY)
     assert caught.value.found == "inside_0"
 
 
 def test_a_graph_of_another_number_of_layers_is_refused() -> None:
-    with pytest.raises(PassError, match="does not come in layers") as caught:
+    with pytest.raises(PassError, match="is not divided into layers") as caught:
         unroll(toy("out_0"), LayerKinds((0, 1, 2), (0, 1, 2)), TOY)
     assert (caught.value.expected, caught.value.found) == ("4 marks around 3 layers", "3 marks")
