@@ -81,7 +81,7 @@ def _quantized(content: Binding, source: QuantizationSource) -> Iterator[tuple[Q
 
 
 def _rows(source: QuantizationSource, tensor: Tensor, columns: int) -> Iterator[Array]:
-    """[some rows, columns]; a tensor in another file than the open shard is mapped, as that file is streamed on its own."""
+    """[some rows, columns]; a tensor outside the open shard is mapped, as its own file is streamed later or before."""
     count, width = tensor.shape[0], np.dtype(np.float32).itemsize
     if source.shard.path == source.checkpoint.folder / tensor.file:
         yield from blocks_of(tensor, source.shard, count, columns, width)

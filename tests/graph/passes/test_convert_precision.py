@@ -15,7 +15,7 @@ from builder.graph.binding import UNBOUND, BoundGraph
 from builder.graph.passes.convert_precision import convert_precision
 from builder.graph.passes.lower_segment_attention import lower_segment_attention
 from builder.graph.passes.quantize_weights import quantize_weights
-from builder.graph.passes.result import Outcome
+from builder.graph.passes.result import PassResult
 from builder.quantization.blockwise import Blocks
 from builder.quantization.rules import WeightFormat
 from tests.helpers.small_graphs import Array, Weights, bound_graph, drawn, operators, run
@@ -248,7 +248,7 @@ def layers(weights: Weights = LARGE, text: str = LAYERS) -> BoundGraph:
     return graph
 
 
-def both(wide: list[int]) -> tuple[Outcome, Array, Array]:
+def both(wide: list[int]) -> tuple[PassResult, Array, Array]:
     """The pass, what its graph gives, and what fp32 gives."""
     x = 1 + np.abs(drawn(3, 4))
     (want,) = run(layers(), LARGE, x=x)

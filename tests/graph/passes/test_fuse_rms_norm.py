@@ -10,7 +10,7 @@ from tests.helpers.small_graphs import Array, bound_graph, drawn, operators, run
 
 WEIGHTS = {"weight": 1 + 0.1 * drawn(8)}
 X = 3 * drawn(2, 5, 8)
-LEFT = "a ReduceMean is left that is no RMS norm over the last axis"
+LEFT = "a ReduceMean is left that is not an RMS norm over the last axis"
 
 
 def norm(

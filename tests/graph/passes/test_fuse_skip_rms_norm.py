@@ -130,7 +130,7 @@ def test_a_norm_of_an_input_or_a_product_is_left_and_reported() -> None:
     before = run(graph, WEIGHTS, x=X, y=Y)
     outcome = fuse_skip_rms_norm(graph)
     assert outcome.matches == 0
-    assert outcome.misses == ("node_n: its input is no sum", "node_m: its input is no sum")
+    assert outcome.misses == ("node_n: its input is not a sum", "node_m: its input is not a sum")
     np.testing.assert_array_equal(run(outcome.graph, WEIGHTS, x=X, y=Y), before)
 
 

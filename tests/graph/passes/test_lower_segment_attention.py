@@ -14,7 +14,7 @@ import onnxruntime
 import pytest
 
 from builder.graph.passes.lower_segment_attention import BLOCK, lower_segment_attention
-from builder.graph.passes.result import Outcome
+from builder.graph.passes.result import PassResult
 from tests.helpers.small_graphs import Array, bound_graph, drawn, operators, run, session
 
 HEADS, HIDDEN, SCALE = 2, 8, 0.3
@@ -28,7 +28,7 @@ RAGGED = (4, 12, 1, 7)
 KINDS = pytest.mark.parametrize("fused", [False, True], ids=["eager", "fused"])
 
 
-def lowered(fused: bool, block: int = BLOCK, text: str = TEXT) -> Outcome:
+def lowered(fused: bool, block: int = BLOCK, text: str = TEXT) -> PassResult:
     return lower_segment_attention(bound_graph(text, None, ["qwen3vl"]), fused=fused, block=block)
 
 
@@ -57,7 +57,7 @@ def attention(query: Array, key: Array, value: Array, lengths: Sequence[int], sc
     return out
 
 
-def assert_attends(outcome: Outcome, lengths: Sequence[int]) -> None:
+def assert_attends(outcome: PassResult, lengths: Sequence[int]) -> None:
     feed = inputs(lengths)
     (got,) = run(outcome.graph, **feed)
     want = -attention(2 * feed["q"], feed["k"], feed["v"], lengths)
@@ -139,7 +139,7 @@ def test_a_graph_without_the_operator_is_no_match(fused: bool) -> None:
     assert outcome.graph.model.graph.opset_imports == {"": 18}
 
 
-def largest_results(outcome: Outcome, lengths: Sequence[int], folder: Path) -> dict[str, int]:
+def largest_results(outcome: PassResult, lengths: Sequence[int], folder: Path) -> dict[str, int]:
     """Operator → most elements that one of its results had, subgraphs included, from ONNX Runtime's own profile."""
     options = onnxruntime.SessionOptions()
     options.enable_profiling, options.profile_file_prefix = True, str(folder / "profile")

@@ -54,8 +54,8 @@ def attention(weights: Weights) -> BoundGraph:
     return turned(ATTENTION, weights, *weights)
 
 
-def everything(storage: WeightFormat, weights: Iterable[str]) -> dict[str, WeightFormat]:
-    return {f"checkpoint.{name}": storage for name in weights}
+def everything(weight_format: WeightFormat, weights: Iterable[str]) -> dict[str, WeightFormat]:
+    return {f"checkpoint.{name}": weight_format for name in weights}
 
 
 def filled(graph: BoundGraph, weights: Weights) -> BoundGraph:
@@ -70,30 +70,32 @@ def filled(graph: BoundGraph, weights: Weights) -> BoundGraph:
     return BoundGraph(model, {name: one for name, one in graph.bindings.items() if one.blocks is None})
 
 
-def rounded(weights: Weights, storages: Mapping[str, WeightFormat]) -> dict[str, Array]:
+def rounded(weights: Weights, weight_formats: Mapping[str, WeightFormat]) -> dict[str, Array]:
     """Each matrix as its levels have it."""
     found = {}
     for name, array in weights.items():
-        storage = storages.get(f"checkpoint.{name}")
-        found[name] = array if storage is None else dequantize(quantize(array, storage.blocks))
+        weight_format = weight_formats.get(f"checkpoint.{name}")
+        found[name] = array if weight_format is None else dequantize(quantize(array, weight_format.blocks))
     return found
 
 
-def assert_equal(graph: BoundGraph, before: BoundGraph, weights: Weights, storages: Mapping[str, WeightFormat]) -> None:
+def assert_equal(
+    graph: BoundGraph, before: BoundGraph, weights: Weights, weight_formats: Mapping[str, WeightFormat]
+) -> None:
     x = drawn(2, 3, 64, seed=8)
-    want = run(before, rounded(weights, storages), x=x)
+    want = run(before, rounded(weights, weight_formats), x=x)
     for got, wanted in zip(run(filled(graph, weights), weights, x=x), want, strict=True):
         np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("storage", [INT4, INT8, ZERO], ids=["int4", "int8", "zero points"])
-def test_products_of_one_input_and_format_become_one(storage: WeightFormat) -> None:
+@pytest.mark.parametrize("weight_format", [INT4, INT8, ZERO], ids=["int4", "int8", "zero points"])
+def test_products_of_one_input_and_format_become_one(weight_format: WeightFormat) -> None:
     weights = matrices()
-    storages = everything(storage, weights)
-    outcome = quantize_weights(attention(weights), storages)
+    weight_formats = everything(weight_format, weights)
+    outcome = quantize_weights(attention(weights), weight_formats)
     assert (outcome.matches, outcome.misses) == (3, ())
     assert operators(outcome.graph) == {"com.microsoft::MatMulNBits": 1, "Split": 1}
-    assert_equal(outcome.graph, attention(weights), weights, storages)
+    assert_equal(outcome.graph, attention(weights), weights, weight_formats)
 
 
 def test_the_parts_are_named_after_what_they_are_made_of() -> None:
@@ -117,26 +119,26 @@ def test_the_parts_are_named_after_what_they_are_made_of() -> None:
 
 def test_differing_formats_stay_apart() -> None:
     weights = matrices()
-    storages = everything(INT4, weights) | {"checkpoint.a.v_proj.weight": INT8}
-    outcome = quantize_weights(attention(weights), storages)
+    weight_formats = everything(INT4, weights) | {"checkpoint.a.v_proj.weight": INT8}
+    outcome = quantize_weights(attention(weights), weight_formats)
     assert outcome.matches == 3
     assert operators(outcome.graph) == {"com.microsoft::MatMulNBits": 2, "Split": 1}
     assert {name.rpartition(".")[0] for name in outcome.graph.bindings} == {
         "a.q_proj+k_proj.weight",
         "a.v_proj.weight",
     }
-    assert_equal(outcome.graph, attention(weights), weights, storages)
+    assert_equal(outcome.graph, attention(weights), weights, weight_formats)
 
 
 @pytest.mark.parametrize("kept", list(QKV))
 def test_what_no_rule_names_is_left(kept: str) -> None:
     weights = matrices()
-    storages = {name: one for name, one in everything(INT4, weights).items() if not name.endswith(kept)}
-    outcome = quantize_weights(attention(weights), storages)
+    weight_formats = {name: one for name, one in everything(INT4, weights).items() if not name.endswith(kept)}
+    outcome = quantize_weights(attention(weights), weight_formats)
     assert outcome.matches == 2
     assert outcome.graph.bindings[kept] == attention(weights).bindings[kept]
     assert operators(outcome.graph)["MatMul"] == 1
-    assert_equal(outcome.graph, attention(weights), weights, storages)
+    assert_equal(outcome.graph, attention(weights), weights, weight_formats)
 
 
 def test_differing_inputs_stay_apart() -> None:
@@ -151,10 +153,10 @@ def test_differing_inputs_stay_apart() -> None:
 def test_a_product_of_a_product() -> None:
     text = ATTENTION.replace("v = MatMul(x,", "v = MatMul(q,").replace("24] q", "64] q")
     weights = matrices({**QKV, "a.q_proj.weight": (64, 64)})
-    storages = everything(INT4, weights)
-    outcome = quantize_weights(turned(text, weights, *weights), storages)
+    weight_formats = everything(INT4, weights)
+    outcome = quantize_weights(turned(text, weights, *weights), weight_formats)
     assert operators(outcome.graph) == {"com.microsoft::MatMulNBits": 2, "Split": 1}
-    assert_equal(outcome.graph, turned(text, weights, *weights), weights, storages)
+    assert_equal(outcome.graph, turned(text, weights, *weights), weights, weight_formats)
     # By itself, not by a name that it shares with what was there before: names change later
     # (builder/stages/optimize.py).
     (split,) = [node for node in outcome.graph.model.graph if node.op_type == "Split"]
@@ -177,16 +179,16 @@ linear (float[rows, 64] x) => (float[rows, 24] y, float[rows, 24] z) {
 """
 
 
-@pytest.mark.parametrize("storage", [INT4, ZERO], ids=["int4", "zero points"])
-def test_a_bias_is_added_by_the_operator(storage: WeightFormat) -> None:
+@pytest.mark.parametrize("weight_format", [INT4, ZERO], ids=["int4", "zero points"])
+def test_a_bias_is_added_by_the_operator(weight_format: WeightFormat) -> None:
     weights = matrices({"a.q_proj.weight": (24, 64), "a.k_proj.weight": (24, 64)}) | {"bias": drawn(24)}
-    storages = everything(storage, [*weights][:2])
-    outcome = quantize_weights(turned(GEMM, weights), storages)
+    weight_formats = everything(weight_format, [*weights][:2])
+    outcome = quantize_weights(turned(GEMM, weights), weight_formats)
     assert outcome.matches == 2
     assert operators(outcome.graph) == {"com.microsoft::MatMulNBits": 2}
     assert "bias" in outcome.graph.bindings
     x = drawn(5, 64, seed=8)
-    want = run(turned(GEMM, weights), rounded(weights, storages), x=x)
+    want = run(turned(GEMM, weights), rounded(weights, weight_formats), x=x)
     for got, wanted in zip(run(filled(outcome.graph, weights), weights, x=x), want, strict=True):
         np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4)
 
@@ -200,17 +202,17 @@ tied (int64[batch, seq] ids) => (float[batch, seq, 64] e, float[batch, seq, 24] 
 """
 
 
-@pytest.mark.parametrize("storage", [INT4, ZERO], ids=["int4", "zero points"])
-def test_rows_are_looked_up_and_share_their_bytes_with_the_head(storage: WeightFormat) -> None:
+@pytest.mark.parametrize("weight_format", [INT4, ZERO], ids=["int4", "zero points"])
+def test_rows_are_looked_up_and_share_their_bytes_with_the_head(weight_format: WeightFormat) -> None:
     table = drawn(24, 64)
     graph = bound_graph(TIED, {"table": table, "head": table.T})
     head = Binding("head", "checkpoint.table", "float32", (24, 64), transposed=True)
     before = BoundGraph(graph.model, {**graph.bindings, "head": head})
-    storages = {"checkpoint.table": storage}
+    weight_formats = {"checkpoint.table": weight_format}
     ids = np.array([[3, 23, 0]])
     weights = {"table": table, "head": table}
-    want = run(before, rounded(weights, storages | {"checkpoint.head": storage}), ids=ids)
-    outcome = quantize_weights(before, storages)
+    want = run(before, rounded(weights, weight_formats | {"checkpoint.head": weight_format}), ids=ids)
+    outcome = quantize_weights(before, weight_formats)
     assert (outcome.matches, outcome.misses) == (2, ())
     counts = {"com.microsoft::GatherBlockQuantized": 1, "com.microsoft::MatMulNBits": 1, "Neg": 1}
     assert operators(outcome.graph) == counts
@@ -259,19 +261,19 @@ def test_two_products_with_one_matrix_share_its_parts() -> None:
         y = MatMul(x, w) n = Neg(x) z = MatMul(n, w)
     }"""
     weights = {"w": drawn(64, 64)}
-    before, storages = turned(text, weights, "w"), {"checkpoint.w": INT4}
-    outcome = quantize_weights(turned(text, weights, "w"), storages)
+    before, weight_formats = turned(text, weights, "w"), {"checkpoint.w": INT4}
+    outcome = quantize_weights(turned(text, weights, "w"), weight_formats)
     assert outcome.matches == 2
     assert operators(outcome.graph) == {"com.microsoft::MatMulNBits": 2, "Neg": 1}
     assert outcome.graph.bindings.keys() == {"w.levels", "w.scales"}
-    assert_equal_rows(outcome.graph, before, weights, storages)
+    assert_equal_rows(outcome.graph, before, weights, weight_formats)
 
 
 def assert_equal_rows(
-    graph: BoundGraph, before: BoundGraph, weights: Weights, storages: Mapping[str, WeightFormat]
+    graph: BoundGraph, before: BoundGraph, weights: Weights, weight_formats: Mapping[str, WeightFormat]
 ) -> None:
     x = drawn(5, 64, seed=8)
-    want = run(before, rounded(weights, storages), x=x)
+    want = run(before, rounded(weights, weight_formats), x=x)
     for got, wanted in zip(run(filled(graph, weights), weights, x=x), want, strict=True):
         np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4)
 
@@ -279,13 +281,13 @@ def assert_equal_rows(
 def test_the_comparison_notices_members_in_another_order() -> None:
     """A control: k's rows before q's."""
     weights = matrices()
-    storages = everything(INT4, weights)
-    graph = quantize_weights(attention(weights), storages).graph
+    weight_formats = everything(INT4, weights)
+    graph = quantize_weights(attention(weights), weight_formats).graph
     first = next(iter(graph.bindings.values())).tensors
     mixed = (first[1], first[0], *first[2:])
     bindings = {name: replace(one, tensor=mixed[0], below=mixed[1:]) for name, one in graph.bindings.items()}
     with pytest.raises(AssertionError):
-        assert_equal(BoundGraph(graph.model, bindings), attention(weights), weights, storages)
+        assert_equal(BoundGraph(graph.model, bindings), attention(weights), weights, weight_formats)
 
 
 def test_ports_keep_their_names_shapes_and_types_and_the_pair_survives_the_disk(tmp_path: Path) -> None:
