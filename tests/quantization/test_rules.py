@@ -60,7 +60,7 @@ def test_a_wider_rule_in_front_leaves_the_narrow_one_idle() -> None:
     ("pattern", "reason"),
     [
         pytest.param("model.layers.*", "no tensor of that name", id="no such name"),
-        pytest.param(NORM, f"{NORM}, which an earlier rule decides, or which is no matrix", id="a vector"),
+        pytest.param(NORM, f"{NORM}, which an earlier rule matches, or which is not a matrix", id="a vector"),
         pytest.param(POSITIONS, f"{POSITIONS}, which", id="the table of positions"),
         pytest.param(PATCHES, f"{PATCHES}, which", id="the patch embedding"),
         pytest.param("*.bias", "q_proj.bias, which", id="biases"),
