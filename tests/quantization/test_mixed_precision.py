@@ -40,7 +40,7 @@ def test_matrices_of_one_product_are_one_group(checkpoint: Checkpoint) -> None:
     query = found[f"{LAYER}self_attn.q_proj+k_proj+v_proj"]
     assert query.tensors == tuple(f"{LAYER}self_attn.{one}_proj.weight" for one in "qkv")
     rows = sum(checkpoint.tensors[name].shape[0] for name in query.tensors)
-    assert query.more == rows * checkpoint.text.hidden // 2
+    assert query.extra_bytes == rows * checkpoint.text.hidden // 2
     assert f"{LAYER}mlp.gate_proj+up_proj" in found
     assert f"{LAYER}mlp.down_proj" in found
     assert EMBEDDINGS.removesuffix(".weight") in found
