@@ -1,4 +1,4 @@
-"""quantize_weights: products and lookups on quantized matrices, against the same graph on dequantized ones."""
+"""quantize_weights: matmuls and lookups on quantized matrices, against the same graph on dequantized matrices."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def matrices(shapes: Mapping[str, tuple[int, int]] = QKV) -> dict[str, Array]:
 
 
 def turned(text: str, weights: Weights, *names: str) -> BoundGraph:
-    """The graph, its initializers of these names bound the other way round."""
+    """The graph with these initializers bound transposed."""
     plain = {name: name.replace(".", "_") for name in weights}  # the text format takes no dots
     for name, short in plain.items():
         text = text.replace(name, short)
@@ -59,19 +59,19 @@ def everything(weight_format: WeightFormat, weights: Iterable[str]) -> dict[str,
 
 
 def filled(graph: BoundGraph, weights: Weights) -> BoundGraph:
-    """The quantized graph, its parts made of whole matrices; what is left bound is what was not quantized."""
+    """The quantized graph with parts from complete matrices; matrices that were not quantized stay bound."""
     model = ir.from_proto(ir.to_proto(graph.model))
     checkpoint = {f"checkpoint.{name}": array for name, array in weights.items()}
-    for name, one in graph.bindings.items():
-        if one.blocks is not None and one.part is not None:
-            rows = np.concatenate([checkpoint[tensor].reshape(-1, one.shape[1]) for tensor in one.tensors])
-            part = packed_parts(quantize(rows, one.blocks), one.blocks, one.dtype)[one.part]
-            model.graph.initializers[name].const_value = ir.tensor(part.reshape(one.stored_shape), name=name)
-    return BoundGraph(model, {name: one for name, one in graph.bindings.items() if one.blocks is None})
+    for name, binding in graph.bindings.items():
+        if binding.blocks is not None and binding.part is not None:
+            rows = np.concatenate([checkpoint[tensor].reshape(-1, binding.shape[1]) for tensor in binding.tensors])
+            part = packed_parts(quantize(rows, binding.blocks), binding.blocks, binding.dtype)[binding.part]
+            model.graph.initializers[name].const_value = ir.tensor(part.reshape(binding.stored_shape), name=name)
+    return BoundGraph(model, {name: binding for name, binding in graph.bindings.items() if binding.blocks is None})
 
 
 def rounded(weights: Weights, weight_formats: Mapping[str, WeightFormat]) -> dict[str, Array]:
-    """Each matrix as its levels have it."""
+    """Each matrix, dequantized from its codes."""
     found = {}
     for name, array in weights.items():
         weight_format = weight_formats.get(f"checkpoint.{name}")
@@ -89,7 +89,7 @@ def assert_equal(
 
 
 @pytest.mark.parametrize("weight_format", [INT4, INT8, ZERO], ids=["int4", "int8", "zero points"])
-def test_products_of_one_input_and_format_become_one(weight_format: WeightFormat) -> None:
+def test_matmuls_of_the_same_input_and_format_are_merged(weight_format: WeightFormat) -> None:
     weights = matrices()
     weight_formats = everything(weight_format, weights)
     outcome = quantize_weights(attention(weights), weight_formats)
@@ -98,7 +98,7 @@ def test_products_of_one_input_and_format_become_one(weight_format: WeightFormat
     assert_equal(outcome.graph, attention(weights), weights, weight_formats)
 
 
-def test_the_parts_are_named_after_what_they_are_made_of() -> None:
+def test_parts_are_named_after_their_matrices() -> None:
     weights = matrices()
     graph = quantize_weights(attention(weights), everything(ZERO, weights), "float16").graph
     together = "a.q_proj+k_proj+v_proj.weight"
@@ -108,16 +108,16 @@ def test_the_parts_are_named_after_what_they_are_made_of() -> None:
     assert levels.tensors == tuple(f"checkpoint.{name}" for name in weights)
     assert levels.shape == (72, 64)
     assert (levels.stored_shape, scales.stored_shape, zeros.stored_shape) == ((72, 2, 16), (72, 2), (72, 1))
-    assert [one.dtype for one in graph.bindings.values()] == ["uint8", "float16", "uint8"]
+    assert [binding.dtype for binding in graph.bindings.values()] == ["uint8", "float16", "uint8"]
     assert levels.source == scales.source == zeros.source
-    for name, one in graph.bindings.items():
+    for name, binding in graph.bindings.items():
         value = graph.model.graph.initializers[name]
-        assert value.shape == one.stored_shape
+        assert value.shape == binding.stored_shape
         assert isinstance(value.const_value, ir.ExternalTensor)
         assert value.const_value.location == UNBOUND
 
 
-def test_differing_formats_stay_apart() -> None:
+def test_different_formats_stay_separate() -> None:
     weights = matrices()
     weight_formats = everything(INT4, weights) | {"checkpoint.a.v_proj.weight": INT8}
     outcome = quantize_weights(attention(weights), weight_formats)
@@ -133,7 +133,7 @@ def test_differing_formats_stay_apart() -> None:
 @pytest.mark.parametrize("kept", list(QKV))
 def test_what_no_rule_names_is_left(kept: str) -> None:
     weights = matrices()
-    weight_formats = {name: one for name, one in everything(INT4, weights).items() if not name.endswith(kept)}
+    weight_formats = {name: each for name, each in everything(INT4, weights).items() if not name.endswith(kept)}
     outcome = quantize_weights(attention(weights), weight_formats)
     assert outcome.matches == 2
     assert outcome.graph.bindings[kept] == attention(weights).bindings[kept]
@@ -141,7 +141,7 @@ def test_what_no_rule_names_is_left(kept: str) -> None:
     assert_equal(outcome.graph, attention(weights), weights, weight_formats)
 
 
-def test_differing_inputs_stay_apart() -> None:
+def test_different_inputs_stay_separate() -> None:
     text = ATTENTION.replace("v = MatMul(x,", "y = Neg(x) v = MatMul(y,")
     weights = matrices()
     before = turned(text, weights, *weights)
@@ -150,25 +150,25 @@ def test_differing_inputs_stay_apart() -> None:
     assert_equal(outcome.graph, before, weights, everything(INT4, weights))
 
 
-def test_a_product_of_a_product() -> None:
+def test_a_matmul_of_a_matmul() -> None:
     text = ATTENTION.replace("v = MatMul(x,", "v = MatMul(q,").replace("24] q", "64] q")
     weights = matrices({**QKV, "a.q_proj.weight": (64, 64)})
     weight_formats = everything(INT4, weights)
     outcome = quantize_weights(turned(text, weights, *weights), weight_formats)
     assert operators(outcome.graph) == {"com.microsoft::MatMulNBits": 2, "Split": 1}
     assert_equal(outcome.graph, turned(text, weights, *weights), weights, weight_formats)
-    # By itself, not by a name that it shares with what was there before: names change later
+    # By identity, not by a name that it shares with the value it replaced: names change later
     # (builder/stages/optimize.py).
     (split,) = [node for node in outcome.graph.model.graph if node.op_type == "Split"]
     assert [node.op_type for node in split.outputs[0].consumers()] == ["MatMulNBits"]
 
 
-def test_the_operator_is_told_the_size_format_and_accuracy() -> None:
+def test_the_operator_has_size_format_and_accuracy() -> None:
     weights = matrices()
     graph = quantize_weights(attention(weights), everything(replace(INT8, accuracy=4), weights)).graph
     (node,) = [node for node in graph.model.graph if node.op_type == "MatMulNBits"]
-    told = {name: attribute.as_int() for name, attribute in node.attributes.items()}
-    assert told == {"K": 64, "N": 72, "bits": 8, "block_size": 32, "accuracy_level": 4}
+    attributes = {name: attribute.as_int() for name, attribute in node.attributes.items()}
+    assert attributes == {"K": 64, "N": 72, "bits": 8, "block_size": 32, "accuracy_level": 4}
 
 
 GEMM = """
@@ -243,7 +243,7 @@ def test_another_way_of_reading_is_a_miss_and_left(nodes: str, misses: int) -> N
     outcome = quantize_weights(graph, {"checkpoint.w": INT4})
     assert outcome.matches == 0
     assert len(outcome.misses) == misses
-    assert all("reads w in a way" in said for said in outcome.misses)
+    assert all("reads w in a way" in miss for miss in outcome.misses)
     assert operators(outcome.graph) == there
     assert ("w" in outcome.graph.bindings) is bool(misses)
 
@@ -256,7 +256,7 @@ def test_a_matrix_that_is_read_both_ways_stays_for_the_other() -> None:
     assert outcome.graph.bindings.keys() == {"w", "w.levels", "w.scales"}
 
 
-def test_two_products_with_one_matrix_share_its_parts() -> None:
+def test_two_matmuls_with_the_same_matrix_share_its_parts() -> None:
     text = """twice (float[s, 64] x) => (float[s, 64] y, float[s, 64] z) {
         y = MatMul(x, w) n = Neg(x) z = MatMul(n, w)
     }"""
@@ -279,13 +279,13 @@ def assert_equal_rows(
 
 
 def test_the_comparison_notices_members_in_another_order() -> None:
-    """A control: k's rows before q's."""
+    """A control: with k's rows before q's."""
     weights = matrices()
     weight_formats = everything(INT4, weights)
     graph = quantize_weights(attention(weights), weight_formats).graph
     first = next(iter(graph.bindings.values())).tensors
     mixed = (first[1], first[0], *first[2:])
-    bindings = {name: replace(one, tensor=mixed[0], below=mixed[1:]) for name, one in graph.bindings.items()}
+    bindings = {name: replace(binding, tensor=mixed[0], below=mixed[1:]) for name, binding in graph.bindings.items()}
     with pytest.raises(AssertionError):
         assert_equal(BoundGraph(graph.model, bindings), attention(weights), weights, weight_formats)
 
