@@ -47,7 +47,7 @@ def write_decoder(folder: Path, out: Path, name: str) -> None:
     if storages:
         bound = stored(path, bound, recipe.precision, storages)
     given = calibrated_rows(checkpoint, storages, out / "calibrated")
-    fill([{path: bound}], checkpoint, given=given)
+    fill([{path: bound}], checkpoint, calibrated=given)
 
 
 if __name__ == "__main__":

@@ -70,7 +70,7 @@ def _facts(one: Sensitivity, taken: Sequence[Group]) -> dict[str, object]:
         "group": one.group.name,
         "tensors": list(one.group.tensors),
         "kl": one.kl,
-        "more bytes": one.group.more,
+        "more bytes": one.group.extra_bytes,
         "8 bits": one.group in taken,
     }
 
@@ -82,7 +82,7 @@ def _table(found: Sequence[Sensitivity], taken: Sequence[Group], whole: int) -> 
             one.group.name,
             f"{one.kl:.2e}",
             f"{one.kl / total:.0%}",
-            f"{one.group.more / whole:.1%}",
+            f"{one.group.extra_bytes / whole:.1%}",
             "8 bits" if one.group in taken else "",
         )
         for one in found

@@ -1,9 +1,7 @@
-"""A graph without weights: a small `.onnx` and beside it the bindings of its initializers.
+"""Graphs without weights: a small `.onnx`, and a JSON file that binds its initializers to checkpoint tensors.
 
-In and out: onnx-ir models whose bound initializers are external tensors that point nowhere, and `Binding`s that say
-which checkpoint tensor fills each and how. Guaranteed: saving and loading reads and writes no weight byte; a bound
-initializer cannot be mistaken for a filled one (its location is not a file); the text of both files is the same for
-the same inputs.
+Bound initializers are external tensors whose location is not a file, so saving and loading touch no weight.
+Guarantees: the same inputs give the same bytes in both files.
 """
 
 from __future__ import annotations
@@ -30,19 +28,27 @@ DATA_TYPES = {"float32": "FLOAT", "float16": "FLOAT16", "bfloat16": "BFLOAT16", 
 
 @dataclass(frozen=True)
 class Binding:
-    """initializer ← checkpoint tensor, reshaped to `shape` ([] keeps it), transposed, cast to `dtype` or quantized.
+    """How an initializer is made from checkpoint tensors: reshape, transpose, then cast or quantize.
 
-    One type for three keys, as they differ by blanks only: all of it names an initializer; `content` the bytes, which
-    initializers of several graphs share; `source` the matrix that the parts of a quantized one are made of together.
+    The same type serves as three keys: all fields identify an initializer, `content` identifies bytes that several
+    graphs share, and `source` identifies the matrix that all parts of a quantized matrix come from.
+
+    Example:
+        A linear layer's weight, transposed for MatMul and cast to fp16:
+
+        >>> binding = Binding("up.weight", "model.up.weight", "float16", (12, 4), transposed=True)
+        >>> binding.stored_shape, binding.nbytes
+        ((4, 12), 96)
 
     Args:
-        tensor: of the checkpoint.
+        initializer: its name in the graph.
+        tensor: its name in the checkpoint.
         dtype: numpy's name of the initializer's type ("float32").
-        shape: of the tensor (with those of `below`) before the transposition.
+        shape: shape of the tensor, stacked with those in `below`, before it is transposed.
         below: further tensors, whose rows follow those of `tensor`.
-        blocks: how the matrix is quantized; None where it is only cast.
-        part: which part of the quantized matrix this is.
-        view: the initializer's shape in the graph, where an operator reads the same bytes in another.
+        blocks: the quantization format; None where the tensor is only cast.
+        part: the part of the quantized matrix that the initializer is.
+        view: the initializer's shape in the graph, where an operator reads the same bytes in another shape.
     """
 
     initializer: str
@@ -57,7 +63,7 @@ class Binding:
 
     @property
     def tensors(self) -> tuple[str, ...]:
-        """All that it is made of, in the order of its rows."""
+        """All source tensors, in row order."""
         return (self.tensor, *self.below)
 
     @property
@@ -72,21 +78,21 @@ class Binding:
 
     @property
     def content(self) -> Binding:
-        """The binding under no name and in no particular shape: equal where the bytes are."""
+        """The binding without name and view: equal for initializers that have the same bytes."""
         return replace(self, initializer="", view=())
 
     @property
     def source(self) -> Binding:
-        """What the parts of one quantized matrix have in common."""
+        """The binding without what differs between the parts of one quantized matrix."""
         return replace(self.content, dtype="", part=None)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the initializer."""
+        """Size of the initializer in bytes."""
         return math.prod(self.stored_shape) * np.dtype(self.dtype).itemsize
 
     def with_axes_swapped(self) -> Binding:
-        """The same tensor, its two axes swapped."""
+        """The same tensor with its two axes swapped."""
         return replace(self, transposed=not self.transposed)
 
 
@@ -99,7 +105,7 @@ class BoundGraph:
 
 
 def unbound(binding: Binding) -> ir.ExternalTensor:
-    """A stand-in for the initializer's value: type and shape, no bytes."""
+    """A placeholder for the initializer's value: type and shape, no bytes."""
     return ir.ExternalTensor(
         UNBOUND,
         None,
@@ -111,10 +117,10 @@ def unbound(binding: Binding) -> ir.ExternalTensor:
 
 
 def bind(model: ir.Model, bindings: Iterable[Binding]) -> BoundGraph:
-    """Puts a stand-in in the place of each bound initializer.
+    """Replace the value of each bound initializer with a placeholder.
 
     Raises:
-        WeightError: the graph has no such initializer, or one of another shape.
+        WeightError: the graph has no such initializer, or its shape differs.
     """
     table = {binding.initializer: binding for binding in bindings}
     for name, binding in sorted(table.items()):
@@ -123,7 +129,7 @@ def bind(model: ir.Model, bindings: Iterable[Binding]) -> BoundGraph:
             raise WeightError(f"the graph has no initializer {name}", found=f"a binding to {binding.tensor}")
         if value.shape is not None and value.shape != binding.stored_shape:
             raise WeightError(
-                f"initializer {name} is not of the shape of its binding to {binding.tensor}",
+                f"initializer {name} does not have the shape of its binding to {binding.tensor}",
                 expected=value.shape,
                 found=ir.Shape(binding.stored_shape),
             )
@@ -133,7 +139,7 @@ def bind(model: ir.Model, bindings: Iterable[Binding]) -> BoundGraph:
 
 
 def save(graph: BoundGraph, path: Path) -> None:
-    """Writes `path` and `path`.bindings.json, without the exporter's metadata."""
+    """Write `path` and `path`.bindings.json, without the exporter's metadata."""
     path.parent.mkdir(parents=True, exist_ok=True)
     _strip_metadata(graph.model)
     proto = ir.to_proto(graph.model)
@@ -143,7 +149,7 @@ def save(graph: BoundGraph, path: Path) -> None:
 
 
 def _strip_metadata(model: ir.Model) -> None:
-    """The exporter notes absolute source paths on every node: the bytes would differ by folder."""
+    # The exporter puts absolute source paths on every node: the bytes would differ from folder to folder.
     model.metadata_props.clear()
     model.doc_string = model.producer_version = None
     for graph in (model.graph, *model.graph.subgraphs()):
@@ -158,7 +164,7 @@ def _strip_metadata(model: ir.Model) -> None:
 
 
 def load(path: Path) -> BoundGraph:
-    """The pair that `save` wrote."""
+    """Read what `save` wrote."""
     rows = json.loads(bindings_file(path).read_text(encoding="utf-8"))
     return bind(ir.load(path), [_binding(row) for row in rows])
 
@@ -169,5 +175,5 @@ def _binding(row: dict[str, Any]) -> Binding:
 
 
 def bindings_file(path: Path) -> Path:
-    """Where the bindings of the graph at `path` lie."""
+    """The bindings file of the graph at `path`."""
     return path.with_name(path.name + ".bindings.json")

@@ -1,4 +1,4 @@
-"""Which data file holds which initializer, and the graphs that refer to it."""
+"""Assign initializers to data files, and write both with the graphs that refer to them."""
 
 from __future__ import annotations
 
@@ -17,85 +17,90 @@ from builder.util.files import link
 
 @dataclass(frozen=True)
 class DataFiles:
-    """Where the contents of several graphs lie.
+    """The data files of several graphs.
 
     Args:
-        wanted: data file → what is to be written there.
-        twins: data file → the equal one that is written in its place.
+        contents: data file → the contents to write to it.
+        links: data file → the data file of the same contents that it is linked to.
     """
 
-    wanted: Mapping[Path, Sequence[Binding]]
-    twins: Mapping[Path, Path]
+    contents: Mapping[Path, Sequence[Binding]]
+    links: Mapping[Path, Path]
 
 
 def fill(
     targets: Sequence[Mapping[Path, BoundGraph]],
     checkpoint: Checkpoint,
     on_read: Callable[[int], None] = lambda _: None,
-    given: CalibratedRows | None = None,
-    apart: Sequence[bool] = (),
+    calibrated: CalibratedRows | None = None,
+    separate: Sequence[bool] = (),
 ) -> tuple[Mapping[Path, DataFile], Mapping[str, str]]:
-    """Writes each target's graphs at their paths, and the data that they refer to beside them.
+    """Write each target's graphs to their paths, and their data files next to them.
 
     Args:
-        apart: of each target, whether no graph of it may refer to another's data.
+        targets: for each target, path → graph.
+        on_read: called with the number of bytes of each tensor once it is written.
+        calibrated: see `builder.graph.quantized_data.QuantizationSource`.
+        separate: for each target, whether its graphs must not share data files.
 
-    Returns every data file, and the SHA-256 of every checkpoint file that was read.
+    Returns:
+        Every data file, and the SHA-256 of every checkpoint file that was read.
     """
-    plan = shared_out(targets, apart)
-    for path in plan.wanted:
+    plan = plan_data_files(targets, separate)
+    for path in plan.contents:
         path.parent.mkdir(parents=True, exist_ok=True)
-    written = write_data(plan.wanted, checkpoint, on_read, given)
+    written = write_data(plan.contents, checkpoint, on_read, calibrated)
     files = dict(written.files)
-    for path, twin in plan.twins.items():
-        link(twin, path)
-        files[path] = files[twin]
+    for path, original in plan.links.items():
+        link(original, path)
+        files[path] = files[original]
     for graphs in targets:
         folder = {path: files[path] for path in map(data_path, graphs) if path in files}
         for path, bound in graphs.items():
-            first = {one: folder[one] for one in (data_path(path),) if one in folder}
-            _refer(bound, path, first | folder)
+            own = {data: folder[data] for data in (data_path(path),) if data in folder}
+            _write_graph(bound, path, own | folder)
     return files, written.shards
 
 
-def shared_out(targets: Sequence[Mapping[Path, BoundGraph]], apart: Sequence[bool] = ()) -> DataFiles:
-    """Which content lies in which file: that of the last graph of its target which reads it, or of each."""
-    wanted: dict[Path, Sequence[Binding]] = {}
-    twins: dict[Path, Path] = {}
+def plan_data_files(targets: Sequence[Mapping[Path, BoundGraph]], separate: Sequence[bool] = ()) -> DataFiles:
+    """Assign each content to the data file of the last graph of its target that reads it, or of each such graph."""
+    contents: dict[Path, Sequence[Binding]] = {}
+    links: dict[Path, Path] = {}
     known: dict[frozenset[Binding], Path] = {}
-    for graphs, each in zip(targets, apart or [False] * len(targets), strict=True):
+    for graphs, each in zip(targets, separate or [False] * len(targets), strict=True):
         placed: set[Binding] = set()
         for path, bound in reversed(list(graphs.items())):
             own = {binding.content for binding in bound.bindings.values()} - placed
             placed |= set() if each else own
             if not own:
                 continue
-            if (twin := known.setdefault(frozenset(own), data_path(path))) == data_path(path):
-                wanted[twin] = sorted(own, key=lambda content: content.tensor)
+            if (original := known.setdefault(frozenset(own), data_path(path))) == data_path(path):
+                contents[original] = sorted(own, key=lambda content: content.tensor)
             else:
-                twins[data_path(path)] = twin
-    return DataFiles(wanted, twins)
+                links[data_path(path)] = original
+    return DataFiles(contents, links)
 
 
 def data_path(path: Path) -> Path:
-    """Where the data of the graph at `path` lies, as far as it is its own."""
+    """The data file of the graph at `path`."""
     return path.with_name(path.name + ".data")
 
 
-def _refer(bound: BoundGraph, path: Path, folder: Mapping[Path, DataFile]) -> None:
-    """Writes the graph, its initializers pointing into the data files of its folder."""
+def _write_graph(bound: BoundGraph, path: Path, folder: Mapping[Path, DataFile]) -> None:
+    """Write the graph with its initializers pointing into the data files of its folder."""
     for binding in bound.bindings.values():
+        content = binding.content
         data, (offset, length) = next(
-            (data, one.placements[binding.content]) for data, one in folder.items() if binding.content in one.placements
+            (data, file.placements[content]) for data, file in folder.items() if content in file.placements
         )
         value = bound.model.graph.initializers[binding.initializer]
-        stand_in = value.const_value
-        assert isinstance(stand_in, ir.ExternalTensor)
+        placeholder = value.const_value
+        assert isinstance(placeholder, ir.ExternalTensor)
         value.const_value = ir.ExternalTensor(
             data.name,
             offset,
             length,
-            stand_in.dtype,
+            placeholder.dtype,
             shape=ir.Shape(binding.stored_shape),
             name=binding.initializer,
             base_dir=path.parent,

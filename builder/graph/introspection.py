@@ -1,7 +1,4 @@
-"""In: a graph. Out: what can be said of it without its weights: ports, operators, opsets, tensors.
-
-Guaranteed: graphs inside nodes are looked into; nothing is computed, no external data is read.
-"""
+"""List a graph's ports, operators, opsets and tensors, subgraphs included, without reading external data."""
 
 from __future__ import annotations
 
@@ -19,7 +16,9 @@ ONNX = ("", "ai.onnx")  # two names of one domain
 
 @contextmanager
 def readable(name: str) -> Iterator[None]:
-    """Turn what trips over a graph into an error that names it: protobuf lets names pass that are no text, and more.
+    """Turn exceptions from a malformed graph into an error that names its file.
+
+    Protobuf accepts names that are not UTF-8, types that do not exist, and more.
 
     Raises:
         BundleError: the graph in the file `name` cannot be read.
@@ -33,7 +32,7 @@ def readable(name: str) -> Iterator[None]:
 
 
 def ports(graph: GraphProto, side: str) -> list[dict[str, Any]]:
-    """Of `"inputs"` or `"outputs"`, as a manifest has them: name, dtype, shape."""
+    """The graph's `"inputs"` or `"outputs"` as in a manifest: name, dtype, shape."""
     return [
         {
             "name": port.name,
@@ -48,46 +47,46 @@ def ports(graph: GraphProto, side: str) -> list[dict[str, Any]]:
 
 
 def operators(model: ModelProto) -> list[str]:
-    """`domain::Type`, or the type alone for standard ones; those of subgraphs too; sorted."""
+    """The sorted operators of the model and its subgraphs: `domain::Type`, or `Type` for standard operators."""
     return sorted({operator(node) for graph in every_graph(model.graph) for node in graph.node})
 
 
 def opsets(model: ModelProto) -> dict[str, int]:
-    """Domain → version, as imported."""
-    return {"" if one.domain in ONNX else one.domain: one.version for one in model.opset_import}
+    """Imported domain → version."""
+    return {"" if opset.domain in ONNX else opset.domain: opset.version for opset in model.opset_import}
 
 
 def every_graph(graph: GraphProto) -> Iterator[GraphProto]:
-    """The graph and those inside its nodes."""
+    """The graph and its subgraphs."""
     waiting = [graph]
     while waiting:
-        one = waiting.pop()
-        yield one
-        for attribute in (attribute for node in one.node for attribute in node.attribute):
+        current = waiting.pop()
+        yield current
+        for attribute in (attribute for node in current.node for attribute in node.attribute):
             waiting += [attribute.g] if attribute.HasField("g") else []
             waiting += attribute.graphs
 
 
 def tensors(graph: GraphProto) -> Iterator[TensorProto]:
-    """Initializers and constants."""
-    for one in every_graph(graph):
-        yield from one.initializer
-        for sparse in one.sparse_initializer:
+    """Initializers and constants, those of subgraphs included."""
+    for inner in every_graph(graph):
+        yield from inner.initializer
+        for sparse in inner.sparse_initializer:
             yield from (sparse.values, sparse.indices)
-        for attribute in (attribute for node in one.node for attribute in node.attribute):
+        for attribute in (attribute for node in inner.node for attribute in node.attribute):
             yield from (attribute.t, *attribute.tensors)
             for sparse in (attribute.sparse_tensor, *attribute.sparse_tensors):
                 yield from (sparse.values, sparse.indices)
 
 
 def operator(node: NodeProto) -> str:
-    """`domain::Type`, or the type alone for standard ones."""
+    """`domain::Type`, or `Type` for standard operators."""
     return node.op_type if node.domain in ONNX else f"{node.domain}::{node.op_type}"
 
 
 def dtype(kind: int) -> str:
-    """The name of a tensor's type: `float32`."""
+    """numpy's name of an ONNX data type, such as `float32`."""
     try:
         return ir.DataType(kind).numpy().name
-    except (ValueError, TypeError):  # no tensor, or one of a type that a later ONNX has
+    except (ValueError, TypeError):  # not a tensor, or a type of a later ONNX
         return f"type {kind}"

@@ -1,9 +1,7 @@
-"""The three graphs as thin modules, composed from upstream's submodules.
+"""The three graphs as thin modules around upstream's submodules, traced under `patches.registry.applied`.
 
-In: upstream's `Qwen3VLForConditionalGeneration`, to be traced under `patches.registry.applied`.
-Out: `VisionEncoder`, `Embeddings` and its kin, `TextDecoder`, whose forward takes the ports of builder/graph/ports.py
-in their order.
-Guaranteed: no parameter is copied or renamed, so that a graph's initializer is found in the checkpoint by identity.
+Each `forward` takes the ports of builder/graph/ports.py in their order. Guarantees: no parameter is copied or renamed,
+so that a graph's initializers are found in the checkpoint by identity.
 """
 
 from __future__ import annotations
@@ -20,7 +18,9 @@ from patches.text_attention import causal_bias, fused_mask
 class VisionEncoder(nn.Module):
     """pixel_values [patches, C·T·P²], image_grid_thw [images, 3] → main and DeepStack features.
 
-    packed: one output [tokens, (1 + D)·H]; else pooled [tokens, H] and, where D > 0, DeepStack [D, tokens, H].
+    Args:
+        model: upstream's `Qwen3VLForConditionalGeneration`.
+        packed: one output [tokens, (1 + D)·H]; else pooled [tokens, H] and, where D > 0, DeepStack [D, tokens, H].
     """
 
     def __init__(self, model: Any, packed: bool) -> None:
@@ -35,7 +35,7 @@ class VisionEncoder(nn.Module):
 
 
 class Embeddings(nn.Module):
-    """input_ids [batch, seq] → inputs_embeds [batch, seq, H], the pure lookup."""
+    """input_ids [batch, seq] → inputs_embeds [batch, seq, H]."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -47,9 +47,9 @@ class Embeddings(nn.Module):
 
 
 class PaddedEmbeddings(nn.Module):
-    """input_ids [batch, seq] → inputs_embeds [batch, seq, (1 + D)·H]: the lookup, and zeros behind it.
+    """input_ids [batch, seq] → inputs_embeds [batch, seq, (1 + D)·H]: embeddings, padded with zeros.
 
-    The zeros are where the runtime puts an image token's DeepStack features.
+    The runtime puts an image token's DeepStack features in place of the zeros.
     """
 
     def __init__(self, model: Any, levels: int) -> None:
@@ -64,7 +64,7 @@ class PaddedEmbeddings(nn.Module):
 class PackedEmbeddings(nn.Module):
     """input_ids [batch, seq], image_features [tokens, (1 + D)·H] → inputs_embeds [batch, seq, (1 + D)·H].
 
-    The n-th image token takes the n-th row of the features; a text token its embedding, and zeros behind it.
+    The n-th image token gets the n-th row of the features, a text token its embedding padded with zeros.
     """
 
     def __init__(self, model: Any, image_token_id: int) -> None:
@@ -77,7 +77,7 @@ class PackedEmbeddings(nn.Module):
         text = nn.functional.pad(embeds, (0, image_features.shape[1] - embeds.shape[-1]))
         mask = input_ids == self.image_token_id
         nth = mask.flatten().to(torch.int64).cumsum(0).view_as(input_ids)
-        # A zero row in front keeps the gather in range where there are no features: every decode step.
+        # The zero row in front keeps the gather in range without features, as in every decode step.
         table = torch.cat((torch.zeros_like(image_features.sum(0, keepdim=True)), image_features))
         row = torch.where(mask & (nth < table.shape[0]), nth, 0)
         return torch.where((row > 0)[..., None], nn.functional.embedding(row, table), text)
@@ -86,10 +86,15 @@ class PackedEmbeddings(nn.Module):
 class TextDecoder(nn.Module):
     """inputs_embeds (and deepstack_embeds), attention_mask, position_ids, past → logits, present.
 
-    packed: inputs_embeds is [batch, seq, (1 + D)·H], slice i + 1 is added behind layer i, logits are the last
-    position's [batch, 1, vocab]. Else deepstack_embeds is [D, batch, seq, H] and logits are [batch, seq, vocab].
-    bounded: a position beyond the last token's index, which no prompt has (an image takes fewer positions than it has
-    tokens), is taken for that index.
+    Args:
+        model: upstream's `Qwen3VLForConditionalGeneration`.
+        levels: D, the number of DeepStack levels.
+        packed: inputs_embeds is [batch, seq, (1 + D)·H], slice i + 1 is added after layer i, and logits are those of
+            the last position, [batch, 1, vocab]. Else deepstack_embeds is [D, batch, seq, H] and logits are
+            [batch, seq, vocab].
+        fused: attention is GroupQueryAttention, with its kind of mask; else standard operators, with an additive bias.
+        bounded: clamp positions to the last token's index, which no prompt exceeds (an image takes fewer positions
+            than it has tokens).
     """
 
     def __init__(self, model: Any, levels: int, packed: bool, fused: bool, bounded: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""Names of what no port names, and of operators."""
+"""Names of nodes, intermediate values and operators."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from builder.graph.ports import RESIDUAL
 
 
 def rename(bound: BoundGraph) -> None:
-    """Numbers what has no name that anyone reads, and forgets axes that are expressions: the traced sizes made both."""
+    """Number nodes, values and constants, and drop symbolic axes that are expressions: both depend on traced sizes.
+
+    Ports, bound initializers and `residual.N` keep their names.
+    """
     graph = bound.model.graph
     ports = {value.name for value in (*graph.inputs, *graph.outputs)}
     read = (value for node in graph.all_nodes() for value in node.inputs if value is not None)
@@ -30,5 +33,5 @@ def rename(bound: BoundGraph) -> None:
 
 
 def operator(node: ir.Node) -> str:
-    """`domain::Type`, or the type alone for standard operators."""
+    """`domain::Type`, or `Type` for standard operators."""
     return f"{node.domain}::{node.op_type}" if node.domain else node.op_type

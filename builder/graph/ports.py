@@ -1,8 +1,5 @@
-"""Every graph's inputs and outputs, in one place (design: contracts of the graphs).
+"""Inputs and outputs of every graph: export, manifest and `verify` all take them from here.
 
-In: a checkpoint's facts and a target's name. Out: one `Component` a graph, as the target's `ports` puts them together
-from what is here. Guaranteed: the exporter names ports from here, the bundle's manifest quotes them, `verify` feeds by
-them.
 Axis names: batch, seq, past, total, patches, images, tokens.
 """
 
@@ -15,15 +12,15 @@ from builder.checkpoint.load import Checkpoint
 from builder.checkpoint.parts import DECODER, EMBEDDINGS, VISION
 
 Dim = int | str
-ROLES = (VISION, EMBEDDINGS, DECODER)  # which every target has; it may have further ones
+ROLES = (VISION, EMBEDDINGS, DECODER)  # every target has these graphs, and may have more
 PACKED_FEATURES, PLAIN_FEATURES = "image_features", "pooled_embeds"
 CONTRIB, STANDARD = "com.microsoft", ""
-RESIDUAL = "residual"  # `residual.N` is the residual stream behind layer N, no port but a name that every graph keeps
+RESIDUAL = "residual"  # `residual.N`, the residual stream after layer N, is not a port, but every graph keeps the name
 
 
 @dataclass(frozen=True)
 class Port:
-    """One input or output: `dtype` is "float32" or "int64", `shape` has ints where static and axis names where not."""
+    """An input or output: `dtype` is "float32" or "int64"; `shape` has ints for static axes, names for dynamic axes."""
 
     name: str
     dtype: str
@@ -32,7 +29,7 @@ class Port:
 
 @dataclass(frozen=True)
 class Component:
-    """One graph: `name` is its role, and the stem of its file until `configure` lays it out."""
+    """A graph's ports: `name` is its role, and the stem of its file until the bundle is laid out."""
 
     name: str
     inputs: tuple[Port, ...]
@@ -43,7 +40,7 @@ class Component:
         return f"{self.name}.onnx"
 
     def as_dict(self) -> dict[str, Any]:
-        """For the manifest."""
+        """The ports as in the manifest."""
         ports = {"inputs": self.inputs, "outputs": self.outputs}
         return {
             key: [{"name": p.name, "dtype": p.dtype, "shape": list(p.shape)} for p in value]
@@ -54,12 +51,12 @@ class Component:
 def packed_components(
     checkpoint: Checkpoint, *, merges: bool = True, logits: Dim = 1, batch: str = "batch"
 ) -> tuple[Component, ...]:
-    """DeepStack side by side with the main features, on the last axis.
+    """Components with DeepStack features concatenated to the main features on the last axis.
 
     Args:
-        merges: whether the embeddings graph takes the features; where not, the runtime puts them in their place.
-        logits: how many positions' logits there are: 1 for the last one's alone, or an axis.
-        batch: how the batch axis is spelled.
+        merges: whether the embeddings graph inserts the features; if not, the runtime does.
+        logits: the positions that have logits: 1 for the last position alone, or an axis name.
+        batch: name of the batch axis.
     """
     width = packed_width(checkpoint)
     features = Port(PACKED_FEATURES, "float32", ("tokens", width))
@@ -72,7 +69,7 @@ def packed_components(
 
 
 def plain_components(checkpoint: Checkpoint, *, batch: str = "batch") -> tuple[Component, ...]:
-    """DeepStack in ports of its own, absent where the checkpoint has none; the client merges; logits of all tokens."""
+    """Components with separate DeepStack ports, if the checkpoint has any; the client merges; logits of all tokens."""
     hidden, levels = checkpoint.text.hidden, len(checkpoint.vision.deepstack)
     features = [Port(PLAIN_FEATURES, "float32", ("tokens", hidden))]
     embeds = [Port("inputs_embeds", "float32", (batch, "seq", hidden))]
@@ -88,7 +85,7 @@ def plain_components(checkpoint: Checkpoint, *, batch: str = "batch") -> tuple[C
 
 
 def vision_ports(checkpoint: Checkpoint) -> tuple[Port, Port]:
-    """What every vision encoder takes."""
+    """Inputs of every vision encoder."""
     return (
         Port("pixel_values", "float32", ("patches", patch_width(checkpoint))),
         Port("image_grid_thw", "int64", ("images", 3)),
@@ -129,7 +126,7 @@ def _decoder(checkpoint: Checkpoint, embeds: tuple[Port, ...], logits: Dim, batc
 
 
 def packed_width(checkpoint: Checkpoint) -> int:
-    """(1 + D) · H: main features and the D DeepStack features side by side."""
+    """(1 + D) · H: the main features and the D DeepStack features, concatenated."""
     return (1 + len(checkpoint.vision.deepstack)) * checkpoint.text.hidden
 
 

@@ -1,8 +1,7 @@
-"""Quantize a checkpoint's matrix while it is read: a block of rows at a time, a few of them side by side.
+"""Quantize a checkpoint's matrices while they are read, a few blocks of rows in parallel.
 
-In: the parts of one quantized matrix, and the open checkpoint. Out: the bytes of each part, in the order in which
-they lie in the file. Guaranteed: codes are handed on as they come, but for a matrix that is transposed, which is held;
-what is held beside them are the matrix's scales and zero points, which are a sixteenth of it or less.
+Codes are streamed, except those of a transposed matrix; scales and zero points, at most a sixteenth of the matrix, are
+kept in memory until its codes are written.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from builder.quantization.blockwise import Blocks, Quantized, quantize
 from builder.quantization.packing import Part, packed_parts
 
 PARTS: tuple[Part, ...] = get_args(Part)
-AHEAD = 4  # blocks of rows on their way
+AHEAD = 4  # blocks of rows in flight
 
 Array = npt.NDArray[Any]
 CalibratedRows = Mapping[str, Callable[[], Quantized]]
@@ -32,24 +31,25 @@ CalibratedRows = Mapping[str, Callable[[], Quantized]]
 
 @dataclass(frozen=True)
 class QuantizationSource:
-    """
+    """Where the rows of quantized matrices come from.
+
     Args:
-        shard: the file of it that is being read.
-        workers: that quantize.
-        given: tensor → what reads its codes, scales and zeros where they are known
-        (builder/quantization/calibrate.py).
+        shard: the checkpoint file that is being read.
+        workers: threads that quantize.
+        calibrated: tensor → function that reads its codes, scales and zeros, for matrices that were calibrated
+            (builder/quantization/calibrate.py).
     """
 
     checkpoint: Checkpoint
     shard: Shard
     workers: ThreadPoolExecutor
-    given: CalibratedRows = field(default_factory=dict)
+    calibrated: CalibratedRows = field(default_factory=dict)
 
 
 def quantized_parts(contents: Sequence[Binding], source: QuantizationSource) -> Iterator[Iterable[Array]]:
     """The pieces of each content: codes, then scales, then zero points."""
-    kept: dict[Part, list[Array]] = {one.part: [] for one in contents[1:] if one.part}
-    scales = next(one.dtype for one in contents if one.part == "scales")
+    kept: dict[Part, list[Array]] = {content.part: [] for content in contents[1:] if content.part}
+    scales = next(content.dtype for content in contents if content.part == "scales")
 
     def codes() -> Iterator[Array]:
         for quantized, blocks in _quantized(contents[0], source):
@@ -67,13 +67,13 @@ def _quantized(content: Binding, source: QuantizationSource) -> Iterator[tuple[Q
     assert blocks is not None
     waiting: deque[Future[Quantized]] = deque()
     for name in content.tensors:
-        if name in source.given:
-            while waiting:  # the rows of members before it
+        if name in source.calibrated:
+            while waiting:  # the rows of the tensors before it
                 yield waiting.popleft().result(), blocks
-            yield source.given[name](), blocks
+            yield source.calibrated[name](), blocks
             continue
         for block in _rows(source, source.checkpoint.tensors[name], columns):
-            waiting.append(source.workers.submit(_one, block, blocks))
+            waiting.append(source.workers.submit(_quantize_block, block, blocks))
             if len(waiting) >= AHEAD:
                 yield waiting.popleft().result(), blocks
     while waiting:
@@ -81,7 +81,7 @@ def _quantized(content: Binding, source: QuantizationSource) -> Iterator[tuple[Q
 
 
 def _rows(source: QuantizationSource, tensor: Tensor, columns: int) -> Iterator[Array]:
-    """[some rows, columns]; of a matrix in another file than its neighbours', mapped: that file has its own turn."""
+    """[some rows, columns]; a tensor outside the open shard is mapped, as its own file is streamed later or before."""
     count, width = tensor.shape[0], np.dtype(np.float32).itemsize
     if source.shard.path == source.checkpoint.folder / tensor.file:
         yield from blocks_of(tensor, source.shard, count, columns, width)
@@ -92,5 +92,5 @@ def _rows(source: QuantizationSource, tensor: Tensor, columns: int) -> Iterator[
         yield np.asarray(mapped[start : start + step])
 
 
-def _one(block: Array, blocks: Blocks) -> Quantized:
+def _quantize_block(block: Array, blocks: Blocks) -> Quantized:
     return quantize(block.astype(np.float32), blocks)

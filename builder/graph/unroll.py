@@ -1,9 +1,8 @@
-"""Repeat traced layers: layers of a kind are alike, so one of each is traced and the others are its copies.
+"""Build the full model's graph from a trace of a model that has one layer of each kind.
 
-In: a graph traced on a model of few layers, `LAYER` marking where each ends, and which of them each layer of the whole
-model is a copy of. Out: the whole model's graph, the residual stream behind layer N called `residual.N`.
-Guaranteed: what comes out is what tracing the whole model gives; a layer that reads anything of another but the
-residual stream is an error.
+The traced graph marks the end of each layer with a `LAYER` node; in the result, the residual stream after layer N is
+named `residual.N`. Guarantees: the result equals a trace of the full model; a layer that reads anything but the
+residual stream from another layer is an error.
 """
 
 from __future__ import annotations
@@ -20,20 +19,20 @@ from builder.graph.binding import Binding, BoundGraph, unbound
 from builder.graph.ports import RESIDUAL, Component, Port
 from builder.util.errors import PassError
 
-OWN, LAYER = "qwen3vl", "Layer"  # patches/operators.py: one behind each layer, and one before the first
+OWN, LAYER = "qwen3vl", "Layer"  # patches/operators.py: a mark before the first layer and after each layer
 _INDEXED = re.compile(r"(?:^|(?<=\.))(layers|blocks|past_key_values|present)\.(\d+)(?=\.)")
 
 
 @dataclass(frozen=True)
 class LayerKinds:
-    """Which layers are `traced`, and, as places among these, which one each layer of the whole is a copy of."""
+    """The layers that are traced, and for each layer of the full model the index in `traced` that it copies."""
 
     traced: tuple[int, ...]
     copies: tuple[int, ...]
 
     @classmethod
     def of(cls, layers: int, deepstack: Iterable[int]) -> LayerKinds:
-        """A layer at which DeepStack features leave or enter is a kind of its own; all others are one."""
+        """Each layer where DeepStack features leave or enter is a kind of its own; all other layers are one kind."""
         special = {index for index in deepstack if index < layers}
         plain = [index for index in range(layers) if index not in special]
         traced = tuple(sorted([*special, *plain[:1]]))
@@ -41,17 +40,17 @@ class LayerKinds:
 
 
 def decoder_kinds(checkpoint: Checkpoint) -> LayerKinds:
-    """Of the text decoder, whose first layers take a DeepStack level each."""
+    """Layer kinds of the text decoder, whose first layers take a DeepStack level each."""
     return LayerKinds.of(checkpoint.text.layers, range(len(checkpoint.vision.deepstack)))
 
 
 def vision_kinds(checkpoint: Checkpoint) -> LayerKinds:
-    """Of the vision encoder."""
+    """Layer kinds of the vision encoder."""
     return LayerKinds.of(checkpoint.vision.depth, checkpoint.vision.deepstack)
 
 
 def shortened(checkpoint: Checkpoint) -> Checkpoint:
-    """The facts of a model that has one layer of each kind; its tensors are still the whole one's."""
+    """The checkpoint configured with one layer of each kind; its tensors are still those of the full model."""
     vision, text = vision_kinds(checkpoint).traced, decoder_kinds(checkpoint).traced
     deepstack = tuple(vision.index(layer) for layer in checkpoint.vision.deepstack)
     config = {
@@ -72,10 +71,10 @@ def shortened(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def unroll(traced: BoundGraph, kinds: LayerKinds, component: Component) -> BoundGraph:
-    """The graph with every layer of `kinds.copies`, its ports those of `component`.
+    """Build the graph with every layer of `kinds.copies` and the ports of `component`.
 
     Raises:
-        PassError: the graph does not come in that many layers, or a layer reads another one's values.
+        PassError: the graph has another number of layers, or a layer reads another layer's values.
     """
     before, layers, after = _parts(traced.model, len(kinds.traced))
     copy = _Copy(traced, component)
@@ -87,12 +86,12 @@ def unroll(traced: BoundGraph, kinds: LayerKinds, component: Component) -> Bound
 
 
 def _parts(model: ir.Model, count: int) -> tuple[list[ir.Node], list[list[ir.Node]], list[ir.Node]]:
-    """What comes before the layers, each layer with the mark at its end, and what comes behind them."""
+    """The nodes before the layers, those of each layer with the mark at its end, and those after the layers."""
     nodes = list(model.graph)
     marks = [position for position, node in enumerate(nodes) if node.op_type == LAYER]
     if len(marks) != count + 1:
         raise PassError(
-            f"the traced {model.graph.name} does not come in layers",
+            f"the traced {model.graph.name} is not divided into layers",
             expected=f"{count + 1} marks around {count} layers",
             found=f"{len(marks)} marks",
         )
@@ -101,7 +100,7 @@ def _parts(model: ir.Model, count: int) -> tuple[list[ir.Node], list[list[ir.Nod
 
 
 class _Copy:
-    """The graph that grows; `values` has, of each traced value, the copy that is read from here on."""
+    """The graph under construction; `own` and `shared` map traced values to the copies that are read from here on."""
 
     def __init__(self, traced: BoundGraph, component: Component) -> None:
         self.traced, self.component = traced, component
@@ -117,9 +116,9 @@ class _Copy:
     def take(
         self, nodes: Sequence[ir.Node], entry: ir.Node | None, layer: int | None = None, alone: bool = True
     ) -> None:
-        """Copies `nodes`, which read the stream at the mark `entry`; those of a layer get its weights and ports.
+        """Copy `nodes`, which read the stream at the mark `entry`; the nodes of a layer get its weights and ports.
 
-        What comes `alone`, one layer of its kind, can be read later on: DeepStack's features are.
+        Values of a layer that is `alone`, the only layer of its kind, stay readable: DeepStack features are read later.
         """
         self.own = {}
         if entry is not None:
@@ -139,7 +138,7 @@ class _Copy:
             self.shared |= self.own
 
     def bound(self) -> BoundGraph:
-        """The whole graph, once everything is taken."""
+        """The full graph, once all nodes are taken."""
         old = self.traced.model
         for port in self.component.outputs:
             value = self.outputs[port.name]
@@ -169,16 +168,16 @@ class _Copy:
         if value.is_initializer():
             return self._initializer(value, layer)
         if producer is not None and producer.op_type == "Constant" and value not in self.shared:
-            # The exporter makes a constant where it is read first, in a layer that others read it from as well.
+            # The exporter puts a constant into the layer that reads it first; other layers read it from there.
             self._copy(producer, None, self.shared)
-        found = self.own.get(value, self.shared.get(value))
-        if found is None:
+        copy = self.own.get(value, self.shared.get(value))
+        if copy is None:
             raise PassError(
-                f"a layer of {self.component.name} reads what another one computes",
+                f"a layer of {self.component.name} reads what another layer computes",
                 expected="the residual stream, and what is computed before all layers",
                 found=str(value.name),
             )
-        return found
+        return copy
 
     def _initializer(self, value: ir.Value, layer: int | None) -> ir.Value:
         old, new = str(value.name), _at(str(value.name), layer)

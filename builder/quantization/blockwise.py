@@ -1,9 +1,7 @@
-"""Blockwise quantization of a matrix's rows: the arithmetic, without a model, a graph or torch.
+"""Blockwise quantization of fp32 rows: each block gets codes, a scale and, in some formats, a zero point.
 
-In: rows in fp32 and a format. Out: codes, a scale a block and, where the format has them, a zero point a block.
-Guaranteed: rows do not depend on one another, so that a matrix can be quantized in pieces; a block of zeros, of one
-value or of denormal numbers has finite scales; what comes out is the same whatever the pieces and the number of
-threads.
+Guarantees: rows are independent of each other, so that the result does not depend on how a matrix is split, nor on the
+number of threads; blocks of zeros, of equal values or of denormal numbers have finite scales.
 """
 
 from __future__ import annotations
@@ -18,27 +16,28 @@ Search = Literal["none", "mse", "gptq"]
 Rows = npt.NDArray[np.float32]
 Codes = npt.NDArray[np.uint8]
 
-SMALLEST, LARGEST_BLOCK = 16, 256  # block sizes that the runtimes' kernels know
-# What the largest magnitude of a block is divided by to get its scale, over 2^(bits - 1). Above 1 it is clipped a
-# little and all others get finer steps; below 1 the whole range of codes is not used, which suits blocks whose
-# second largest magnitude has the other sign. More of them gain little (six got 96 % of what twenty did, on normal and
+SMALLEST, LARGEST_BLOCK = 16, 256  # block sizes that the runtimes' kernels support
+# A block's scale is its largest magnitude, divided by 2^(bits - 1) and by each of these. Above 1, the largest value is
+# clipped a little and all others get finer steps; below 1, some codes are unused, which suits blocks whose second
+# largest magnitude has the other sign. More candidates gain little (six got 96 % of the gain of twenty, on normal and
 # on trained weights).
 DIVISORS = (1.0, 0.86, 0.93, 1.08, 1.16)
-SPANS = (1.0, 0.94, 0.88, 0.82)  # with zero points: the share of the block's span that codes cover
+SPANS = (1.0, 0.94, 0.88, 0.82)  # with zero points: fraction of the block's range that codes cover
 TINY = np.float32(1e-30)
-PIECE = 1 << 16  # elements that are worked on at a time: they stay in a core's cache with what is made of them
+PIECE = 1 << 16  # elements at a time, which fit a core's cache together with the temporaries
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """A format.
+    """A blockwise quantization format.
 
     Args:
-        bits: of a code, 4 or 8.
+        bits: bits of a code, 4 or 8.
         size: elements of a row that share a scale.
-        zero_points: a zero point a block; without, the middle code is zero.
-        search: "none" rounds to the nearest; "mse" tries several scales a block and keeps that of the smallest squared
-            error; "gptq" weighs errors by real activations and compensates for them (builder/quantization/gptq.py).
+        zero_points: whether each block has a zero point; if not, the middle code is zero.
+        search: "none" rounds to nearest; "mse" tries several scales for each block and keeps the scale of the smallest
+            squared error; "gptq" weights errors by real activations and compensates them
+            (builder/quantization/gptq.py).
     """
 
     bits: int
@@ -48,7 +47,7 @@ class Blocks:
 
     @property
     def middle(self) -> int:
-        """The code that is zero where there are no zero points."""
+        """The code for zero in a format without zero points."""
         return 1 << (self.bits - 1)
 
     @property
@@ -58,18 +57,18 @@ class Blocks:
 
     @property
     def bits_per_weight(self) -> float:
-        """With fp32 scales."""
+        """Average bits of a weight, fp32 scales and zero points included."""
         return self.bits + (32 + (self.bits if self.zero_points else 0)) / self.size
 
     def fitting(self, columns: int) -> int | None:
-        """The largest block size up to `size` that divides a row of `columns`; None if there is none."""
+        """The largest of `size`, `size` / 2, … that divides a row of `columns`; None if that is below `SMALLEST`."""
         sizes = (self.size >> shift for shift in range(self.size.bit_length()))
-        return next((one for one in sizes if one >= SMALLEST and columns % one == 0), None)
+        return next((size for size in sizes if size >= SMALLEST and columns % size == 0), None)
 
 
 @dataclass(frozen=True)
 class Quantized:
-    """levels [rows, columns] uint8; scales [rows, blocks] fp32; zeros [rows, blocks] uint8, given or implied."""
+    """codes [rows, columns] uint8; scales [rows, blocks] fp32; zeros [rows, blocks] uint8, explicit or implied."""
 
     codes: Codes
     scales: Rows
@@ -77,18 +76,23 @@ class Quantized:
 
 
 def scales_of(flat: Rows, blocks: Blocks, importance: Rows | None = None) -> tuple[Rows, Rows]:
-    """Scale and zero point, [count, 1] fp32 each, of blocks [count, size].
+    """Scale and zero point of each block.
 
     Args:
-        importance: [size], what each column's squared error counts for in the search; None for all alike.
+        flat: blocks, fp32 [count, size].
+        blocks: the format.
+        importance: weight of each column's squared error in the search, [size]; None for equal weights.
+
+    Returns:
+        Scales and zero points, fp32 [count, 1] each.
     """
-    found = _asymmetric if blocks.zero_points else _symmetric
-    _, scales, zeros = found(flat, blocks, importance)
+    quantize_blocks = _asymmetric if blocks.zero_points else _symmetric
+    _, scales, zeros = quantize_blocks(flat, blocks, importance)
     return scales, zeros.astype(np.float32)
 
 
 def quantize(rows: Rows, blocks: Blocks) -> Quantized:
-    """Quantizes fp32 [rows, columns]; `columns` is a multiple of the block size."""
+    """Quantize fp32 [rows, columns]; `columns` is a multiple of the block size."""
     count, columns = rows.shape
     codes = np.empty((count, columns), np.uint8)
     scales = np.empty((count, columns // blocks.size), np.float32)
@@ -96,10 +100,9 @@ def quantize(rows: Rows, blocks: Blocks) -> Quantized:
     step = max(1, PIECE // columns)
     for start in range(0, count, step):
         part = slice(start, start + step)
-        # [blocks, size]: every block is a row
-        flat = np.ascontiguousarray(rows[part], np.float32).reshape(-1, blocks.size)
-        found, scale, zero = _asymmetric(flat, blocks) if blocks.zero_points else _symmetric(flat, blocks)
-        codes[part] = found.reshape(-1, columns)
+        flat = np.ascontiguousarray(rows[part], np.float32).reshape(-1, blocks.size)  # [blocks, size]
+        code, scale, zero = _asymmetric(flat, blocks) if blocks.zero_points else _symmetric(flat, blocks)
+        codes[part] = code.reshape(-1, columns)
         scales[part] = scale.reshape(-1, scales.shape[1])
         zeros[part] = zero.reshape(-1, scales.shape[1])
     return Quantized(codes, scales, zeros)
@@ -115,7 +118,7 @@ def dequantize(quantized: Quantized) -> Rows:
 
 
 def _symmetric(flat: Rows, blocks: Blocks, importance: Rows | None = None) -> tuple[Codes, Rows, Codes]:
-    """The block's largest magnitude gets the lowest code, which reaches one further than the highest."""
+    """Codes around the middle code: the largest magnitude gets the lowest code, as its range is one step larger."""
     low, high = np.float32(-blocks.middle), np.float32(blocks.middle - 1)
     largest = np.take_along_axis(flat, np.abs(flat).argmax(1)[:, None], 1)  # with its sign
     largest[np.abs(largest) < TINY] = TINY
@@ -126,7 +129,7 @@ def _symmetric(flat: Rows, blocks: Blocks, importance: Rows | None = None) -> tu
         for divisor in DIVISORS:
             scale = largest / np.float32(divisor * low)
             _round(flat, scale, low, high, codes)
-            # With the scale that fits these codes best, the squared error is Σx² - (Σxl)² / Σl².
+            # With the scale that fits these codes best, the squared error is Σx² - (Σxc)² / Σc².
             across, own = _dot(flat, codes, importance), np.maximum(_dot(codes, codes, importance), TINY)
             error = -across * across / own
             better = error < least
@@ -139,7 +142,7 @@ def _symmetric(flat: Rows, blocks: Blocks, importance: Rows | None = None) -> tu
 
 
 def _asymmetric(flat: Rows, blocks: Blocks, importance: Rows | None = None) -> tuple[Codes, Rows, Codes]:
-    """Codes from the block's smallest value to its largest, zero among them."""
+    """Codes from the block's minimum to its maximum, zero included."""
     top = np.float32(blocks.top)
     low = np.minimum(flat.min(1, keepdims=True), 0)
     high = np.maximum(flat.max(1, keepdims=True), 0)
@@ -163,19 +166,19 @@ def _asymmetric(flat: Rows, blocks: Blocks, importance: Rows | None = None) -> t
 
 
 def _round(flat: Rows, scale: Rows, low: Rows | np.float32, high: Rows | np.float32, out: Rows) -> None:
-    """round(x / scale) between `low` and `high`, into `out`."""
+    """Write clip(round(x / scale), low, high) to `out`."""
     np.multiply(flat, np.float32(1) / scale, out=out)
     np.rint(out, out=out)
     np.clip(out, low, high, out=out)
 
 
-def _finite(found: npt.NDArray[Any], instead: Rows) -> Rows:
-    """Where a sum of huge values has left fp32's range: `instead`."""
-    finite: Rows = np.where(np.isfinite(found), found, instead)
+def _finite(values: npt.NDArray[Any], fallback: Rows) -> Rows:
+    """`values`, or `fallback` where a sum of huge values overflowed fp32."""
+    finite: Rows = np.where(np.isfinite(values), values, fallback)
     return finite
 
 
 def _dot(a: Rows, b: Rows, importance: Rows | None) -> Rows:
-    """[blocks, 1]: the sum of products of each row, weighted by column."""
+    """The dot product of each pair of rows, weighted by column, [blocks, 1]."""
     dot: Rows = np.einsum("ij,ij->i", a, b) if importance is None else np.einsum("ij,ij,j->i", a, b, importance)
     return dot[:, None]

@@ -1,10 +1,8 @@
-"""Quantize the text decoder on what really flows through it, a layer at a time.
+"""Calibrate the text decoder with GPTQ on real activations, a layer at a time.
 
-In: the checkpoint, the formats of its matrices, cases to run. Out: a file a matrix with its codes, scales and zero
-points, for `builder.graph.quantized_data`. Guaranteed: one decoder layer is in memory at a time, with the Hessian of
-one input after the other; each layer is calibrated on what the layers before it, quantized, hand on; nothing of a
-held-out set is used. PyTorch's own layers run; the vision encoder and matrices that are not to be calibrated stay
-exact.
+PyTorch's layers run on the calibration cases. Each layer is calibrated on the outputs of the quantized layers before
+it; the vision encoder and matrices that are not calibrated stay in full precision. Guarantees: a single decoder layer
+is in memory at a time, with the Hessians of its inputs; no held-out case is used.
 """
 
 from __future__ import annotations
@@ -21,24 +19,24 @@ import numpy as np
 from builder.checkpoint.load import Checkpoint
 from builder.checkpoint.tensors import EMBEDDINGS, LM_HEAD
 from builder.quantization.blockwise import Blocks, Quantized, dequantize
-from builder.quantization.gptq import Compensation, compensation, quantize_compensated
+from builder.quantization.gptq import compensation, quantize_compensated
 from builder.quantization.rules import WeightFormat
 from builder.reference.cases import MAX_PATCHES, Case, read_calibration, suite_cases
 from builder.reference.model import Prompt, Reference
 
 LAYERS = "model.language_model.layers"
-HEAD_ROWS = 8192  # of the head at a time
+HEAD_ROWS = 8192  # rows of the head at a time
 
 Store = Callable[[str, Quantized], None]
 
 
-class _Caught(Exception):  # noqa: N818 – no error: what ends a forward pass where its first layer would begin
+class _Caught(Exception):  # noqa: N818 – not an error: it ends a forward pass before the first layer
     pass
 
 
 @dataclass
 class Stream:
-    """One case between two layers: the residual stream, how a layer is called, and where DeepStack is added."""
+    """A case between two layers: the residual stream, a layer's keyword arguments, and where DeepStack is added."""
 
     hidden: Any
     call: Mapping[str, Any]
@@ -47,15 +45,23 @@ class Stream:
 
 
 def calibrated(
-    checkpoint: Checkpoint, storages: Mapping[str, WeightFormat], out: Path, advance: Callable[[], None] = lambda: None
+    checkpoint: Checkpoint,
+    weight_formats: Mapping[str, WeightFormat],
+    out: Path,
+    advance: Callable[[], None] = lambda: None,
 ) -> dict[str, Path]:
-    """Writes each matrix that is to be calibrated into `out`; returns where each lies.
+    """Calibrate every matrix whose search is "gptq", and write a file for each to `out`.
 
     Args:
-        storages: tensor → how it is stored; those whose search is "gptq" are calibrated.
+        checkpoint: checkpoint with the matrices.
+        weight_formats: tensor → its format.
+        out: folder of the files.
         advance: called after each layer, and after the head.
+
+    Returns:
+        Tensor → file.
     """
-    wanted = {name: one.blocks for name, one in storages.items() if one.blocks.search == "gptq"}
+    wanted = {name: each.blocks for name, each in weight_formats.items() if each.blocks.search == "gptq"}
     out.mkdir(parents=True, exist_ok=True)
     files: dict[str, Path] = {}
 
@@ -78,23 +84,23 @@ def calibrated(
 
 
 def load(path: Path) -> Quantized:
-    """What `calibrated` wrote."""
+    """Read a file that `calibrated` wrote."""
     with np.load(path, allow_pickle=False) as arrays:
         return Quantized(arrays["codes"], arrays["scales"], arrays["zeros"])
 
 
 def begin(reference: Reference, prompts: Iterable[tuple[Prompt, Sequence[int]]]) -> list[Stream]:
-    """Each prompt and its answer as they enter the first layer."""
+    """The streams of prompts with their answers at the entry of the first layer."""
     model = reference.model.model.language_model
     caught: list[Stream] = []
-    given: dict[str, Any] = {}
+    arguments: dict[str, Any] = {}
 
     def note(_module: Any, _args: Any, kwargs: Any) -> None:
-        given.update(kwargs)
+        arguments.update(kwargs)
 
     def catch(_module: Any, args: Any, kwargs: Any) -> None:
-        embeds, places = given.get("deepstack_visual_embeds"), given.get("visual_pos_masks")
-        caught.append(Stream(args[0], {k: v for k, v in kwargs.items()}, embeds or (), places))
+        embeds, places = arguments.get("deepstack_visual_embeds"), arguments.get("visual_pos_masks")
+        caught.append(Stream(args[0], dict(kwargs), embeds or (), places))
         raise _Caught
 
     hooks = [
@@ -114,9 +120,9 @@ def begin(reference: Reference, prompts: Iterable[tuple[Prompt, Sequence[int]]])
 
 
 def calibration_prompts(reference: Reference, checkpoint: Checkpoint) -> Iterator[tuple[Prompt, tuple[int, ...]]]:
-    """The suite's cases of moderate size, and those beside the checkpoint with their answers."""
-    with TemporaryDirectory() as drawn:
-        cases: list[Case] = [*suite_cases(checkpoint, Path(drawn)), *read_calibration(checkpoint)]
+    """Prompts and answers of the suite's cases and of the checkpoint's own calibration cases, up to `MAX_PATCHES`."""
+    with TemporaryDirectory() as images:
+        cases: list[Case] = [*suite_cases(checkpoint, Path(images)), *read_calibration(checkpoint)]
         for case in cases:
             prompt = reference.prepare(case.prompt, case.images, lifted=case.lifted)
             if prompt.pixel_values is None or len(prompt.pixel_values) <= MAX_PATCHES:
@@ -131,34 +137,34 @@ def _layer(
     wanted: Mapping[str, Blocks],
     store: Store,
 ) -> None:
-    """Calibrates one layer, and takes every stream through it."""
+    """Calibrate a layer, then run every stream through it."""
     layer = loaded_layer(reference, checkpoint, index)
     names = {f"{LAYERS}.{index}.{name}.weight": module for name, module in _linears(reference, layer)}
     groups = {name: module for name, module in names.items() if name in wanted}
 
     def run() -> None:
-        for one in streams:
-            through(layer, one, index, add=False)
+        for stream in streams:
+            through(layer, stream, index, add=False)
 
     hessians = _hessians(reference, groups, run)
     for key in list(hessians):
         members, hessian = hessians.pop(key)
-        given = compensation(hessian)
+        factors = compensation(hessian)
         for name in members:
             weight = groups[name].weight
-            quantized = quantize_compensated(weight.numpy(), wanted[name], given)
+            quantized = quantize_compensated(weight.numpy(), wanted[name], factors)
             weight.copy_(reference.torch.from_numpy(dequantize(quantized)))
             store(name, quantized)
-    for one in streams:
-        one.hidden = through(layer, one, index, add=True)
+    for stream in streams:
+        stream.hidden = through(layer, stream, index, add=True)
 
 
 def _hessians(
     reference: Reference, modules: Mapping[str, Any], run: Callable[[], None]
 ) -> dict[int, tuple[list[str], np.ndarray]]:
-    """The Hessian E[x xᵀ] of each input, and the matrices that it is multiplied with: those of one input share it."""
+    """The Hessian E[x xᵀ] of each input, and the matrices that are multiplied with that input."""
     torch = reference.torch
-    inputs: list[Any] = []  # held, so that no other input gets the place of one in memory
+    inputs: list[Any] = []  # kept alive, so that identity is not reused
     sources: dict[str, int] = {}
     sums: dict[int, Any] = {}
     counts: Counter[int] = Counter()
@@ -181,44 +187,44 @@ def _hessians(
     try:
         run()
     finally:
-        for one in hooks:
-            one.remove()
+        for handle in hooks:
+            handle.remove()
     members: dict[int, list[str]] = {}
     for name, key in sources.items():
         members.setdefault(key, []).append(name)
     return {key: (names, (sums.pop(key) / counts[key]).numpy()) for key, names in members.items()}
 
 
-def through(layer: Any, one: Stream, index: int, *, add: bool) -> Any:
-    """The stream behind the layer; with `add`, and the DeepStack level that follows it."""
-    out = layer(one.hidden, **one.call)
+def through(layer: Any, stream: Stream, index: int, *, add: bool) -> Any:
+    """The residual stream after the layer; with `add`, plus the DeepStack level that follows it."""
+    out = layer(stream.hidden, **stream.call)
     out = out[0] if isinstance(out, tuple) else out
-    if add and index < len(one.levels):
+    if add and index < len(stream.levels):
         out = out.clone()
-        out[one.places] += one.levels[index]
+        out[stream.places] += stream.levels[index]
     return out
 
 
 def _head(
     reference: Reference, checkpoint: Checkpoint, name: str, streams: list[Stream], blocks: Blocks, store: Store
 ) -> None:
-    """Calibrates the head on every stream's end, some of its rows at a time."""
+    """Calibrate the head on the ends of all streams, `HEAD_ROWS` at a time."""
     from builder.reference.streaming import read_rows
 
     norm = reference.model.model.language_model.norm
-    inputs = [norm(one.hidden)[0] for one in streams]
-    total = sum(x.T @ x for x in inputs) / sum(map(len, inputs))
-    given: Compensation = compensation(np.asarray(total, np.float32))
+    inputs = [norm(stream.hidden)[0] for stream in streams]
+    hessian = sum(x.T @ x for x in inputs) / sum(map(len, inputs))
+    factors = compensation(np.asarray(hessian, np.float32))
     tensor = checkpoint.tensors[name]
     pieces = []
     for start in range(0, tensor.shape[0], HEAD_ROWS):
         rows = read_rows(checkpoint.folder, tensor, start, min(start + HEAD_ROWS, tensor.shape[0]))
-        pieces.append(quantize_compensated(rows.numpy(), blocks, given))
+        pieces.append(quantize_compensated(rows.numpy(), blocks, factors))
     store(name, Quantized(*(np.concatenate([getattr(p, n) for p in pieces]) for n in ("codes", "scales", "zeros"))))
 
 
 def loaded_layer(reference: Reference, checkpoint: Checkpoint, index: int) -> Any:
-    """The layer with its weights in memory, apart from the model that streams them."""
+    """A copy of the layer with its weights in memory, separate from the model that streams them."""
     from copy import deepcopy
 
     from builder.reference.streaming import read_rows

@@ -1,8 +1,4 @@
-"""8 bits for the groups whose bytes save most, as a recipe.
-
-In: sensitivities (builder/quantization/sensitivity.py), a recipe and a budget of bytes. Out: the recipe with rules in
-front, and its text. Guaranteed: what is written is what `load_recipe` reads; no rule of it is idle.
-"""
+"""Choose the groups of matrices that get 8 bits within a budget of bytes, and add rules for them to a recipe."""
 
 from __future__ import annotations
 
@@ -16,24 +12,24 @@ from builder.quantization.sensitivity import Group, Sensitivity
 
 
 def choose_groups(sensitivities: Sequence[Sensitivity], budget: int) -> list[Group]:
-    """Groups for 8 bits, those whose bytes save most first, as long as `budget` bytes last."""
-    taken, left = [], budget
-    for one in sorted(sensitivities, key=lambda one: -one.per_byte):
-        if one.group.more <= left:
-            taken.append(one.group)
-            left -= one.group.more
-    return taken
+    """The groups that get 8 bits: most sensitive per byte first, as long as they fit into `budget` bytes."""
+    chosen, left = [], budget
+    for sensitivity in sorted(sensitivities, key=lambda each: -each.per_byte):
+        if sensitivity.group.extra_bytes <= left:
+            chosen.append(sensitivity.group)
+            left -= sensitivity.group.extra_bytes
+    return chosen
 
 
 def stored_bytes(checkpoint: Checkpoint, rules: Sequence[Rule]) -> int:
-    """Of all matrices that the rules quantize, with their scales."""
-    storages = resolve(rules, checkpoint.tensors)
-    bits = sum(math.prod(checkpoint.tensors[name].shape) * one.blocks.bits_per_weight for name, one in storages.items())
-    return round(bits / 8)
+    """Size in bytes of all matrices that the rules quantize, scales included."""
+    weight_formats = resolve(rules, checkpoint.tensors)
+    sizes = {name: math.prod(checkpoint.tensors[name].shape) for name in weight_formats}
+    return round(sum(sizes[name] * each.blocks.bits_per_weight for name, each in weight_formats.items()) / 8)
 
 
 def with_more_bits(checkpoint: Checkpoint, rules: Sequence[Rule], more: Sequence[Group]) -> tuple[Rule, ...]:
-    """The rules, the first of them storing these groups in 8 bits; all else of them as it was."""
+    """The rules, preceded by rules that store these groups in 8 bits; rules that no longer apply are removed."""
     first = []
     for group in more:
         rule = next(rule for rule in rules if rule.matches(group.tensors[0]))
@@ -44,7 +40,7 @@ def with_more_bits(checkpoint: Checkpoint, rules: Sequence[Rule], more: Sequence
 
 
 def _decided(checkpoint: Checkpoint, rules: Sequence[Rule]) -> Iterator[str]:
-    """Tensors that a rule names, as `resolve` sees them."""
+    """The matrices that a rule matches, as in `resolve`."""
     for name in matrices(checkpoint.tensors):
         if any(rule.matches(name) for rule in rules):
             yield name

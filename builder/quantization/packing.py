@@ -1,9 +1,7 @@
-"""The bytes that onnxruntime's operators read of a quantized matrix.
+"""Pack quantized matrices as ONNX Runtime's operators read them, and unpack them; nothing is rounded.
 
-In: codes, scales and zero points of builder/quantization/blockwise.py. Out: the three parts of
-com.microsoft::MatMulNBits, whose
-codes and scales com.microsoft::GatherBlockQuantized reads as well (with each row's codes on one axis). Guaranteed:
-packing and unpacking are each other's inverse; nothing here rounds.
+Codes, scales and zero points have the layout of com.microsoft::MatMulNBits, which com.microsoft::GatherBlockQuantized
+reads as well, with each row's codes on a single axis.
 """
 
 from __future__ import annotations
@@ -15,16 +13,16 @@ import numpy.typing as npt
 
 from builder.quantization.blockwise import Blocks, Codes, Quantized
 
-Part = Literal["levels", "scales", "zero_points"]  # the ends of the initializers' names; "levels" holds codes
+Part = Literal["levels", "scales", "zero_points"]  # suffixes of initializer names; "levels" are the codes
 
 
 def parts(blocks: Blocks) -> tuple[Part, ...]:
-    """Those that a format has, in the order in which they lie in a data file."""
+    """The parts of a format, in the order of the data file."""
     return ("levels", "scales", "zero_points") if blocks.zero_points else ("levels", "scales")
 
 
 def part_shape(part: Part, blocks: Blocks, rows: int, columns: int) -> tuple[int, ...]:
-    """As MatMulNBits declares it: codes [rows, blocks, bytes], scales [rows, blocks], zero points [rows, bytes]."""
+    """The shape in MatMulNBits: codes [rows, blocks, bytes], scales [rows, blocks], zero points [rows, bytes]."""
     count = columns // blocks.size
     if part == "levels":
         return rows, count, blocks.size * blocks.bits // 8
@@ -32,12 +30,12 @@ def part_shape(part: Part, blocks: Blocks, rows: int, columns: int) -> tuple[int
 
 
 def lookup_shape(part: Part, blocks: Blocks, rows: int, columns: int) -> tuple[int, ...]:
-    """The same bytes as GatherBlockQuantized declares them: codes [rows, bytes]."""
+    """The shape of the same bytes in GatherBlockQuantized: codes [rows, bytes]."""
     return (rows, columns * blocks.bits // 8) if part == "levels" else part_shape(part, blocks, rows, columns)
 
 
 def pack(values: Codes, bits: int) -> Codes:
-    """[rows, columns] of 4 or 8 bits each → [rows, bytes]: the first of two codes in the lower nibble."""
+    """Pack codes of 4 or 8 bits, [rows, columns] → [rows, bytes]; of two codes, the first is the low nibble."""
     if bits == 8:
         return values
     rows, columns = values.shape
@@ -57,22 +55,24 @@ def unpack(packed: Codes, bits: int, columns: int) -> Codes:
 
 
 def packed_parts(quantized: Quantized, blocks: Blocks, scales: str) -> dict[Part, npt.NDArray[np.generic]]:
-    """Each part's array, in the shape of `part_shape` but for the codes' last two axes, which are one.
+    """Each part's array, in the shape of `part_shape`, except that the codes' last two axes are merged.
 
     Args:
+        quantized: codes, scales and zero points.
+        blocks: the format.
         scales: numpy's name of the scales' type.
     """
-    found: dict[Part, npt.NDArray[np.generic]] = {
+    packed: dict[Part, npt.NDArray[np.generic]] = {
         "levels": pack(quantized.codes, blocks.bits),
         "scales": quantized.scales.astype(scales),
     }
-    return found | ({"zero_points": pack(quantized.zeros, blocks.bits)} if blocks.zero_points else {})
+    return packed | ({"zero_points": pack(quantized.zeros, blocks.bits)} if blocks.zero_points else {})
 
 
 def unpacked(
     codes: Codes, scales: npt.NDArray[np.generic], zero_points: Codes | None, blocks: Blocks, columns: int
 ) -> Quantized:
-    """What an operator reads, of any of its shapes, as codes, scales and zero points again."""
+    """Codes, scales and zero points from an operator's inputs, in any of its shapes."""
     rows = len(codes)
     count = columns // blocks.size
     zeros = np.full((rows, count), blocks.middle, np.uint8)

@@ -1,13 +1,13 @@
-"""Which weights are stored how: the policy of a recipe.
+"""The rules of a recipe: how each weight matrix is stored.
 
-The first rule that matches a matrix wins; a rule that decides nothing is an error; a matrix that no rule names is kept
-as it is. Vectors (norms, biases) and position tables are never quantized, whatever a pattern matches.
+The first rule that matches a matrix applies; a rule that applies to no matrix is an error; a matrix without a rule is
+not quantized. Vectors (norms, biases) and position tables are never quantized, whatever the patterns match.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -35,19 +35,29 @@ def _block_size(value: int) -> int:
 
 @checked(frozen=True, config=ConfigDict(extra="forbid", defer_build=True))
 class Rule:
-    """How the matrices that it matches are stored; also the schema of `[[rules]]` in a recipe.
+    """How matching matrices are stored; also the schema of `[[rules]]` in a recipe.
+
+    Example:
+        GPTQ for the MLPs of the text decoder, everything else in 8 bits:
+
+        >>> rules = (
+        ...     Rule(("model.language_model.layers.*.mlp.*",), "int4", search="gptq"),
+        ...     Rule(("*",), "int8"),
+        ... )
+        >>> rules[0].matches("model.language_model.layers.0.mlp.up_proj.weight")
+        True
 
     Args:
-        weights: patterns (`*`, `?`, `[…]`) of checkpoint tensors; a tensor has to match one of them.
-        store: the type of the stored codes; "keep" leaves the matrices as they are.
-        block: elements that share a scale; half of it, a quarter and so on where it does not divide a row's length.
+        weights: patterns (`*`, `?`, `[…]`) of checkpoint tensors; a tensor has to match at least one pattern.
+        store: type of the codes; "keep" does not quantize.
+        block: elements that share a scale; halved until it divides the length of a row.
         zero_points: whether each block has a zero point.
-        search: how codes are found (`builder.quantization.blockwise.Blocks`); "gptq" is for the text decoder and the
-            head.
-        accuracy: `accuracy_level` of MatMulNBits, the least precision of the activations: 1 fp32, 2 fp16, 4 int8.
-        activations: "int8" quantizes the activations as well, each tensor by its range at run time, and multiplies
-            integers; a row of the matrix has one scale. Twice as fast as fp32 where many rows are multiplied at once,
-            and wrong where a few activations are far larger than all others: then the limits of the build fail.
+        search: how codes are chosen, see `builder.quantization.blockwise.Blocks`; "gptq" is for the text decoder and
+            the head.
+        accuracy: `accuracy_level` of MatMulNBits, the lowest precision of the activations: 1 fp32, 2 fp16, 4 int8.
+        activations: "int8" also quantizes the activations, per tensor by their range at run time, and multiplies
+            integers; each row of the matrix has a single scale. Twice as fast as fp32 for matmuls with many rows, but
+            wrong if a few activations are far larger than the others: then the limits of the build fail.
     """
 
     weights: Annotated[tuple[str, ...], Field(min_length=1)]
@@ -64,10 +74,12 @@ class Rule:
 
 @dataclass(frozen=True)
 class WeightFormat:
-    """How one matrix is stored, and the least precision of the activations that it is multiplied with (see `Rule`).
+    """How a matrix is stored.
 
     Args:
-        transposed: a row of the file is a column of the checkpoint's matrix, as integer matmuls need it.
+        blocks: the quantization format.
+        accuracy: the lowest precision of the activations, see `Rule`.
+        transposed: codes are stored transposed, as integer matmuls need them.
     """
 
     blocks: Blocks
@@ -76,7 +88,7 @@ class WeightFormat:
 
 
 def matrices(tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """Name → length of a row, of every matrix that can be quantized: weights of linear layers, and the embeddings."""
+    """Name → row length of every matrix that can be quantized: weights of linear layers, and the embeddings."""
     return {
         name: tensor.shape[1]
         for name, tensor in tensors.items()
@@ -85,53 +97,53 @@ def matrices(tensors: Mapping[str, Tensor]) -> dict[str, int]:
 
 
 def resolve(rules: Sequence[Rule], tensors: Mapping[str, Tensor]) -> dict[str, WeightFormat]:
-    """How each matrix is stored that is not kept.
+    """The format of each matrix that is quantized, by tensor name.
 
     Raises:
-        RecipeError: a rule decides nothing, or no block size fits a matrix.
+        RecipeError: a rule applies to no matrix, or no block size fits a matrix.
     """
-    found: dict[str, WeightFormat] = {}
+    weight_formats: dict[str, WeightFormat] = {}
     used: set[int] = set()
     for name, columns in matrices(tensors).items():
         for number, rule in enumerate(rules):
             if rule.matches(name):
                 used.add(number)
                 if rule.store != "keep":
-                    found[name] = _weight_format(name, columns, rule)
+                    weight_formats[name] = _weight_format(name, columns, rule)
                 break
     idle = [rule for number, rule in enumerate(rules) if number not in used]
     if idle:
         raise RecipeError(
-            f"the rule for {', '.join(idle[0].weights)} decides nothing",
-            expected="a matrix of the checkpoint that no earlier rule decides",
+            f"the rule for {', '.join(idle[0].weights)} applies to no matrix",
+            expected="a matrix of the checkpoint that no earlier rule matches",
             found=_why_idle(idle[0], tensors),
             next="remove the rule, or put it before those that are wider",
         )
-    return found
+    return weight_formats
 
 
 def shares_the_head(tensors: Mapping[str, Tensor], name: str) -> bool:
-    """Whether `name` is the matrix that is both looked up and multiplied with."""
+    """Whether `name` is both the embeddings and the head."""
     return name == EMBEDDINGS and LM_HEAD not in tensors
 
 
 def _weight_format(name: str, columns: int, rule: Rule) -> WeightFormat:
     if rule.activations == "int8":
         return WeightFormat(Blocks(BITS[rule.store], columns, search=rule.search), rule.accuracy, transposed=True)
-    asked = Blocks(BITS[rule.store], rule.block, rule.zero_points, rule.search)
-    size = asked.fitting(columns)
+    requested = Blocks(BITS[rule.store], rule.block, rule.zero_points, rule.search)
+    size = requested.fitting(columns)
     if size is None:
         raise RecipeError(
             f"no block size fits {name}",
-            expected=f"rows of a multiple of {SMALLEST}",
+            expected=f"a row length that is a multiple of {SMALLEST}",
             found=f"rows of {columns}",
             next=f'put a rule before it: weights = ["{name}"], store = "keep"',
         )
-    return WeightFormat(Blocks(asked.bits, size, asked.zero_points, asked.search), rule.accuracy)
+    return WeightFormat(replace(requested, size=size), rule.accuracy)
 
 
 def _why_idle(rule: Rule, tensors: Iterable[str]) -> str:
     named = [name for name in tensors if rule.matches(name)]
     if not named:
         return "no tensor of that name"
-    return f"{named[0]}, which an earlier rule decides, or which is no matrix"
+    return f"{named[0]}, which an earlier rule matches, or which is not a matrix"

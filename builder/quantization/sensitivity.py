@@ -1,9 +1,8 @@
-"""Which matrices are worth more bits, measured.
+"""Estimate how much accuracy each group of 4-bit matrices costs.
 
-In: a checkpoint, and a recipe that stores matrices in 4 bits. Out: what each group of them costs when it alone is
-rounded (KL divergence of the next token against PyTorch in fp32, in nats). Guaranteed: groups are what becomes one
-matmul (q, k and v; gate and up), the embeddings with a tied head, or a block of the vision encoder; one layer is in
-memory at a time; nothing of a held-out set is used.
+The cost of a group is the KL divergence of the next token from PyTorch in fp32, in nats, when only that group is
+rounded. A group is what becomes a single matmul (q, k and v; gate and up), the embeddings with a tied head, or a block
+of the vision encoder. Guarantees: a single layer is in memory at a time; no held-out case is used.
 """
 
 from __future__ import annotations
@@ -36,43 +35,44 @@ LOW, HIGH = 4, 8  # bits
 
 @dataclass(frozen=True)
 class Group:
-    """Matrices that are stored alike.
+    """Matrices that get the same number of bits.
 
     Args:
-        more: bytes that 8 bits take beyond 4.
+        tensors: their names.
+        extra_bytes: bytes that 8 bits take beyond 4.
     """
 
     tensors: tuple[str, ...]
-    more: int
+    extra_bytes: int
 
     @property
     def name(self) -> str:
-        """What its tensors are called, the common part once."""
+        """The names of its tensors, with the common prefix once."""
         first = self.tensors[0].removesuffix(".weight")
-        if found := BLOCK.match(first):
-            return found[1]
+        if block := BLOCK.match(first):
+            return block[1]
         path, _, _ = first.rpartition(".")
         return f"{path}.{'+'.join(name.removesuffix('.weight').rpartition('.')[2] for name in self.tensors)}"
 
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """What it costs to round a group alone: the mean KL divergence over all positions, in nats."""
+    """The mean KL divergence over all positions, in nats, when only this group is rounded."""
 
     group: Group
     kl: float
 
     @property
     def per_byte(self) -> float:
-        """What a byte of 8 bits saves at most."""
-        return self.kl / self.group.more
+        """The most that each byte of 8 bits can save."""
+        return self.kl / self.group.extra_bytes
 
 
-def groups(checkpoint: Checkpoint, storages: Mapping[str, WeightFormat]) -> list[Group]:
-    """Everything that is stored in 4 bits."""
+def groups(checkpoint: Checkpoint, weight_formats: Mapping[str, WeightFormat]) -> list[Group]:
+    """All matrices stored in 4 bits, in groups."""
     members: dict[str, list[str]] = {}
-    for name, storage in storages.items():
-        if storage.blocks.bits == LOW:
+    for name, weight_format in weight_formats.items():
+        if weight_format.blocks.bits == LOW:
             members.setdefault(_key(name), []).append(name)
     return [
         Group(tuple(names), sum(math.prod(checkpoint.tensors[name].shape) for name in names) * (HIGH - LOW) // 8)
@@ -83,45 +83,47 @@ def groups(checkpoint: Checkpoint, storages: Mapping[str, WeightFormat]) -> list
 def estimate_sensitivities(
     checkpoint: Checkpoint, rules: Sequence[Rule], positions: int, advance: Callable[[], None] = lambda: None
 ) -> list[Sensitivity]:
-    """The sensitivity of every group, the largest KL divergence first.
+    """Estimate the sensitivity of every group, the largest KL divergence first.
 
     Args:
-        positions: tokens whose distributions are compared, at least; fewer where there are no more.
+        checkpoint: checkpoint with the matrices.
+        rules: rules of a recipe.
+        positions: minimum number of tokens whose distributions are compared, if the calibration cases have that many.
         advance: called after each group.
 
     Raises:
         RecipeError: the rules store nothing in 4 bits.
     """
-    storages = resolve(rules, checkpoint.tensors)
-    wanted = groups(checkpoint, storages)
-    if not wanted:
+    weight_formats = resolve(rules, checkpoint.tensors)
+    candidates = groups(checkpoint, weight_formats)
+    if not candidates:
         raise RecipeError(
             "the recipe stores nothing in 4 bits",
             expected='rules with store = "int4"',
-            found=f"{len(storages)} matrices in 8 bits" if storages else "no rules",
+            found=f"{len(weight_formats)} matrices in 8 bits" if weight_formats else "no rules",
             next="--recipe int4",
         )
-    own = _Measuring.of(checkpoint, storages, positions)
-    found = []
-    with own.reference.torch.no_grad():
-        exact = own.distributions(own.behind(0, own.begun()))
-        for group in sorted(wanted, key=lambda one: own.layer_of(one)):
-            found.append(Sensitivity(group, own.divergence(exact, group)))
+    estimator = _Estimator.of(checkpoint, weight_formats, positions)
+    sensitivities = []
+    with estimator.reference.torch.no_grad():
+        exact = estimator.distributions(estimator.after(0, estimator.begun()))
+        for group in sorted(candidates, key=estimator.layer_of):
+            sensitivities.append(Sensitivity(group, estimator.divergence(exact, group)))
             advance()
-    return sorted(found, key=lambda one: -one.kl)
+    return sorted(sensitivities, key=lambda each: -each.kl)
 
 
 def _key(name: str) -> str:
-    if found := BLOCK.match(name):
-        return found[1]
+    if block := BLOCK.match(name):
+        return block[1]
     path, _, module = name.removesuffix(".weight").rpartition(".")
     return next((f"{path}.{names}" for names in TOGETHER if module in names), name)
 
 
-def _asked(
+def _prompts(
     reference: Reference, checkpoint: Checkpoint, positions: int
 ) -> Iterator[tuple[Prompt, tuple[int, ...], int]]:
-    """Prompts with their answers, and how many last positions of each are compared: all behind the last image."""
+    """Prompts with their answers, and how many of the last positions are compared: all after the last image."""
     left = positions
     for prompt, answer in calibration_prompts(reference, checkpoint):
         ids = prompt.input_ids[0]
@@ -134,79 +136,79 @@ def _asked(
 
 
 @dataclass
-class _Measuring:
-    """One measurement: what is asked, and the exact streams as they enter the layer that has been reached."""
+class _Estimator:
+    """The prompts, and their streams in full precision at the entry of layer `reached`."""
 
     checkpoint: Checkpoint
-    storages: Mapping[str, WeightFormat]
+    weight_formats: Mapping[str, WeightFormat]
     reference: Reference
-    asked: list[tuple[Prompt, tuple[int, ...], int]]
+    prompts: list[tuple[Prompt, tuple[int, ...], int]]
     reached: int = 0
     streams: list[Stream] = field(default_factory=list)
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, storages: Mapping[str, WeightFormat], positions: int) -> _Measuring:
+    def of(cls, checkpoint: Checkpoint, weight_formats: Mapping[str, WeightFormat], positions: int) -> _Estimator:
         reference = Reference(checkpoint, streamed=True)
-        return cls(checkpoint, storages, reference, list(_asked(reference, checkpoint, positions)))
+        return cls(checkpoint, weight_formats, reference, list(_prompts(reference, checkpoint, positions)))
 
     def layer_of(self, group: Group) -> int:
-        """The decoder layer that a group is in; -1 for what lies before the first."""
-        found = LAYER.match(group.tensors[0])
-        return int(found[1]) if found else -1
+        """The group's decoder layer; -1 if it is outside of the layers."""
+        match = LAYER.match(group.tensors[0])
+        return int(match[1]) if match else -1
 
     def begun(self) -> list[Stream]:
-        return begin(self.reference, ((prompt, answer) for prompt, answer, _ in self.asked))
+        return begin(self.reference, ((prompt, answer) for prompt, answer, _ in self.prompts))
 
-    def behind(self, first: int, streams: Sequence[Stream], rounded: Sequence[str] = ()) -> list[Stream]:
-        """The streams behind the last layer, from layer `first` on, of which these matrices are rounded."""
+    def after(self, first: int, streams: Sequence[Stream], rounded: Sequence[str] = ()) -> list[Stream]:
+        """Run streams from layer `first`, whose matrices in `rounded` are rounded, through the last layer."""
         for index in range(first, self.checkpoint.text.layers):
             layer = loaded_layer(self.reference, self.checkpoint, index)
             for name in rounded if index == first else ():
                 weight = layer.get_submodule(name.removesuffix(".weight").partition(f"layers.{index}.")[2]).weight
-                weight.copy_(self.rounded(weight, self.storages[name].blocks))
-            streams = [replace(one, hidden=through(layer, one, index, add=True)) for one in streams]
+                weight.copy_(self.rounded(weight, self.weight_formats[name].blocks))
+            streams = [replace(stream, hidden=through(layer, stream, index, add=True)) for stream in streams]
         return list(streams)
 
     def distributions(self, streams: Sequence[Stream]) -> list[Array]:
-        """[keep, vocab] each, log-probabilities in fp32: they are held for all prompts."""
+        """Log-probabilities of each prompt, [keep, vocab], in fp32 as those of all prompts are in memory."""
         model = self.reference.model
-        ends = [one.hidden[:, -keep:] for one, (_, _, keep) in zip(streams, self.asked, strict=True)]
+        ends = [stream.hidden[:, -keep:] for stream, (_, _, keep) in zip(streams, self.prompts, strict=True)]
         logits = (model.lm_head(model.model.language_model.norm(end))[0].numpy() for end in ends)
-        return [log_softmax(one).astype(np.float32) for one in logits]
+        return [log_softmax(rows).astype(np.float32) for rows in logits]
 
     def divergence(self, exact: Sequence[Array], group: Group) -> float:
-        """The mean over all positions, in nats."""
+        """Mean KL divergence over all positions, in nats."""
         layer = self.layer_of(group)
         if layer < 0:
             with self.hooked(group):
-                got = self.distributions(self.behind(0, self.begun()))
+                got = self.distributions(self.after(0, self.begun()))
         else:
             self.reach(layer)
-            got = self.distributions(self.behind(layer, self.streams, group.tensors))
+            got = self.distributions(self.after(layer, self.streams, group.tensors))
         kl = [kl_divergence(p, q) for p, q in zip(exact, got, strict=True)]
         return float(np.concatenate(kl).mean())
 
     def reach(self, layer: int) -> None:
-        """Takes the exact streams to the entry of a layer."""
+        """Run the streams in full precision up to the entry of a layer."""
         if not self.streams:
             self.streams = self.begun()
         while self.reached < layer:
             own = loaded_layer(self.reference, self.checkpoint, self.reached)
-            self.streams = [replace(one, hidden=through(own, one, self.reached, add=True)) for one in self.streams]
+            self.streams = [replace(each, hidden=through(own, each, self.reached, add=True)) for each in self.streams]
             self.reached += 1
 
     def rounded(self, rows: Any, blocks: Blocks) -> Any:
-        """Rows as their codes represent them: scales are searched, errors are not compensated."""
+        """Quantized and dequantized rows: scales are searched, errors are not compensated."""
         searched = Blocks(blocks.bits, blocks.size, blocks.zero_points, "mse")
         return self.reference.torch.from_numpy(dequantize(quantize(rows.numpy(), searched)))
 
     @contextmanager
     def hooked(self, group: Group) -> Iterator[None]:
-        """The embeddings, the head or a part of the vision encoder rounded."""
+        """Round the embeddings, the head or a block of the vision encoder."""
         model = self.reference.model
         with ExitStack() as hooks:
             for name in group.tensors:
-                blocks = self.storages[name].blocks
+                blocks = self.weight_formats[name].blocks
                 if name == EMBEDDINGS:
                     hooks.enter_context(
                         model.model.language_model.embed_tokens.register_forward_hook(self.looked_up(blocks))

@@ -1,4 +1,4 @@
-"""A graph without weights: saved and loaded with its bindings, and of no use to a runtime until it is filled."""
+"""binding: graphs without weights are saved and loaded with their bindings, and rejected by a runtime."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_no_weight_byte_is_written(tmp_path: Path) -> None:
     assert sum(path.stat().st_size for path in tmp_path.iterdir()) < 2000
 
 
-def test_onnxruntime_refuses_a_graph_whose_weights_are_not_there(tmp_path: Path) -> None:
+def test_onnxruntime_rejects_a_graph_without_its_weights(tmp_path: Path) -> None:
     save(bound_graph(TEXT, WEIGHTS), tmp_path / "model.onnx")
     with pytest.raises(Exception, match=r"<unbound>|xternal data") as caught:
         onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
@@ -109,12 +109,12 @@ PARTED = Binding("q.levels", "q", "uint8", (24, 64), below=("k", "v"), blocks=Bl
 def test_the_parts_of_a_quantized_matrix_have_the_shapes_of_their_operator() -> None:
     scales = replace(PARTED, initializer="q.scales", dtype="float16", part="scales")
     zeros = replace(PARTED, initializer="q.zero_points", part="zero_points")
-    assert [one.stored_shape for one in (PARTED, scales, zeros)] == [(24, 2, 16), (24, 2), (24, 1)]
-    assert [one.nbytes for one in (PARTED, scales, zeros)] == [24 * 64 // 2, 24 * 2 * 2, 24]
+    assert [part.stored_shape for part in (PARTED, scales, zeros)] == [(24, 2, 16), (24, 2), (24, 1)]
+    assert [part.nbytes for part in (PARTED, scales, zeros)] == [24 * 64 // 2, 24 * 2 * 2, 24]
     assert PARTED.tensors == ("q", "k", "v")
 
 
-def test_content_is_what_is_stored_and_source_what_it_is_made_of() -> None:
+def test_content_identifies_bytes_and_source_the_matrix() -> None:
     viewed = replace(PARTED, initializer="other", view=(24, 32))
     assert viewed.stored_shape == (24, 32)
     assert viewed.nbytes == PARTED.nbytes
@@ -144,12 +144,12 @@ def test_quantized_bindings_survive_the_disk(tmp_path: Path) -> None:
         model.graph.initializers.add(value)
     save(bind(model, bindings), tmp_path / "model.onnx")
     loaded = load(tmp_path / "model.onnx")
-    assert dict(loaded.bindings) == {one.initializer: one for one in bindings}
+    assert dict(loaded.bindings) == {binding.initializer: binding for binding in bindings}
     assert loaded.model.graph.initializers["q"].dtype == ir.DataType.UINT8
 
 
 @pytest.mark.parametrize(("dtype", "kind"), [("float32", "FLOAT"), ("float16", "FLOAT16"), ("bfloat16", "BFLOAT16")])
-def test_a_stand_in_has_type_and_shape_and_no_bytes(dtype: str, kind: str) -> None:
+def test_a_placeholder_has_type_and_shape_but_no_bytes(dtype: str, kind: str) -> None:
     tensor = unbound(Binding("w", "t", dtype, (2, 5), transposed=True))
     assert tensor.dtype == ir.DataType[kind]
     assert tensor.shape == (5, 2)
@@ -161,7 +161,7 @@ TRACE = 'File "/home/someone/checkout/builder/graph/modules.py", line 43, in for
 
 
 def littered() -> BoundGraph:
-    """A graph with the exporter's notes everywhere, one node of it in a subgraph."""
+    """A graph with the exporter's metadata everywhere, in a subgraph too."""
     text = """notes (float[n, 4] x, bool really) => (float[n, 5] y) {
         turned = Transpose <perm = [1, 0]> (weight)
         linear = MatMul(x, turned)

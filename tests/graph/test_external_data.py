@@ -1,4 +1,4 @@
-"""write_data: what is streamed block by block is what the whole array would have been."""
+"""write_data: streaming block by block gives the same bytes as converting each array at once."""
 
 from __future__ import annotations
 
@@ -39,18 +39,18 @@ TENSORS = {
     "scalar": np.array(2.5, np.float32),
     "empty": np.zeros((0, 4), np.float32),
 }
-# Initializers in an order that is not the file's.
+# Initializers, not in the order of the file.
 BINDINGS = (
     Binding("z.plain", "f32", "float32", (7, 5)),
-    Binding("y.turned", "f32", "float32", (7, 5), transposed=True),
+    Binding("y.transposed", "f32", "float32", (7, 5), transposed=True),
     Binding("x.half", "f16", "float32", (7, 5)),
-    Binding("w.half_turned", "f16", "float32", (7, 5), transposed=True),
+    Binding("w.half_transposed", "f16", "float32", (7, 5), transposed=True),
     Binding("v.brain", "bf16", "float32", (7, 5)),
-    Binding("u.brain_turned", "bf16", "float32", (7, 5), transposed=True),
+    Binding("u.brain_transposed", "bf16", "float32", (7, 5), transposed=True),
     Binding("t.vector", "vector", "float32", (9,)),
     Binding("s.conv", "conv", "float32", (6, 3, 2, 4, 4)),
     Binding("r.flat", "conv", "float32", (6, 96)),
-    Binding("q.flat_turned", "conv", "float32", (6, 96), transposed=True),
+    Binding("q.flat_transposed", "conv", "float32", (6, 96), transposed=True),
     Binding("p.scalar", "scalar", "float32", ()),
     Binding("o.kept_half", "f16", "float16", (7, 5), transposed=True),
     Binding("n.kept_brain", "bf16", "bfloat16", (7, 5), transposed=True),
@@ -60,7 +60,7 @@ BINDINGS = (
 
 @pytest.fixture
 def source(tmp_path: Path, miniature: Path) -> Checkpoint:
-    """A checkpoint of `TENSORS` alone."""
+    """A checkpoint of `TENSORS`."""
     folder = tmp_path / "checkpoint"
     folder.mkdir()
     save_file(dict(TENSORS), folder / FILE)
@@ -82,7 +82,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int]]:
-    """File, start and stop of everything that is read of a checkpoint."""
+    """File, start and stop of every read from a checkpoint."""
     seen: list[tuple[str, int, int]] = []
     read = Shard.read
 
@@ -96,18 +96,18 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int]]:
 
 
 def whole(binding: Binding) -> Array:
-    """The initializer, all at once."""
+    """The complete initializer."""
     array = TENSORS[binding.tensor].reshape(binding.shape)
     return np.ascontiguousarray((array.T if binding.transposed else array).astype(binding.dtype))
 
 
 def written(bindings: Sequence[Binding], source: Checkpoint, path: Path) -> DataFile:
-    """What lies in the one file of a pass."""
+    """The file of a pass that writes a single file."""
     return write_data({path: bindings}, source).files[path]
 
 
 def placed(data: DataFile, path: Path, binding: Binding) -> bytes:
-    """The bytes of one initializer."""
+    """The bytes of an initializer."""
     offset, length = data.placements[binding.content]
     return path.read_bytes()[offset : offset + length]
 
@@ -115,7 +115,7 @@ def placed(data: DataFile, path: Path, binding: Binding) -> bytes:
 @pytest.mark.parametrize("tile", [1, 3, 64])
 @pytest.mark.parametrize("strip", [1, 75, 1 << 20])
 @pytest.mark.parametrize("block", [1, 19, 100, 1 << 20])
-def test_every_block_size_gives_the_whole_arrays_bytes(
+def test_every_block_size_gives_the_bytes_of_the_complete_array(
     source: Checkpoint, tmp_path: Path, small: Callable[..., None], block: int, strip: int, tile: int
 ) -> None:
     small(BLOCK=block, STRIP=strip, TILE=tile)
@@ -133,11 +133,12 @@ def test_every_tensor_of_a_checkpoint(
     """bf16 in three shards, f16 in one file, f32 in two: Conv3d, matrices and vectors, as a model has them."""
     small(BLOCK=1000, STRIP=5000, TILE=7)
     opened = open_checkpoint(checkpoint(shape))
-    # Those with the vocabulary on one side would be read once for each of its thousands of columns.
+    # Matrices with a vocabulary axis would be read once for each of its thousands of columns.
     matrices = [name for name, tensor in opened.tensors.items() if len(tensor.shape) == 2 and tensor.nbytes < 50_000]
     bindings = [Binding(name, name, "float32", tensor.shape) for name, tensor in opened.tensors.items()]
     bindings += [
-        Binding(f"{name}.turned", name, "float32", opened.tensors[name].shape, transposed=True) for name in matrices[:5]
+        Binding(f"{name}.transposed", name, "float32", opened.tensors[name].shape, transposed=True)
+        for name in matrices[:5]
     ]
     data = written(bindings, opened, tmp_path / "data")
     content = np.fromfile(tmp_path / "data", np.uint8)
@@ -148,10 +149,10 @@ def test_every_tensor_of_a_checkpoint(
 
 
 @pytest.mark.parametrize("shape", ["biased", "deepstack0", "untied"])
-def test_contents_lie_in_the_checkpoints_order(
+def test_contents_are_in_the_checkpoints_order(
     checkpoint: Callable[[str], Path], shape: str, tmp_path: Path, reads: list[tuple[str, int, int]]
 ) -> None:
-    """File by file, and front to back in each: that is what makes one pass of the writing and of the reading."""
+    """File by file, and front to back in each, so that reading and writing take a single pass."""
     opened = open_checkpoint(checkpoint(shape))
     bindings = [Binding(name, name, "float32", tensor.shape) for name, tensor in sorted(opened.tensors.items())]
     data = written(bindings, opened, tmp_path / "data")
@@ -161,7 +162,7 @@ def test_contents_lie_in_the_checkpoints_order(
     assert reads == sorted(reads)
 
 
-def test_each_content_lies_on_pages_of_its_own(source: Checkpoint, tmp_path: Path) -> None:
+def test_each_content_is_on_pages_of_its_own(source: Checkpoint, tmp_path: Path) -> None:
     data = written(BINDINGS, source, tmp_path / "data")
     spans = sorted((offset, offset + length) for offset, length in data.placements.values() if length)
     content = (tmp_path / "data").read_bytes()
@@ -181,7 +182,7 @@ def test_a_content_that_fills_its_pages_is_not_padded(source: Checkpoint) -> Non
     }
     exact = [Binding(name, name, "float32", (size,)) for name, size in sizes.items()]
     found = layout(exact, replace(source, tensors=tensors))
-    assert [found[binding][0] for binding in (one.content for one in exact)] == [0, ALIGNMENT, 3 * ALIGNMENT]
+    assert [found[binding][0] for binding in (binding.content for binding in exact)] == [0, ALIGNMENT, 3 * ALIGNMENT]
 
 
 def test_the_layout_depends_neither_on_names_nor_on_the_order_of_bindings(source: Checkpoint) -> None:
@@ -189,7 +190,7 @@ def test_the_layout_depends_neither_on_names_nor_on_the_order_of_bindings(source
     assert list(layout(renamed, source).items()) == list(layout(BINDINGS, source).items())
 
 
-def test_a_content_of_two_names_lies_there_once(source: Checkpoint, tmp_path: Path) -> None:
+def test_a_content_of_two_names_is_written_once(source: Checkpoint, tmp_path: Path) -> None:
     again = replace(BINDINGS[0], initializer="again")
     data = written([BINDINGS[0], again], source, tmp_path / "data")
     assert list(data.placements.values()) == [(0, 7 * 5 * 4)]
@@ -210,26 +211,26 @@ def test_the_digest_is_that_of_the_file_and_the_same_each_time(
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
 
 
-@pytest.mark.parametrize("asked", ["all of it", "one tensor", "nothing"])
+@pytest.mark.parametrize("wanted", ["all of it", "one tensor", "nothing"])
 def test_the_digests_of_what_is_read_are_those_of_the_files(
-    checkpoint: Callable[[str], Path], tmp_path: Path, small: Callable[..., None], asked: str
+    checkpoint: Callable[[str], Path], tmp_path: Path, small: Callable[..., None], wanted: str
 ) -> None:
-    """Header, and tensors that no data file holds, included."""
+    """Headers, and tensors that are in no data file, are included."""
     small(BLOCK=1000, STRIP=5000)
     opened = open_checkpoint(checkpoint("biased"))
-    names = {"all of it": list(opened.tensors), "one tensor": ["model.visual.pos_embed.weight"], "nothing": []}[asked]
+    names = {"all of it": list(opened.tensors), "one tensor": ["model.visual.pos_embed.weight"], "nothing": []}[wanted]
     bindings = [Binding(name, name, "float32", opened.tensors[name].shape) for name in names]
-    bindings += [one.with_axes_swapped() for one in bindings if len(one.shape) == 2 and one.nbytes < 50_000]
+    bindings += [each.with_axes_swapped() for each in bindings if len(each.shape) == 2 and each.nbytes < 50_000]
     shards = write_data({tmp_path / "data": bindings}, opened).shards
     files = sorted(opened.folder.glob("*.safetensors"))
     assert len(files) == 3
     assert shards == {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
-def test_what_is_not_turned_is_read_once(
+def test_without_transposition_a_file_is_read_once(
     checkpoint: Callable[[str], Path], tmp_path: Path, small: Callable[..., None], reads: list[tuple[str, int, int]]
 ) -> None:
-    """Every byte of every file, the digest included."""
+    """Every byte of every file, for the digest too."""
     small(BLOCK=1000)
     opened = open_checkpoint(checkpoint("biased"))
     bindings = [Binding(name, name, "float32", tensor.shape) for name, tensor in opened.tensors.items()]
@@ -244,7 +245,7 @@ def test_what_is_not_turned_is_read_once(
 @pytest.mark.parametrize(
     ("strip", "times"), [(7 * 5 * 4, 1), (7 * 5 * 4 - 1, 2), (7 * 2 * 4, 3), (1, 5)], ids=lambda value: str(value)
 )
-def test_what_is_turned_is_read_once_a_strip(
+def test_a_transposed_tensor_is_read_once_for_each_strip(
     source: Checkpoint,
     tmp_path: Path,
     small: Callable[..., None],
@@ -262,7 +263,7 @@ def test_what_is_turned_is_read_once_a_strip(
 
 
 def test_several_files_in_one_pass(source: Checkpoint, tmp_path: Path, small: Callable[..., None]) -> None:
-    """Each is what it would be alone; a content may be in several."""
+    """Each file equals that of a separate pass; a content may be in several files."""
     small(BLOCK=19, STRIP=75, TILE=3)
     parts = {tmp_path / "one": BINDINGS[::2], tmp_path / "two": BINDINGS[1::2], tmp_path / "three": BINDINGS[:5]}
     together = write_data(parts, source)
@@ -278,7 +279,7 @@ def test_progress_counts_the_bytes_of_every_tensor_once(source: Checkpoint, tmp_
     assert sorted(counted) == sorted(array.nbytes for array in TENSORS.values())
 
 
-def test_no_bindings_are_an_empty_file(source: Checkpoint, tmp_path: Path) -> None:
+def test_no_bindings_give_an_empty_file(source: Checkpoint, tmp_path: Path) -> None:
     data = written([], source, tmp_path / "data")
     assert (data.placements, data.size) == ({}, 0)
     assert (tmp_path / "data").read_bytes() == b""
@@ -305,7 +306,7 @@ def test_files_are_flushed_to_the_disk_before_any_has_its_name(
 BROKEN = [
     pytest.param(Binding("u.middle", "gone", "float32", (3,)), id="no such tensor"),
     pytest.param(Binding("u.middle", "f32", "float32", (4, 4)), id="another size"),
-    pytest.param(Binding("u.middle", "conv", "float32", (6, 3, 32), transposed=True), id="three axes turned"),
+    pytest.param(Binding("u.middle", "conv", "float32", (6, 3, 32), transposed=True), id="three axes transposed"),
 ]
 
 
@@ -330,14 +331,14 @@ def test_a_failure_in_the_middle_leaves_nothing_under_a_final_name(source: Check
     assert not (tmp_path / "fresh").exists()
     assert (tmp_path / "before").read_bytes() == b"what was there"
     data = write_data(wanted, source).files
-    assert all(hashlib.sha256(path.read_bytes()).hexdigest() == one.sha256 for path, one in data.items())
+    assert all(hashlib.sha256(path.read_bytes()).hexdigest() == file.sha256 for path, file in data.items())
 
 
 @pytest.mark.parametrize("size", [10, 100_000], ids=["noticed when flushed", "noticed when written"])
 def test_a_disk_that_is_full_stops_the_pass(
     tmp_path: Path, miniature: Path, monkeypatch: pytest.MonkeyPatch, size: int
 ) -> None:
-    """The writing thread's error, not lost: `/dev/full` takes no byte."""
+    """The writing thread's error is raised: `/dev/full` accepts no byte."""
 
     @contextmanager
     def into_a_full_disk(path: Path) -> Iterator[Path]:
@@ -378,5 +379,5 @@ def test_memory_is_a_few_blocks_however_large_the_tensor(
     finally:
         tracemalloc.stop()
     assert data.size == 4 * prod(shape)
-    # What is read, what is made of it (twice as much) and as many more as wait to be written.
+    # A block that is read, its result (twice as large), and the blocks that wait to be written.
     assert peak < (1 + 2 * (external_data.QUEUED + 2)) * block + (strip if transpose else 0) + 100_000

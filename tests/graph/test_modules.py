@@ -1,4 +1,4 @@
-"""The thin modules that are traced, under their patches, against upstream's own model without any."""
+"""modules: the patched modules that are traced, against upstream's unpatched model."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_padded_embeddings_are_the_lookup_and_zeros(model: Any, levels: int) -> 
 
 
 def scattered(model: Any, ids: Tensor, features: Tensor) -> Tensor:
-    """What `PackedEmbeddings` must give, a token at a time."""
+    """The expected output of `PackedEmbeddings`, token by token."""
     embeds = model.get_input_embeddings()(ids)
     out = torch.zeros(*ids.shape, features.shape[1])
     out[..., :HIDDEN] = embeds
@@ -147,7 +147,7 @@ def test_packed_embeddings_without_deepstack(model: Any) -> None:
 
 
 def upstream(model: Any, embeds: Tensor, mask: Tensor, deepstack: Tensor | None) -> tuple[Tensor, list[Tensor]]:
-    """logits [batch, seq, vocab] and the caches, of one unpatched pass over everything."""
+    """Logits [batch, seq, vocab] and the caches of a single unpatched pass over all tokens."""
     where = prompts() == IMAGE
     with torch.no_grad():
         out = model.model.language_model(
@@ -165,7 +165,7 @@ def upstream(model: Any, embeds: Tensor, mask: Tensor, deepstack: Tensor | None)
 def decoded(
     decoder: TextDecoder, embeds: Tensor, deepstack: Tensor | None, mask: Tensor, cuts: tuple[int, ...]
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """logits of each piece between `cuts`, each on the past of those before, and the caches at the end."""
+    """Logits of each piece between `cuts`, on the past of the pieces before, and the final caches."""
     past = [torch.zeros(BATCH, 2, 0, 16)] * (2 * LAYERS)
     pieces = []
     for begin, end in zip((0, *cuts), (*cuts, SEQ), strict=True):
@@ -219,7 +219,7 @@ def test_left_padding_is_masked_as_upstream_does(model: Any) -> None:
 
 
 @pytest.mark.parametrize("attention", ["eager", "fused"])
-def test_positions_beyond_the_last_token_are_bounded_where_asked(model: Any, attention: str) -> None:
+def test_positions_beyond_the_last_token_are_clamped_if_bounded(model: Any, attention: str) -> None:
     """A row with padding on the left has fewer tokens, and so a lower bound."""
     embeds, _ = drawn_inputs(0)
     mask = torch.ones(BATCH, SEQ, dtype=torch.int64)
@@ -255,7 +255,7 @@ def test_a_deepstack_level_that_is_lost_shows(model: Any, level: int, packed: bo
 
 @pytest.mark.parametrize("attention", ["eager", "fused"])
 def test_from_pixels_to_logits(model: Any, attention: str) -> None:
-    """The three packed modules in a row against upstream's whole model."""
+    """The three packed modules in sequence against upstream's full model."""
     ids, pixels = prompts()[:, :11], random(56, 96)
     ids[0] = torch.tensor([1, IMAGE, IMAGE, IMAGE, IMAGE, IMAGE, IMAGE, 2, 3, 4, 5])
     mask, places = torch.ones_like(ids), positions()[:, :, :11]

@@ -1,4 +1,4 @@
-"""Quantized parts that are streamed are those of the whole matrices, quantized and packed at once."""
+"""quantized_data: streamed parts equal those of complete matrices, quantized and packed at once."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ INT8 = Blocks(8, 16, zero_points=True, search="mse")
 
 
 def parted(blocks: Blocks, *tensors: str, scales: str = "float32") -> list[Binding]:
-    """The bindings of one quantized matrix, as the pass makes them."""
+    """The bindings of a quantized matrix, as `quantize_weights` makes them."""
     rows, columns = sum(len(TENSORS[name]) for name in tensors), TENSORS[tensors[0]].shape[1]
     name, below = "+".join(tensors), tensors[1:]
     return [
@@ -60,7 +60,7 @@ def parted(blocks: Blocks, *tensors: str, scales: str = "float32") -> list[Bindi
 
 
 def whole(binding: Binding) -> bytes:
-    """One part, or a plain tensor, all at once."""
+    """The complete part, or plain tensor."""
     rows = np.concatenate([TENSORS[name].astype(np.float32) for name in binding.tensors])
     if binding.blocks is None or binding.part is None:
         return rows.astype(binding.dtype).tobytes()
@@ -69,7 +69,7 @@ def whole(binding: Binding) -> bytes:
 
 @pytest.fixture
 def source(tmp_path: Path, miniature: Path) -> Checkpoint:
-    """A checkpoint of `TENSORS` alone, in two files."""
+    """A checkpoint of `TENSORS`, in two files."""
     folder = tmp_path / "checkpoint"
     folder.mkdir()
     for file, tensors in FILES.items():
@@ -79,7 +79,7 @@ def source(tmp_path: Path, miniature: Path) -> Checkpoint:
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few rows at a time, so that each matrix is several blocks and none ends where a piece does."""
+    """Few rows at a time, so that each matrix has several blocks, none of which ends with a piece."""
     monkeypatch.setattr(shard_reader, "BLOCK", 1300)
     monkeypatch.setattr(arithmetic, "PIECE", 200)
 
@@ -122,27 +122,27 @@ def test_rows_of_several_tensors_in_two_files(
 
 
 def test_the_order_of_members_is_that_of_their_rows(source: Checkpoint, tmp_path: Path) -> None:
-    """A control: the same tensors in another order are other bytes."""
+    """A control: the same tensors in another order give other bytes."""
     first, second = (parted(INT4, *order)[0] for order in (("q", "k", "v"), ("q", "v", "k")))
     write_data({tmp_path / "one": [first, *parted(INT4, "q", "k", "v")[1:]]}, source)
     assert whole(first) != whole(second)
     assert (tmp_path / "one").read_bytes()[: first.nbytes] == whole(first)
 
 
-def test_quantized_and_plain_contents_lie_in_one_file(source: Checkpoint, tmp_path: Path, small: None) -> None:
+def test_quantized_and_plain_contents_in_the_same_file(source: Checkpoint, tmp_path: Path, small: None) -> None:
     assert_whole(MIXED, source, tmp_path / "data")
     assert_whole(list(reversed(MIXED)), source, tmp_path / "again")
     assert (tmp_path / "data").read_bytes() == (tmp_path / "again").read_bytes()
 
 
 def test_one_tensor_in_two_formats(source: Checkpoint, tmp_path: Path, small: None) -> None:
-    """And once as it is, once as a member of another matrix."""
+    """Also without quantization, and as a member of another matrix."""
     bindings = [*parted(INT4, "other"), *parted(INT8, "other"), *parted(INT4, "other", "k"), MIXED[-1]]
     assert_whole(bindings, source, tmp_path / "data")
 
 
-def test_the_parts_of_a_matrix_lie_next_to_one_another(source: Checkpoint) -> None:
-    """Levels, scales, zero points: they are made together."""
+def test_the_parts_of_a_matrix_are_next_to_each_other(source: Checkpoint) -> None:
+    """Codes, scales, zero points: they are made together."""
     placed = sorted(layout(MIXED, source).items(), key=lambda item: item[1])
     names = [content.part for content, _ in placed if content.tensor == "table"]
     assert names == ["levels", "scales", "zero_points"]
@@ -160,19 +160,19 @@ def test_a_view_of_the_same_bytes_is_the_same_content(source: Checkpoint, tmp_pa
     assert_whole([*bindings, viewed], source, tmp_path / "data")
 
 
-def test_what_is_given_takes_the_place_of_the_arithmetic(source: Checkpoint, tmp_path: Path, small: None) -> None:
-    """The calibrated rows of k between those of q and v, which are quantized as ever."""
+def test_calibrated_rows_replace_quantization(source: Checkpoint, tmp_path: Path, small: None) -> None:
+    """The calibrated rows of k are between those of q and v, which are quantized as usual."""
     known = quantize(drawn(8, 64, seed=77), INT4)
-    asked: list[str] = []
+    reads: list[str] = []
 
     def given() -> Quantized:
-        asked.append("k")
+        reads.append("k")
         return known
 
     bindings = parted(INT4, "q", "k", "v")
     path = tmp_path / "data"
-    data = write_data({path: bindings}, source, given={"k": given}).files[path]
-    assert asked == ["k"]
+    data = write_data({path: bindings}, source, calibrated={"k": given}).files[path]
+    assert reads == ["k"]
     for binding in bindings:
         assert binding.part is not None
         offset, length = data.placements[binding.content]
@@ -185,7 +185,7 @@ def test_what_is_given_takes_the_place_of_the_arithmetic(source: Checkpoint, tmp
 
 
 def test_several_files_in_one_pass(source: Checkpoint, tmp_path: Path, small: None) -> None:
-    """Each is what it would be alone, and the checkpoint's files have their digests."""
+    """Each file equals that of a separate pass, and the checkpoint's files have their digests."""
     wanted = {tmp_path / "one": MIXED[:4], tmp_path / "two": MIXED[2:]}
     written = write_data(wanted, source)
     for path, bindings in wanted.items():
@@ -242,5 +242,5 @@ def test_memory_is_a_few_blocks_and_the_scales(
         tracemalloc.stop()
     scales = prod(shape) // 32 * 4
     assert data.size == prod(shape) // 2 + scales
-    # Beside the scales: blocks that wait to be written, and a few in the making.
+    # In addition to the scales: blocks that wait to be written, and a few being quantized.
     assert peak < scales + (2 * external_data.QUEUED + 8) * block + 100_000 < prod(shape)

@@ -1,4 +1,4 @@
-"""unroll: a few traced layers, repeated, are the graph that tracing all of them gives."""
+"""unroll: repeating a few traced layers gives the same graph as tracing all layers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ GENAI, PLAIN = Target("genai", "fused"), Target("onnxruntime", "eager")
 
 
 def unmarked(graph: BoundGraph) -> BoundGraph:
-    """A whole trace without its marks, the stream named as `unroll` names it."""
+    """A full trace without its marks, with the stream named as `unroll` names it."""
     marks = [node for node in graph.model.graph if node.op_type == LAYER]
     for number, mark in enumerate(marks):
         stream = mark.inputs[0]
@@ -44,7 +44,7 @@ def unmarked(graph: BoundGraph) -> BoundGraph:
 
 
 def computed(graph: BoundGraph) -> dict[str, str]:
-    """Each output, and the stream behind each layer → a digest of everything that it is computed from, and how."""
+    """Each output, and the stream after each layer → a digest of everything that it is computed from, and how."""
     known: dict[ir.Value | None, str] = {None: ""}
     for value in graph.model.graph.inputs:
         known[value] = f"{value.name} {value.shape} {value.dtype}"
@@ -53,16 +53,16 @@ def computed(graph: BoundGraph) -> dict[str, str]:
         known[value] = repr(bound) if bound or constant is None else repr(constant.numpy().tobytes())
     named: dict[str, str] = {}
     for node in graph.model.graph:
-        attributes = [(key, str(one.value)) for key, one in sorted(node.attributes.items())]
-        said = repr((node.domain, node.op_type, attributes, [known[value] for value in node.inputs]))
+        attributes = [(key, str(attribute.value)) for key, attribute in sorted(node.attributes.items())]
+        text = repr((node.domain, node.op_type, attributes, [known[value] for value in node.inputs]))
         for index, value in enumerate(node.outputs):
-            known[value] = hashlib.sha256(f"{said} {index}".encode()).hexdigest()
+            known[value] = hashlib.sha256(f"{text} {index}".encode()).hexdigest()
             if value.is_graph_output() or str(value.name).startswith(RESIDUAL):
                 named[str(value.name)] = known[value]
     return named
 
 
-@pytest.mark.parametrize("target", [GENAI, pytest.param(PLAIN, marks=pytest.mark.slow)], ids=lambda one: one.runtime)
+@pytest.mark.parametrize("target", [GENAI, pytest.param(PLAIN, marks=pytest.mark.slow)], ids=lambda t: t.runtime)
 @pytest.mark.parametrize(
     "shape",
     [
@@ -101,7 +101,7 @@ def test_kinds(layers: int, deepstack: tuple[int, ...], traced: tuple[int, ...],
 
 
 def test_the_shortened_model_keeps_the_order_of_deepstack(tmp_path: Path) -> None:
-    """`deepstack_visual_indexes` pairs each merger with its layer, in an order of its own."""
+    """`deepstack_visual_indexes` pairs each merger with its layer, and need not be sorted."""
     folder = write_checkpoint(tmp_path / "one", vision={"depth": 7}, deepstack=(5, 1, 3), text={"num_hidden_layers": 9})
     short = shortened(open_checkpoint(folder))
     assert (short.vision.depth, short.vision.deepstack, short.text.layers) == (4, (3, 1, 2), 4)
@@ -112,7 +112,7 @@ TOY = Component("toy", (Port("x", "float32", ("seq", 4)),), (Port("y", "float32"
 
 
 def toy(layer_1: str) -> BoundGraph:
-    """Two layers of one weight each; `inside.N` is within layer N."""
+    """Two layers of a single weight each; `inside.N` is within layer N."""
     graph = bound_graph(
         f"""toy (float[seq, 4] x) => (float[seq, 4] y) {{
             in = qwen3vl.Layer (x)
@@ -134,7 +134,7 @@ def toy(layer_1: str) -> BoundGraph:
     return bind(graph.model, bindings)
 
 
-def test_toy_layers_in_any_number_compute_what_they_say() -> None:
+def test_toy_layers_in_any_number_compute_the_right_values() -> None:
     graph = unroll(toy("out_0"), LayerKinds((0, 1), (0, 1, 1, 0)), TOY)
     assert list(graph.bindings) == [f"layers.{index}.w" for index in range(4)]
     assert [graph.bindings[f"layers.{index}.w"].tensor for index in range(4)] == [
@@ -149,13 +149,13 @@ def test_toy_layers_in_any_number_compute_what_they_say() -> None:
     np.testing.assert_array_equal(got, np.maximum(want, 0))
 
 
-def test_a_layer_that_reads_inside_a_repeated_one_is_refused() -> None:
-    with pytest.raises(PassError, match="reads what another one computes") as caught:
+def test_a_layer_that_reads_inside_a_repeated_layer_is_refused() -> None:
+    with pytest.raises(PassError, match="reads what another layer computes") as caught:
         unroll(toy("inside_0"), LayerKinds((0, 1), (0, 1, 0)), TOY)
     assert caught.value.found == "inside_0"
 
 
 def test_a_graph_of_another_number_of_layers_is_refused() -> None:
-    with pytest.raises(PassError, match="does not come in layers") as caught:
+    with pytest.raises(PassError, match="is not divided into layers") as caught:
         unroll(toy("out_0"), LayerKinds((0, 1, 2), (0, 1, 2)), TOY)
     assert (caught.value.expected, caught.value.found) == ("4 marks around 3 layers", "3 marks")

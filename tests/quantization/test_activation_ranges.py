@@ -1,4 +1,4 @@
-"""The largest magnitude inside each layer, and what becomes of a layer that fp16 cannot hold."""
+"""activation_ranges: the largest magnitude inside each layer, and layers that exceed fp16."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _few(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def by_hand(reference: Reference, ids: Any, positions: Any) -> float:
-    """The largest magnitude of anything that a module of the first decoder layer gives, without hooks."""
+    """The largest magnitude in the first decoder layer, computed without hooks."""
     torch, text = reference.torch, reference.model.model.language_model
     layer = text.layers[0]
     with torch.no_grad():
@@ -58,7 +58,7 @@ def by_hand(reference: Reference, ids: Any, positions: Any) -> float:
         down = mlp.down_proj(mlp.act_fn(gate) * up)
         normed_heads = attention.q_norm(query.view(heads)), attention.k_norm(key.view(heads))
     given = (normed, query, key, value, *normed_heads, attended, second, gate, mlp.act_fn(gate), up, down)
-    return max(float(one.abs().max()) for one in (*given, between + down))
+    return max(float(tensor.abs().max()) for tensor in (*given, between + down))
 
 
 def test_ranges_are_those_of_the_modules(checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,7 +69,7 @@ def test_ranges_are_those_of_the_modules(checkpoint: Callable[[str], Path], monk
     prompt = reference.prepare(case.prompt, case.images)
     ids, positions = (reference.torch.from_numpy(array) for array in (prompt.input_ids, prompt.position_ids))
     found = activation_ranges(reference)
-    assert [(one.graph, one.layer) for one in found] == [(DECODER, layer) for layer in range(3)]
+    assert [(layer_range.graph, layer_range.layer) for layer_range in found] == [(DECODER, layer) for layer in range(3)]
     assert found[0].magnitude == pytest.approx(by_hand(reference, ids, positions), rel=1e-5)
 
 
@@ -79,15 +79,15 @@ def test_every_layer_of_both_graphs_is_measured_and_streaming_changes_nothing(
     opened = open_checkpoint(checkpoint(SHAPE))
     found = activation_ranges(Reference(opened, streamed=True))
     depth, layers = opened.vision.depth, opened.text.layers
-    assert {(one.graph, one.layer) for one in found} == {
+    assert {(layer_range.graph, layer_range.layer) for layer_range in found} == {
         *((VISION, layer) for layer in range(depth)),
         *((DECODER, layer) for layer in range(layers)),
     }
     whole = activation_ranges(Reference(opened))
-    assert [one.magnitude for one in found] == pytest.approx([one.magnitude for one in whole], rel=1e-5)
+    assert [r.magnitude for r in found] == pytest.approx([r.magnitude for r in whole], rel=1e-5)
 
 
-def test_a_layer_near_the_end_of_fp16_is_wide() -> None:
+def test_a_layer_near_the_maximum_of_fp16_stays_fp32() -> None:
     near, far = Range(DECODER, 0, FP16_MAX / MARGIN * 1.01, ""), Range(DECODER, 1, FP16_MAX / MARGIN * 0.99, "")
     assert (near.wide, far.wide) == (True, False)
     other = Range(VISION, 2, np.inf, "mlp")
@@ -97,7 +97,7 @@ def test_a_layer_near_the_end_of_fp16_is_wide() -> None:
 
 @pytest.fixture
 def loud(checkpoint: Callable[[str], Path], tmp_path: Path) -> Path:
-    """What is inside one feed-forward network is 100,000 times as large, what it gives is as it was."""
+    """Scale the inside of a feed-forward network by 100,000, without changing its output."""
     folder = Path(shutil.copytree(checkpoint(SHAPE), tmp_path / "loud"))
 
     def blow_up(tensors: dict[str, Any]) -> None:
@@ -118,7 +118,7 @@ def half(checkpoint: Path, outputs: Path, name: str) -> Path:
 
 
 def all_values_open(folder: Path) -> None:
-    """Makes every value of the decoder an output: what is no output ONNX Runtime's CPU provider may keep in fp32."""
+    """Make every value of the decoder an output, as ONNX Runtime's CPU provider may keep other values in fp32."""
     model = onnx.load(folder / f"{DECODER}.onnx", load_external_data=False)
     known = {port.name for port in model.graph.output}
     fresh = [name for node in model.graph.node for name in node.output if name and name not in known]
@@ -128,7 +128,7 @@ def all_values_open(folder: Path) -> None:
 
 
 def infinite(folder: Path, checkpoint: Path) -> list[str]:
-    """Values of the decoder that leave the range of their type, on one prompt."""
+    """Values of the decoder that overflow their type on a prompt."""
     opened = open_checkpoint(checkpoint)
     prompt = Reference(opened).prepare("Read the number.", ())
     ids = prompt.input_ids
@@ -144,14 +144,14 @@ def infinite(folder: Path, checkpoint: Path) -> list[str]:
     return [port.name for port, value in values if value.dtype.kind == "f" and not np.isfinite(value).all()]
 
 
-def test_a_layer_that_is_kept_wide_stays_finite(loud: Path, outputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_layer_that_stays_fp32_stays_finite(loud: Path, outputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = open_checkpoint(loud)
     reference = Reference(opened)
     ranges = activation_ranges(reference)
     assert wide_layers(ranges) == {VISION: frozenset(), DECODER: frozenset({1})}
-    (one,) = [one for one in ranges if one.wide]
-    assert one.magnitude > FP16_MAX
-    assert one.module.startswith("mlp")
+    (layer_range,) = [layer_range for layer_range in ranges if layer_range.wide]
+    assert layer_range.magnitude > FP16_MAX
+    assert layer_range.module.startswith("mlp")
 
     wide = half(loud, outputs, "fp16-loud")
     (case,) = [case for case in shipped_cases() if case.name == "one image"]

@@ -1,4 +1,4 @@
-"""blocks: how far a weight is from what its level stands for, whatever the block holds, and the same in pieces."""
+"""blockwise: the error of each weight for all kinds of blocks, and the same result in pieces."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FORMATS = [
 
 
 def heavy(rows: int, columns: int) -> Array:
-    """Weights with tails, as trained ones have: Student's t with three degrees of freedom."""
+    """Weights with tails, as in trained models: Student's t with three degrees of freedom."""
     return np.random.default_rng([7, rows, columns]).standard_t(3, (rows, columns)).astype(np.float32)
 
 
@@ -44,7 +44,7 @@ def clipped(values: Array, quantized: Quantized, format_: Blocks) -> Array:
 
 @pytest.mark.parametrize("format_", FORMATS)
 @pytest.mark.parametrize("search", ["none", "mse"])
-def test_what_is_not_clipped_is_half_a_scale_off_at_most(format_: Blocks, search: blockwise.Search) -> None:
+def test_unclipped_values_are_at_most_half_a_scale_off(format_: Blocks, search: blockwise.Search) -> None:
     format_, values = replace(format_, search=search), heavy(48, 128)
     found = quantize(values, format_)
     wrong = np.abs(by_block(dequantize(found) - values, format_))
@@ -85,12 +85,12 @@ def test_the_search_is_no_worse_in_any_block_and_better_over_all(format_: Blocks
 
 @pytest.mark.parametrize("search", ["none", "mse"])
 @pytest.mark.parametrize("format_", FORMATS)
-def test_pieces_and_rows_alone_give_the_same_levels(
+def test_pieces_and_single_rows_give_the_same_codes(
     format_: Blocks, search: blockwise.Search, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     format_, values = replace(format_, search=search), heavy(37, 128)
     whole = quantize(values, format_)
-    monkeypatch.setattr(blockwise, "PIECE", 300)  # two rows, one left over
+    monkeypatch.setattr(blockwise, "PIECE", 300)  # two rows, with a row left over
     in_pieces = quantize(values, format_)
     for start, stop in ((0, 1), (5, 11), (36, 37)):
         part = quantize(values[start:stop], format_)
@@ -126,7 +126,7 @@ def test_values_of_any_size_have_scales_of_that_size(format_: Blocks, search: bl
     assert np.abs(got - values).max() <= 2.1 * size / format_.middle + 1e-30
 
 
-def test_zero_stays_zero_where_levels_have_zero_points() -> None:
+def test_zero_stays_zero_in_formats_with_zero_points() -> None:
     values = np.abs(drawn(16, 64)) + 1
     values[:, ::5] = 0
     for search in ("none", "mse"):
@@ -137,7 +137,7 @@ def test_zero_stays_zero_where_levels_have_zero_points() -> None:
 @pytest.mark.parametrize("search", ["none", "mse"])
 def test_zero_points_halve_the_error_of_values_of_one_sign(search: blockwise.Search) -> None:
     values = np.abs(drawn(32, 64))
-    without, with_them = (error_of(values, Blocks(4, 32, one, search)).sum() for one in (False, True))
+    without, with_them = (error_of(values, Blocks(4, 32, zero_points, search)).sum() for zero_points in (False, True))
     assert with_them < 0.5 * without
 
 
@@ -169,16 +169,16 @@ def test_eight_bits_have_a_sixteenth_of_the_error(zero_points: bool) -> None:
 
 @pytest.mark.parametrize("zero_points", [False, True])
 def test_important_columns_get_the_smaller_error(zero_points: bool) -> None:
-    """The weighted error, that is: what the search is told counts."""
+    """The search minimizes the error with the weights that it is given."""
     values, format_ = heavy(256, 32), Blocks(4, 32, zero_points, "mse")
     importance = np.where(np.arange(32) < 4, np.float32(100), np.float32(1))
 
     def weighted(scale: Array, zero: Array) -> float:
         low, high = -zero, format_.top - zero
-        level = np.clip(np.rint(values / scale), low, high)
-        return float((importance * (level * scale - values) ** 2).sum())
+        codes = np.clip(np.rint(values / scale), low, high)
+        return float((importance * (codes * scale - values) ** 2).sum())
 
-    told, untold = weighted(*scales_of(values, format_, importance)), weighted(*scales_of(values, format_))
+    with_weights, without = weighted(*scales_of(values, format_, importance)), weighted(*scales_of(values, format_))
     alike = weighted(*scales_of(values, format_, np.full(32, 3, np.float32)))
-    assert told < 0.9 * untold
-    assert alike == pytest.approx(untold, rel=1e-4)
+    assert with_weights < 0.9 * without
+    assert alike == pytest.approx(without, rel=1e-4)

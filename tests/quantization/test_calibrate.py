@@ -1,4 +1,4 @@
-"""Calibration: on PyTorch's own streams, a layer at a time, better than rounding where it is used."""
+"""calibrate: on PyTorch's residual streams, a layer at a time, and better than rounding."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LAYERS = calibrate.LAYERS
 
 @pytest.fixture(scope="module")
 def random(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    """Three layers, two DeepStack levels, a head of its own."""
+    """Three layers, two DeepStack levels, an untied head."""
     text = {"num_hidden_layers": 3, "num_attention_heads": 6}
     folder = tmp_path_factory.mktemp("calibrate") / "random"
     return open_checkpoint(write_checkpoint(folder, seed=3, text=text, deepstack=(1, 2), tied=False))
@@ -47,8 +47,8 @@ def _few(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def moments(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, ...], Array]:
-    """Filled by calibration: the matrices of one input → its second moments."""
+def hessians(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, ...], Array]:
+    """Filled by calibration: the matrices of an input → its Hessian."""
     found: dict[tuple[str, ...], Array] = {}
     original = calibrate._hessians
 
@@ -61,19 +61,19 @@ def moments(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, ...], Array]:
     return found
 
 
-def storages(checkpoint: Checkpoint, *rules: Rule) -> dict[str, WeightFormat]:
+def weight_formats(checkpoint: Checkpoint, *rules: Rule) -> dict[str, WeightFormat]:
     return resolve(rules or RULES, checkpoint.tensors)
 
 
-def test_products_lose_less_than_by_rounding(
-    random: Checkpoint, moments: dict[tuple[str, ...], Array], tmp_path: Path
+def test_matmuls_lose_less_than_with_rounding(
+    random: Checkpoint, hessians: dict[tuple[str, ...], Array], tmp_path: Path
 ) -> None:
-    """tr(E H Eᵀ), the mean squared error of the products with the inputs that were seen."""
+    """tr(E H Eᵀ), the mean squared error of the matmuls with the calibration inputs."""
     ticks: list[int] = []
-    files = calibrate.calibrated(random, storages(random), tmp_path, lambda: ticks.append(1))
+    files = calibrate.calibrated(random, weight_formats(random), tmp_path, lambda: ticks.append(1))
     assert len(ticks) == random.text.layers + 1
     weights = load_file(random.folder / "model.safetensors")
-    matrices = [(name, given) for names, given in moments.items() for name in names]
+    matrices = [(name, given) for names, given in hessians.items() for name in names]
     assert len(matrices) == 7 * random.text.layers
     for name, given in matrices:
         weight = weights[name].astype(np.float32)
@@ -88,7 +88,7 @@ def test_products_lose_less_than_by_rounding(
 
 def test_every_wanted_matrix_is_written_in_its_format(random: Checkpoint, tmp_path: Path) -> None:
     rules = (Rule((f"{LAYERS}.1.mlp.*", "lm_head.weight"), "int4", 16, zero_points=True, search="gptq"),)
-    wanted = storages(random, *rules, Rule(("model.language_model.*",), "int8"))
+    wanted = weight_formats(random, *rules, Rule(("model.language_model.*",), "int8"))
     files = calibrate.calibrated(random, wanted, tmp_path)
     mlp = {f"{LAYERS}.1.mlp.{name}.weight" for name in ("gate_proj", "up_proj", "down_proj")}
     assert set(files) == mlp | {"lm_head.weight"}
@@ -101,10 +101,10 @@ def test_every_wanted_matrix_is_written_in_its_format(random: Checkpoint, tmp_pa
         assert np.linalg.norm(dequantize(got) - weight) < 0.3 * np.linalg.norm(weight)
 
 
-def test_matrices_of_one_input_share_its_moments(
-    random: Checkpoint, moments: dict[tuple[str, ...], Array], tmp_path: Path
+def test_matrices_of_the_same_input_share_its_hessian(
+    random: Checkpoint, hessians: dict[tuple[str, ...], Array], tmp_path: Path
 ) -> None:
-    calibrate.calibrated(random, storages(random), tmp_path)
+    calibrate.calibrated(random, weight_formats(random), tmp_path)
     text = random.text
     widths = {
         ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"): text.hidden,
@@ -117,9 +117,9 @@ def test_matrices_of_one_input_share_its_moments(
         for layer in range(text.layers)
         for names, width in widths.items()
     }
-    assert {names: matrix.shape for names, matrix in moments.items()} == wanted
+    assert {names: matrix.shape for names, matrix in hessians.items()} == wanted
     assert text.heads * text.head_dim != text.hidden
-    for matrix in moments.values():
+    for matrix in hessians.values():
         np.testing.assert_allclose(matrix, matrix.T, rtol=1e-4, atol=1e-5)
         assert np.linalg.eigvalsh(matrix.astype(np.float64)).min() > -1e-4 * matrix.diagonal().max()
 
@@ -131,7 +131,7 @@ def walked(checkpoint: Checkpoint, wanted: dict[str, WeightFormat], folder: Path
 
     def noted(*arguments: Any) -> None:
         original(*arguments)
-        streams.append([one.hidden[0].numpy().copy() for one in arguments[3]])
+        streams.append([stream.hidden[0].numpy().copy() for stream in arguments[3]])
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(calibrate, "_layer", noted)
@@ -139,7 +139,7 @@ def walked(checkpoint: Checkpoint, wanted: dict[str, WeightFormat], folder: Path
     return streams
 
 
-def test_what_is_not_quantized_flows_as_in_pytorch(random: Checkpoint, tmp_path: Path) -> None:
+def test_streams_without_quantization_equal_pytorch(random: Checkpoint, tmp_path: Path) -> None:
     """DeepStack levels included: they are added between the layers."""
     reference = Reference(random)
     prompts = list(calibrate.calibration_prompts(reference, random))
@@ -151,8 +151,8 @@ def test_what_is_not_quantized_flows_as_in_pytorch(random: Checkpoint, tmp_path:
             np.testing.assert_allclose(got, trace[layer][0], atol=1e-4 * float(trace[layer].std()))
     assert any(prompt.pixel_values is not None for prompt, _ in prompts)
 
-    # A layer is calibrated on what quantized layers before it hand on.
-    lossy = walked(random, storages(random), tmp_path / "lossy")
+    # A layer is calibrated on the outputs of the quantized layers before it.
+    lossy = walked(random, weight_formats(random), tmp_path / "lossy")
     errors = [
         max(float(np.abs(a - b).max() / b.std()) for a, b in zip(mine, theirs, strict=True))
         for mine, theirs in zip(lossy, exact, strict=True)
@@ -160,7 +160,7 @@ def test_what_is_not_quantized_flows_as_in_pytorch(random: Checkpoint, tmp_path:
     assert min(errors) > 1e-2
 
 
-def test_the_miniatures_calibration_set_is_apart_from_its_held_out_set(miniature: Path) -> None:
+def test_the_miniatures_calibration_and_held_out_sets_are_disjoint(miniature: Path) -> None:
     checkpoint = open_checkpoint(miniature)
     calibration = cases.read_calibration(checkpoint)
     assert len(calibration) > 8

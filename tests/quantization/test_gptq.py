@@ -1,4 +1,4 @@
-"""gptq: products keep their values better than under rounding, on inputs whose columns are correlated."""
+"""gptq: matmuls with correlated inputs have a smaller error than with rounding."""
 
 from __future__ import annotations
 
@@ -19,33 +19,33 @@ FORMATS = [
 
 
 def correlated(columns: int = 128, seed: int = 3) -> Array:
-    """Second moments of inputs that live near a few directions, some columns far more active than others."""
+    """The Hessian of inputs close to a few directions, with some columns far more active than others."""
     rng = np.random.default_rng(seed)
     mixed = rng.standard_normal((columns // 4, columns)) * rng.lognormal(0, 1, columns)
     inputs = rng.standard_normal((1000, columns // 4)) @ mixed + 0.1 * rng.standard_normal((1000, columns))
     return np.asarray(inputs.T @ inputs / 1000, np.float32)
 
 
-def output_error(wrong: Array, moments: Array) -> float:
-    """tr(D H Dᵀ): the mean squared error of the products."""
+def output_error(wrong: Array, hessian: Array) -> float:
+    """tr(D H Dᵀ): the mean squared error of the matmuls."""
     wrong = wrong.astype(np.float64)
-    return float(np.einsum("ij,jk,ik->", wrong, moments.astype(np.float64), wrong))
+    return float(np.einsum("ij,jk,ik->", wrong, hessian.astype(np.float64), wrong))
 
 
 @pytest.mark.parametrize("format_", FORMATS)
-def test_products_are_nearer_than_with_rounding_or_searched_scales(format_: Blocks) -> None:
-    rows, moments = drawn(48, 128), correlated()
-    found = dequantize(quantize_compensated(rows, format_, compensation(moments)))
-    plain, searched = (dequantize(quantize(rows, replace(format_, search=one))) for one in ("none", "mse"))
-    compensated = output_error(found - rows, moments)
-    assert compensated < 0.5 * output_error(searched - rows, moments)
-    assert compensated < 0.5 * output_error(plain - rows, moments)
-    # It is bought with the weights' own error, so that the two are not mistaken for one another.
+def test_matmuls_are_closer_than_with_rounding_or_searched_scales(format_: Blocks) -> None:
+    rows, hessian = drawn(48, 128), correlated()
+    found = dequantize(quantize_compensated(rows, format_, compensation(hessian)))
+    plain, searched = (dequantize(quantize(rows, replace(format_, search=search))) for search in ("none", "mse"))
+    compensated = output_error(found - rows, hessian)
+    assert compensated < 0.5 * output_error(searched - rows, hessian)
+    assert compensated < 0.5 * output_error(plain - rows, hessian)
+    # The weights' own error grows in return: the two must not be confused.
     assert np.square(found - rows).sum() > np.square(searched - rows).sum()
 
 
-def test_moments_of_other_inputs_do_not_help() -> None:
-    """The comparison above can fail: made up for in the wrong directions."""
+def test_the_hessian_of_other_inputs_does_not_help() -> None:
+    """A control: errors compensated in the wrong directions."""
     rows, format_ = drawn(48, 128), Blocks(4, 32, search="gptq")
     searched = dequantize(quantize(rows, replace(format_, search="mse")))
     found = dequantize(quantize_compensated(rows, format_, compensation(correlated(seed=4))))
@@ -53,15 +53,15 @@ def test_moments_of_other_inputs_do_not_help() -> None:
 
 
 @pytest.mark.parametrize("damping", [DAMPING, 0.3])
-def test_the_factor_is_that_of_the_inverse_of_the_damped_moments(damping: float) -> None:
-    moments = correlated(64)
-    given = compensation(moments, damping)
+def test_the_factor_is_that_of_the_inverse_of_the_damped_hessian(damping: float) -> None:
+    hessian = correlated(64)
+    given = compensation(hessian, damping)
     upper = given.upper.astype(np.float64)
     assert np.abs(np.tril(upper, -1)).max() < 1e-6 * np.abs(upper).max()
     assert np.all(upper.diagonal() > 0)
-    damped = moments.astype(np.float64) + damping * float(moments.diagonal().mean()) * np.eye(64)
+    damped = hessian.astype(np.float64) + damping * float(hessian.diagonal().mean()) * np.eye(64)
     np.testing.assert_allclose(upper.T @ upper @ damped, np.eye(64), atol=1e-4)
-    np.testing.assert_array_equal(given.importance, moments.diagonal())
+    np.testing.assert_array_equal(given.importance, hessian.diagonal())
 
 
 @pytest.mark.parametrize("format_", FORMATS)
@@ -77,7 +77,7 @@ def test_rows_do_not_depend_on_one_another(format_: Blocks) -> None:
 
 
 @pytest.mark.parametrize("format_", FORMATS)
-def test_nothing_is_made_up_for_where_columns_are_independent_and_alike(format_: Blocks) -> None:
+def test_nothing_is_compensated_if_columns_are_independent_and_alike(format_: Blocks) -> None:
     rows = drawn(20, 64)
     found = quantize_compensated(rows, format_, compensation(np.eye(64, dtype=np.float32)))
     want = quantize(rows, replace(format_, search="mse"))
@@ -89,9 +89,9 @@ def test_nothing_is_made_up_for_where_columns_are_independent_and_alike(format_:
 @pytest.mark.parametrize("format_", FORMATS)
 def test_columns_that_were_never_active_are_rounded(format_: Blocks) -> None:
     dead = [3, 40, 63]
-    moments = correlated(64)
-    moments[dead], moments[:, dead] = 0, 0
-    given, rows = compensation(moments), drawn(20, 64)
+    hessian = correlated(64)
+    hessian[dead], hessian[:, dead] = 0, 0
+    given, rows = compensation(hessian), drawn(20, 64)
     assert np.isfinite(given.upper).all()
     assert np.all(given.importance > 0)
     found = quantize_compensated(rows, format_, given)
@@ -115,11 +115,11 @@ def test_the_rows_that_are_given_stay_as_they_are() -> None:
     np.testing.assert_array_equal(rows, before)
 
 
-def test_an_error_is_handed_on_to_the_columns_behind_it() -> None:
-    """Two columns that are always equal: what the first one lost, the second one gains."""
-    moments = np.kron(np.eye(8), np.ones((2, 2))).astype(np.float32)
+def test_an_error_is_compensated_by_later_columns() -> None:
+    """Two columns that are always equal: the second compensates what the first lost."""
+    hessian = np.kron(np.eye(8), np.ones((2, 2))).astype(np.float32)
     rows, format_ = drawn(50, 16), Blocks(4, 16, search="gptq")
-    given = compensation(moments, damping=1e-4)
+    given = compensation(hessian, damping=1e-4)
     wrong = dequantize(quantize_compensated(rows, format_, given)) - rows
     together = wrong.reshape(50, 8, 2).sum(-1)
     blind = Compensation(np.eye(16, dtype=np.float32), given.importance)

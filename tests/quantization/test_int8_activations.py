@@ -1,4 +1,4 @@
-"""Matrices of one scale a row, multiplied with activations of 8 bits: in a graph, on the disk, in fp32, and refused."""
+"""Matrices with a scale per row, multiplied with int8 activations: in a graph, on the disk, in fp32, and rejected."""
 
 from __future__ import annotations
 
@@ -49,17 +49,17 @@ def source(tmp_path: Path, miniature: Path) -> Checkpoint:
 
 def graph() -> BoundGraph:
     bound = turned(GRAPH, {name: TENSORS[tensor] for name, tensor in NAMES.items()}, "down")
-    return BoundGraph(bound.model, {n: replace(one, tensor=NAMES[n]) for n, one in bound.bindings.items()})
+    return BoundGraph(bound.model, {n: replace(binding, tensor=NAMES[n]) for n, binding in bound.bindings.items()})
 
 
-def storages(source: Checkpoint) -> dict[str, WeightFormat]:
+def weight_formats(source: Checkpoint) -> dict[str, WeightFormat]:
     return resolve([Rule(("model.visual.*",), "int8", activations="int8")], source.tensors)
 
 
 @pytest.fixture
 def written(tmp_path: Path, source: Checkpoint) -> Path:
     path = tmp_path / "out" / "vision_encoder.onnx"
-    fill([{path: quantize.stored(path, graph(), "fp32", storages(source))}], source)
+    fill([{path: quantize.stored(path, graph(), "fp32", weight_formats(source))}], source)
     return path
 
 
@@ -71,7 +71,7 @@ def computed(model: str | bytes, folder: Path) -> Array:
 
 
 def rounded(name: str) -> Array:
-    """The matrix as its levels have it: a scale a row."""
+    """The matrix dequantized from its codes, with a scale per row."""
     return dequantize(quantize_rows(TENSORS[name], Blocks(8, TENSORS[name].shape[1], search="mse")))
 
 
@@ -79,12 +79,12 @@ def by_hand(up: Array, down: Array) -> Array:
     return np.asarray((X @ up.T + TENSORS["bias"]) @ down.T)
 
 
-def test_a_row_has_one_scale_and_lies_turned(source: Checkpoint) -> None:
-    assert storages(source) == {
+def test_a_row_has_a_single_scale_and_is_stored_transposed(source: Checkpoint) -> None:
+    assert weight_formats(source) == {
         UP: WeightFormat(Blocks(8, 48, search="mse"), 4, transposed=True),
         DOWN: WeightFormat(Blocks(8, 80, search="mse"), 4, transposed=True),
     }
-    outcome = quantize_weights(graph(), storages(source))
+    outcome = quantize_weights(graph(), weight_formats(source))
     assert (outcome.matches, outcome.misses) == (2, ())
     assert operators(outcome.graph) == {"com.microsoft::DynamicQuantizeMatMul": 2}
     levels, scales = (outcome.graph.bindings[f"up.{part}"] for part in ("levels", "scales"))
@@ -106,22 +106,22 @@ def test_what_is_on_the_disk_is_multiplied_with_activations_of_8_bits(written: P
 
 def external(path: Path, name: str) -> onnx.TensorProto:
     model: onnx.ModelProto = onnx.load(path, load_external_data=False)
-    found: onnx.TensorProto = next(one for one in model.graph.initializer if one.name.endswith(name))
+    found: onnx.TensorProto = next(tensor for tensor in model.graph.initializer if tensor.name.endswith(name))
     return found
 
 
-def test_a_twin_computes_in_fp32_on_the_same_bytes(written: Path) -> None:
-    twin = in_fp32(onnx.load(written, load_external_data=False))
-    got = computed(twin.SerializeToString(), written.parent)
+def test_a_fp32_copy_computes_in_fp32_on_the_same_bytes(written: Path) -> None:
+    fp32_copy = in_fp32(onnx.load(written, load_external_data=False))
+    got = computed(fp32_copy.SerializeToString(), written.parent)
     np.testing.assert_allclose(got, by_hand(rounded(UP), rounded(DOWN)), rtol=1e-4, atol=1e-4)
     assert (
         external(written, "up.levels").external_data
-        == next(one for one in twin.graph.initializer if one.name.endswith("up.levels")).external_data
+        == next(tensor for tensor in fp32_copy.graph.initializer if tensor.name.endswith("up.levels")).external_data
     )
 
 
 @pytest.mark.parametrize("wrong", [127, 129])
-def test_a_twin_sees_a_zero_point_that_is_off_by_one(written: Path, wrong: int) -> None:
+def test_a_fp32_copy_shows_a_zero_point_that_is_off_by_one(written: Path, wrong: int) -> None:
     model = onnx.load(written, load_external_data=False)
     zeros = [node for node in model.graph.node if node.op_type == "Constant"]
     for node in zeros:
@@ -130,7 +130,7 @@ def test_a_twin_sees_a_zero_point_that_is_off_by_one(written: Path, wrong: int) 
     assert np.abs(got - want).max() > 0.01 * want.std()
 
 
-def test_the_checkpoint_of_a_bundle_has_the_matrices_that_its_levels_are(
+def test_the_checkpoint_of_a_bundle_has_the_dequantized_matrices(
     written: Path, source: Checkpoint, tmp_path: Path
 ) -> None:
     for name in ("up", "down"):  # as a build names them
@@ -139,26 +139,26 @@ def test_the_checkpoint_of_a_bundle_has_the_matrices_that_its_levels_are(
     found = load_file(tmp_path / "again" / "model.safetensors")
     for name in (UP, DOWN):
         np.testing.assert_array_equal(found[name], rounded(name))
-    assert {one.tensor: one.bits for one in errors} == {UP: 8 + 32 / 48, DOWN: 8 + 32 / 80}
-    assert all(0 < one.relative < 0.01 for one in errors)
+    assert {error.tensor: error.bits for error in errors} == {UP: 8 + 32 / 48, DOWN: 8 + 32 / 80}
+    assert all(0 < error.relative < 0.01 for error in errors)
 
 
 def _rename(path: Path, name: str, new: str) -> None:
     model = onnx.load(path, load_external_data=False)
-    for one in model.graph.initializer:
-        one.name = one.name.replace(f"{name}.", f"{new}.") if one.name.startswith(f"{name}.") else one.name
+    for tensor in model.graph.initializer:
+        tensor.name = tensor.name.replace(f"{name}.", f"{new}.") if tensor.name.startswith(f"{name}.") else tensor.name
     for node in model.graph.node:
         for at, value in enumerate(node.input):
             node.input[at] = value.replace(f"{name}.", f"{new}.") if value.startswith(f"{name}.") else value
     onnx.save(model, path)
 
 
-def test_a_table_that_is_looked_up_cannot_lie_turned() -> None:
+def test_a_lookup_table_cannot_be_transposed() -> None:
     text = "embeddings (int64[batch, seq] ids) => (float[batch, seq, 48] e) { e = Gather(table, ids) }"
     bound = bound_graph(text, {"table": TENSORS[UP]})
-    storage = {"checkpoint.table": WeightFormat(Blocks(8, 48), 4, transposed=True)}
+    weight_format = {"checkpoint.table": WeightFormat(Blocks(8, 48), 4, transposed=True)}
     with pytest.raises(PassError) as caught:
-        quantize.stored(Path("embeddings.onnx"), bound, "fp32", storage)
+        quantize.stored(Path("embeddings.onnx"), bound, "fp32", weight_format)
     assert "reads table in a way" in str(caught.value.found)
 
 
@@ -177,7 +177,7 @@ LIMITS = (
 )
 
 
-def test_a_recipe_asks_for_it_by_rule(tmp_path: Path) -> None:
+def test_a_recipe_requests_it_in_a_rule(tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
     path.write_text(HEAD + RULE + LIMITS)
     assert load_recipe(path).rules == (Rule(("model.visual.*",), "int8", activations="int8"),)
@@ -193,7 +193,7 @@ def test_a_recipe_asks_for_it_by_rule(tmp_path: Path) -> None:
         (HEAD.replace("fp32", "fp16") + RULE, "activations of 8 bits for model.visual.*"),
     ],
 )
-def test_what_no_kernel_multiplies_is_refused(tmp_path: Path, text: str, reason: str) -> None:
+def test_formats_without_a_kernel_are_rejected(tmp_path: Path, text: str, reason: str) -> None:
     path = tmp_path / "mine.toml"
     path.write_text(text + LIMITS)
     with pytest.raises(RecipeError) as caught:
@@ -203,7 +203,7 @@ def test_what_no_kernel_multiplies_is_refused(tmp_path: Path, text: str, reason:
 
 
 @pytest.mark.torch
-def test_the_vision_encoder_of_the_fast_recipe_multiplies_whole_numbers(finished: Callable[[str], Path]) -> None:
+def test_the_vision_encoder_of_the_fast_recipe_multiplies_integers(finished: Callable[[str], Path]) -> None:
     model = ir.load(finished("int4-fast") / "vision_encoder.onnx")
     found = [node.op_type for node in model.graph if node.op_type in ("DynamicQuantizeMatMul", "MatMulNBits", "MatMul")]
     assert set(found) == {"DynamicQuantizeMatMul"}

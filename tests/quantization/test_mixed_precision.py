@@ -1,4 +1,4 @@
-"""8 bits where bytes save most: the choice, and the recipe that it becomes."""
+"""mixed_precision: the groups chosen for 8 bits, and the recipe with rules for them."""
 
 from __future__ import annotations
 
@@ -27,20 +27,21 @@ def sensitivity(name: str, kl: float, more: int) -> Sensitivity:
     return Sensitivity(Group((name,), more), kl)
 
 
-def test_what_saves_most_a_byte_goes_first_and_what_does_not_fit_is_left() -> None:
+def test_groups_are_chosen_by_gain_per_byte_within_the_budget() -> None:
     found = [sensitivity("large", 9.0, 900), sensitivity("small", 1.0, 10), sensitivity("middle", 2.0, 100)]
-    assert [one.tensors[0] for one in choose_groups(found, 120)] == ["small", "middle"]
-    assert [one.tensors[0] for one in choose_groups(found, 105)] == ["small"]
-    assert [one.tensors[0] for one in choose_groups(found, 1010)] == ["small", "middle", "large"]
+    assert [group.tensors[0] for group in choose_groups(found, 120)] == ["small", "middle"]
+    assert [group.tensors[0] for group in choose_groups(found, 105)] == ["small"]
+    assert [group.tensors[0] for group in choose_groups(found, 1010)] == ["small", "middle", "large"]
     assert choose_groups(found, 9) == []
 
 
-def test_matrices_of_one_product_are_one_group(checkpoint: Checkpoint) -> None:
-    found = {one.name: one for one in groups(checkpoint, resolve(load_recipe("int4-fast").rules, checkpoint.tensors))}
+def test_matrices_of_one_matmul_are_a_group(checkpoint: Checkpoint) -> None:
+    weight_formats = resolve(load_recipe("int4-fast").rules, checkpoint.tensors)
+    found = {group.name: group for group in groups(checkpoint, weight_formats)}
     query = found[f"{LAYER}self_attn.q_proj+k_proj+v_proj"]
-    assert query.tensors == tuple(f"{LAYER}self_attn.{one}_proj.weight" for one in "qkv")
+    assert query.tensors == tuple(f"{LAYER}self_attn.{module}_proj.weight" for module in "qkv")
     rows = sum(checkpoint.tensors[name].shape[0] for name in query.tensors)
-    assert query.more == rows * checkpoint.text.hidden // 2
+    assert query.extra_bytes == rows * checkpoint.text.hidden // 2
     assert f"{LAYER}mlp.gate_proj+up_proj" in found
     assert f"{LAYER}mlp.down_proj" in found
     assert EMBEDDINGS.removesuffix(".weight") in found
@@ -48,8 +49,8 @@ def test_matrices_of_one_product_are_one_group(checkpoint: Checkpoint) -> None:
 
 
 def test_a_block_of_the_vision_encoder_is_one_group(checkpoint: Checkpoint) -> None:
-    storages = resolve([Rule(("model.visual.*",), "int4", 16)], checkpoint.tensors)
-    (block,) = [one for one in groups(checkpoint, storages) if one.name == "model.visual.blocks.1"]
+    weight_formats = resolve([Rule(("model.visual.*",), "int4", 16)], checkpoint.tensors)
+    (block,) = [group for group in groups(checkpoint, weight_formats) if group.name == "model.visual.blocks.1"]
     assert {name.rpartition("blocks.1.")[2] for name in block.tensors} == {
         "attn.qkv.weight",
         "attn.proj.weight",
@@ -73,7 +74,7 @@ def test_more_bits_are_rules_in_front_of_the_recipes_own(checkpoint: Checkpoint,
     assert {name for name in own if own[name] != others[name]} == {f"{LAYER}mlp.down_proj.weight"}
 
 
-def test_a_rule_that_has_nothing_left_to_decide_is_left_out(checkpoint: Checkpoint) -> None:
+def test_a_rule_that_no_longer_applies_is_removed(checkpoint: Checkpoint) -> None:
     base = load_recipe("int4")
     head = Group((EMBEDDINGS,), 1)
     rules = with_more_bits(checkpoint, base.rules, [head])
@@ -89,7 +90,7 @@ def test_every_recipe_reads_as_it_is_written(name: str, tmp_path: Path) -> None:
     assert replace(load_recipe(path), name=name) == recipe
 
 
-def test_the_bytes_of_a_recipe_are_those_of_its_levels_and_scales(checkpoint: Checkpoint) -> None:
+def test_the_bytes_of_a_recipe_are_those_of_its_codes_and_scales(checkpoint: Checkpoint) -> None:
     table = checkpoint.tensors[EMBEDDINGS].shape
     rules = (Rule((EMBEDDINGS,), "int4", 32),)
     assert stored_bytes(checkpoint, rules) == table[0] * table[1] * 5 // 8

@@ -1,4 +1,4 @@
-"""packing: ONNX Runtime's operators read from the packed bytes what the arithmetic put there."""
+"""packing: ONNX Runtime's operators read the packed codes, scales and zero points correctly."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def quantized_rows(blocks: Blocks, count: int, rows: int = ROWS) -> Quantized:
 
 
 def session(node: onnx.NodeProto, inputs: dict[str, int], arrays: dict[str, Array]) -> Any:
-    """One operator, its matrix in initializers; nothing that might unpack it before."""
+    """A single operator with its matrix in initializers, so that nothing unpacks it before."""
     ports = [helper.make_tensor_value_info(name, kind, None) for name, kind in inputs.items()]
     out = [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)]
     initializers = [numpy_helper.from_array(array, name) for name, array in arrays.items()]
@@ -46,7 +46,7 @@ def shaped(found: Quantized, blocks: Blocks, columns: int, lookup: bool) -> dict
     return {part: array.reshape(shape(part, blocks, len(found.codes), columns)) for part, array in packed.items()}
 
 
-def product(x: Array, blocks: Blocks, arrays: dict[str, Array], columns: int, accuracy: int) -> Array:
+def matmul(x: Array, blocks: Blocks, arrays: dict[str, Array], columns: int, accuracy: int) -> Array:
     node = helper.make_node(
         "MatMulNBits",
         ["x", *arrays],
@@ -71,7 +71,7 @@ def test_unpacking_is_the_inverse_of_packing(bits: int, columns: int) -> None:
     np.testing.assert_array_equal(unpack(packed, bits, columns), values)
 
 
-def test_the_first_of_two_levels_is_in_the_lower_nibble() -> None:
+def test_the_first_of_two_codes_is_in_the_low_nibble() -> None:
     assert pack(np.array([[1, 2, 15]], np.uint8), 4).tolist() == [[0x21, 0x0F]]
 
 
@@ -98,20 +98,20 @@ def test_what_was_packed_is_unpacked_again(blocks: Blocks, count: int, lookup: b
 
 @EACH
 @pytest.mark.parametrize("batch", [1, 3])
-def test_a_product_in_fp32_is_that_of_the_dequantized_matrix(blocks: Blocks, count: int, batch: int) -> None:
+def test_a_fp32_matmul_equals_that_of_the_dequantized_matrix(blocks: Blocks, count: int, batch: int) -> None:
     found, columns = quantized_rows(blocks, count), blocks.size * count
     x = drawn(batch, columns, seed=1)
-    got = product(x, blocks, shaped(found, blocks, columns, lookup=False), columns, accuracy=1)
+    got = matmul(x, blocks, shaped(found, blocks, columns, lookup=False), columns, accuracy=1)
     want = x.astype(np.float64) @ dequantize(found).T
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-4)
 
 
 @EACH
 @pytest.mark.parametrize("batch", [1, 3])
-def test_a_product_on_eight_bit_activations_is_near_it(blocks: Blocks, count: int, batch: int) -> None:
+def test_an_int8_matmul_is_close_to_it(blocks: Blocks, count: int, batch: int) -> None:
     found, columns = quantized_rows(blocks, count), blocks.size * count
     x = drawn(batch, columns, seed=1)
-    got = product(x, blocks, shaped(found, blocks, columns, lookup=False), columns, accuracy=4)
+    got = matmul(x, blocks, shaped(found, blocks, columns, lookup=False), columns, accuracy=4)
     want = x.astype(np.float64) @ dequantize(found).T
     assert np.abs(got - want).max() < 0.03 * want.std() + 0.02
 
@@ -136,8 +136,8 @@ def test_a_lookup_of_the_same_bytes_gives_the_dequantized_rows(blocks: Blocks, c
 
 
 @pytest.mark.parametrize("part", ["levels", "scales", "zero_points"])
-def test_a_product_notices_one_wrong_element_of_each_part(part: str) -> None:
-    """The comparison above can fail."""
+def test_a_matmul_shows_a_wrong_element_of_each_part(part: str) -> None:
+    """A control: the comparison above can fail."""
     blocks = Blocks(4, 32, zero_points=True)
     found, x = quantized_rows(blocks, 3), drawn(1, 96, seed=1)
     broken = {
@@ -145,6 +145,6 @@ def test_a_product_notices_one_wrong_element_of_each_part(part: str) -> None:
         "scales": replace(found, scales=found.scales * np.array([1, 1.01, 1], np.float32)),
         "zero_points": replace(found, zeros=found.zeros ^ np.array([0, 0, 1], np.uint8)),
     }[part]
-    got = product(x, blocks, shaped(broken, blocks, 96, lookup=False), 96, accuracy=1)
+    got = matmul(x, blocks, shaped(broken, blocks, 96, lookup=False), 96, accuracy=1)
     want = x.astype(np.float64) @ dequantize(found).T
     assert np.abs(got - want).max() > 1e-3

@@ -1,4 +1,4 @@
-"""Rules: which one decides, which one never does, and what none of them may touch."""
+"""rules: which rule applies, rules that never apply, and what is never quantized."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def refused(*rules: Rule, **more: tuple[int, ...]) -> RecipeError:
     return caught.value
 
 
-def test_the_first_rule_that_matches_decides() -> None:
+def test_the_first_rule_that_matches_applies() -> None:
     narrow, wide = Rule((QUERY,), "int8", search="none", accuracy=1), Rule((f"{LAYER}*",), "int4")
     assert resolve([narrow, wide], tensors()) == {
         QUERY: WeightFormat(Blocks(8, 32, search="none"), 1),
@@ -47,7 +47,7 @@ def test_the_first_rule_that_matches_decides() -> None:
     }
 
 
-def test_a_wider_rule_in_front_leaves_the_narrow_one_idle() -> None:
+def test_a_wider_rule_in_front_leaves_a_narrower_rule_idle() -> None:
     narrow, wide = Rule((QUERY,), "int8"), Rule((f"{LAYER}*",), "int4")
     error = refused(wide, narrow)
     assert QUERY in error.what
@@ -60,20 +60,20 @@ def test_a_wider_rule_in_front_leaves_the_narrow_one_idle() -> None:
     ("pattern", "reason"),
     [
         pytest.param("model.layers.*", "no tensor of that name", id="no such name"),
-        pytest.param(NORM, f"{NORM}, which an earlier rule decides, or which is no matrix", id="a vector"),
+        pytest.param(NORM, f"{NORM}, which an earlier rule matches, or which is not a matrix", id="a vector"),
         pytest.param(POSITIONS, f"{POSITIONS}, which", id="the table of positions"),
         pytest.param(PATCHES, f"{PATCHES}, which", id="the patch embedding"),
         pytest.param("*.bias", "q_proj.bias, which", id="biases"),
     ],
 )
 @pytest.mark.parametrize("store", ["int4", "keep"])
-def test_a_rule_that_decides_nothing_says_why(pattern: str, reason: str, store: str) -> None:
+def test_a_rule_without_a_matrix_is_an_error_that_tells_why(pattern: str, reason: str, store: str) -> None:
     error = refused(Rule((pattern,), store))  # type: ignore[arg-type]
     assert pattern in error.what
     assert reason in str(error.found)
 
 
-def test_what_is_kept_is_not_stored_and_decides_before_others() -> None:
+def test_a_keep_rule_excludes_matrices_from_later_rules() -> None:
     assert resolve([Rule((QUERY,), "keep"), Rule((f"{LAYER}*",), "int4")], tensors()).keys() == {DOWN}
 
 
@@ -129,7 +129,7 @@ def test_everything_that_is_quantized_of_a_checkpoint_is_a_weight_of_two_axes(
 ) -> None:
     found = open_checkpoint(checkpoint("biased")).tensors
     quantized = resolve([Rule(("*",), "int4")], found)
-    two = {name for name, one in found.items() if len(one.shape) == 2}
+    two = {name for name, tensor in found.items() if len(tensor.shape) == 2}
     assert two - quantized.keys() == {POSITIONS}
     assert len(found[PATCHES].shape) == 5
-    assert all(found[name].shape[1] % one.blocks.size == 0 for name, one in quantized.items())
+    assert all(found[name].shape[1] % weight_format.blocks.size == 0 for name, weight_format in quantized.items())

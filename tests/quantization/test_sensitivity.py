@@ -1,4 +1,4 @@
-"""What a group costs that is rounded alone, against the whole model in memory with these weights in it."""
+"""sensitivity: the cost of rounding a single group, against the full model in memory with those weights rounded."""
 
 from __future__ import annotations
 
@@ -43,28 +43,28 @@ def recipe() -> Recipe:
 
 
 def prompts(reference: Reference) -> list[tuple[Any, Any]]:
-    """The two shortest with an image, and the shortest without."""
-    found = sorted(calibration_prompts(reference, reference.checkpoint), key=lambda one: one[0].input_ids.size)
-    with_image = [one for one in found if one[0].pixel_values is not None]
-    return [*with_image[:2], next(one for one in found if one[0].pixel_values is None)]
+    """The two shortest prompts with an image, and the shortest without."""
+    found = sorted(calibration_prompts(reference, reference.checkpoint), key=lambda case: case[0].input_ids.size)
+    with_image = [case for case in found if case[0].pixel_values is not None]
+    return [*with_image[:2], next(case for case in found if case[0].pixel_values is None)]
 
 
 def by_hand(rules: tuple[Rule, ...]) -> dict[str, float]:
-    """Group → mean KL, the whole model in memory, one copy of its weights after the other exchanged."""
+    """Group → mean KL divergence, from the full model in memory with the group's weights replaced."""
     checkpoint = open_checkpoint(MINIATURE)
     reference = Reference(checkpoint)
-    torch, storages = reference.torch, resolve(rules, checkpoint.tensors)
-    asked = prompts(reference)
-    exact = [answers(reference, *one) for one in asked]
+    torch, weight_formats = reference.torch, resolve(rules, checkpoint.tensors)
+    cases = prompts(reference)
+    exact = [answers(reference, *case) for case in cases]
     parameters = dict(reference.model.named_parameters())
     found = {}
-    for group in sensitivity.groups(checkpoint, storages):
+    for group in sensitivity.groups(checkpoint, weight_formats):
         kept = {name: parameters[name].detach().clone() for name in group.tensors}
         with torch.no_grad():
             for name, rows in kept.items():
-                blocks = replace(storages[name].blocks, search="mse")
+                blocks = replace(weight_formats[name].blocks, search="mse")
                 parameters[name].copy_(torch.from_numpy(dequantize(quantize(rows.numpy(), blocks))))
-            got = [answers(reference, *one) for one in asked]
+            got = [answers(reference, *case) for case in cases]
             for name, rows in kept.items():
                 parameters[name].copy_(rows)
         kl = [(np.exp(p) * (p - q)).sum(1) for p, q in zip(exact, got, strict=True)]
@@ -73,23 +73,23 @@ def by_hand(rules: tuple[Rule, ...]) -> dict[str, float]:
 
 
 def answers(reference: Reference, prompt: Any, answer: Any) -> Array:
-    """Log-probabilities of every position behind the last image."""
+    """Log-probabilities of every position after the last image."""
     ids = np.concatenate([prompt.input_ids[0], answer])
     images = np.flatnonzero(ids == reference.image_token_id)
     begin = images[-1] + 1 if len(images) else 0
     return log_softmax(reference.logits(prompt, answer)[int(begin) :])
 
 
-def test_each_group_costs_what_the_whole_model_says(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_group_costs_the_same_in_the_full_model(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sensitivity, "calibration_prompts", lambda reference, _: iter(prompts(reference)))
     done: list[int] = []
     found = estimate_sensitivities(open_checkpoint(MINIATURE), recipe.rules, 10**6, lambda: done.append(1))
     want = by_hand(RULES)
     assert len(done) == len(found) == len(want) == 3
-    assert [one.kl for one in found] == sorted((one.kl for one in found), reverse=True)
-    for one in found:
-        assert one.kl == pytest.approx(want[one.group.name], rel=1e-3), one.group.name
-        assert one.kl > 1e-6, one.group.name
+    assert [each.kl for each in found] == sorted((each.kl for each in found), reverse=True)
+    for each in found:
+        assert each.kl == pytest.approx(want[each.group.name], rel=1e-3), each.group.name
+        assert each.kl > 1e-6, each.group.name
 
 
 def test_a_recipe_without_4_bits_is_refused(recipe: Recipe) -> None:
@@ -99,23 +99,23 @@ def test_a_recipe_without_4_bits_is_refused(recipe: Recipe) -> None:
     assert "matrices in 8 bits" in str(caught.value.found)
 
 
-def test_the_command_writes_a_recipe_and_says_what_was_measured(tmp_path: Path) -> None:
+def test_the_command_writes_a_recipe_and_reports_the_measurements(tmp_path: Path) -> None:
     base, path = tmp_path / "base.toml", tmp_path / "mine.toml"
     rules = "".join(
         f'[[rules]]\nweights = ["{LAYER}{name}.weight"]\nstore = "int4"\n' for name in ("gate_proj", "down_proj")
     )
     base.write_text('like = "int4"\n' + rules, encoding="utf-8")
-    asked = ["sensitivity", str(MINIATURE), "--recipe", str(base), "--positions", "1", "--budget", "45"]
-    result = CliRunner().invoke(app, [*asked, "--write", str(path), "--json"])
+    arguments = ["sensitivity", str(MINIATURE), "--recipe", str(base), "--positions", "1", "--budget", "45"]
+    result = CliRunner().invoke(app, [*arguments, "--write", str(path), "--json"])
     assert result.exit_code == 0, result.output
     facts = json.loads(result.stdout)
-    assert {one["group"]: one["8 bits"] for one in facts["groups"]} == {
+    assert {group["group"]: group["8 bits"] for group in facts["groups"]} == {
         f"{LAYER}gate_proj": facts["groups"][0]["group"].endswith("gate_proj"),
         f"{LAYER}down_proj": facts["groups"][0]["group"].endswith("down_proj"),
     }
     assert path.read_text(encoding="utf-8") == facts["recipe"]
     assert [rule.store for rule in load_recipe(path).rules] == ["int8", "int4"]
 
-    again = CliRunner().invoke(app, [*asked, "--write", str(path)])
+    again = CliRunner().invoke(app, [*arguments, "--write", str(path)])
     assert again.exit_code != 0
     assert "a file that is there" in again.output

@@ -97,7 +97,7 @@ def test_a_listed_pass_that_matches_nowhere_is_an_error_that_says_why() -> None:
     with pytest.raises(PassError) as caught:
         optimize(decoder(text), PLAIN, "model")
     assert "fold_weight_transposes matched nowhere in onnxruntime/model.onnx" in caught.value.what
-    assert "up: not a plain transposition, or read elsewhere as well" in str(caught.value.found)
+    assert "up: not a plain transposition, or also read elsewhere" in str(caught.value.found)
     assert caught.value.next is not None
 
 

@@ -25,7 +25,7 @@ from builder.graph.data_files import data_path, fill
 from builder.graph.external_data import DIGESTS, DataFile, padded
 from builder.graph.passes.fold_weight_transposes import fold_weight_transposes
 from builder.graph.passes.gemm_head import gemm_head
-from builder.graph.passes.result import Outcome
+from builder.graph.passes.result import PassResult
 from builder.stages import fetch, quantize
 from builder.stages.engine.build import Build
 from builder.targets.graphs import components
@@ -188,7 +188,7 @@ HEAD = """model (float[seq, 8] x) => (float[seq, 12] logits) {
     ],
 )
 def test_a_tied_head_lies_on_the_disk_once(
-    tmp_path: Path, miniature: Path, tied: bool, write: Callable[[BoundGraph], Outcome], files: set[str]
+    tmp_path: Path, miniature: Path, tied: bool, write: Callable[[BoundGraph], PassResult], files: set[str]
 ) -> None:
     tensors = {EMBEDDINGS: drawn(12, 8).astype(ml_dtypes.bfloat16)}
     tensors |= {} if tied else {LM_HEAD: drawn(12, 8, seed=1).astype(ml_dtypes.bfloat16)}

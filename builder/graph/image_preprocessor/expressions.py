@@ -1,9 +1,7 @@
-"""ONNX graphs written as formulas: Python's operators on values of a graph, each of which becomes a node.
+"""Write ONNX graphs as Python expressions: each operator on a `Term` appends a node.
 
-In: values that belong to one `Formulas`, and numbers. Out: nodes of standard operators, in the order in which they
-were written, and initializers; a model of them.
-Guaranteed: a number takes the element type of the value that it meets; nothing is converted unasked, so that what is
-computed in float64 stays there; the same formulas give the same bytes.
+A number takes the element type of the term that it is combined with; there are no implicit casts, so that float64
+stays float64. Guarantees: the same expressions give the same bytes.
 """
 
 from __future__ import annotations
@@ -21,18 +19,18 @@ IR_VERSION = 10  # of opset 21 and older
 
 @dataclass(frozen=True)
 class Formulas:
-    """What has been written so far."""
+    """The nodes and initializers written so far."""
 
     tape: ir.tape.Tape = field(default_factory=ir.tape.Tape)
     constants: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = field(default_factory=dict)
 
     def input(self, name: str, dtype: npt.DTypeLike, shape: tuple[int | str, ...]) -> Term:
-        """An input of the graph."""
+        """Declare an input of the graph."""
         kind = np.dtype(dtype)
         return Term(self, ir.val(name, ir.DataType.from_numpy(kind), shape), kind)
 
     def constant(self, value: npt.ArrayLike, dtype: npt.DTypeLike) -> Term:
-        """An initializer; equal ones are one."""
+        """An initializer; equal values share it."""
         array = np.asarray(value, dtype, order="C")
         key = (array.dtype.name, array.shape, array.tobytes())
         if key not in self.constants:
@@ -41,7 +39,7 @@ class Formulas:
         return Term(self, self.constants[key], array.dtype)
 
     def model(self, name: str, inputs: Sequence[ir.Value], outputs: Sequence[ir.Value], opset: int) -> ir.Model:
-        """All of it as a model."""
+        """Build a model of all nodes and initializers."""
         nodes, initializers = self.tape.nodes, self.tape.initializers
         graph = ir.Graph(inputs, outputs, nodes=nodes, initializers=initializers, opset_imports={"": opset}, name=name)
         return ir.Model(graph, ir_version=IR_VERSION)
@@ -56,22 +54,29 @@ class Term:
     dtype: np.dtype[Any]
 
     def op(self, kind: str, *others: Term | float, dtype: npt.DTypeLike | None = None, **attributes: Any) -> Term:
-        """The output of a node that reads this value, then the others; of type `dtype` where that is not this one's."""
+        """Append a node that reads this value, then the others.
+
+        Args:
+            kind: operator type.
+            others: further inputs.
+            dtype: element type of the output; None for that of this value.
+            attributes: attributes of the node.
+        """
         inputs = [self.value, *(self._like(other).value for other in others)]
-        made = self.formulas.tape.op(kind, inputs, attributes)
-        return Term(self.formulas, made, self.dtype if dtype is None else np.dtype(dtype))
+        output = self.formulas.tape.op(kind, inputs, attributes)
+        return Term(self.formulas, output, self.dtype if dtype is None else np.dtype(dtype))
 
     def _like(self, other: Term | float) -> Term:
         return other if isinstance(other, Term) else self.formulas.constant(other, self.dtype)
 
     def output(self, name: str, shape: tuple[int | str, ...]) -> ir.Value:
-        """The value as an output of the graph."""
+        """Name the value as an output of the graph."""
         self.value.name, self.value.shape = name, ir.Shape(shape)
         self.value.type = ir.TensorType(ir.DataType.from_numpy(self.dtype))
         return self.value
 
     def to(self, dtype: npt.DTypeLike) -> Term:
-        """The same numbers as another type; a fraction is cut off."""
+        """Cast to another type; casts to integers truncate."""
         return self.op("Cast", dtype=dtype, to=int(ir.DataType.from_numpy(np.dtype(dtype))))
 
     def __add__(self, other: Term | float) -> Term:
@@ -96,11 +101,11 @@ class Term:
         return self.op("Greater", other, dtype=np.bool_)
 
     def where(self, yes: Term, no: Term | float) -> Term:
-        """`yes` where this holds, `no` where not."""
+        """`yes` where this value is true, `no` elsewhere."""
         return self.op("Where", yes, yes._like(no), dtype=yes.dtype)
 
     def reshape(self, *sizes: Term | int) -> Term:
-        """Each size is a number, or a scalar of the graph; -1 is what remains."""
+        """Reshape; each size is a number or a scalar of the graph, -1 is inferred."""
         numbers = [size for size in sizes if isinstance(size, int)]
         if len(numbers) == len(sizes):
             return self.op("Reshape", self.formulas.constant(numbers, np.int64))
@@ -112,34 +117,37 @@ class Term:
         return self.op("Reshape", stacked(*vectors))
 
     def transpose(self, *order: int) -> Term:
-        """The axes in another order."""
+        """Reorder the axes."""
         return self.op("Transpose", perm=order)
 
     def gather(self, index: Term | int, axis: int = 0) -> Term:
-        """The entries with these indexes; a number takes the axis away."""
+        """Entries at these indices; a number removes the axis."""
         at = index if isinstance(index, Term) else self.formulas.constant(index, np.int64)
         return self.op("Gather", at, axis=axis)
 
     def expanded(self, axis: int) -> Term:
-        """With one more axis there, of size 1."""
+        """Insert an axis of size 1."""
         return self.op("Unsqueeze", self.formulas.constant([axis], np.int64))
 
 
 def counted(size: Term) -> Term:
-    """0, 1 … size - 1."""
+    """0, 1, …, size - 1."""
     zero, one = (size.formulas.constant(number, size.dtype) for number in (0, 1))
     return zero.op("Range", size, one)
 
 
 def stacked(*vectors: Term) -> Term:
-    """One behind the other."""
+    """Concatenate vectors."""
     return vectors[0].op("Concat", *vectors[1:], axis=0)
 
 
 def computes_float64(number: Term) -> Term:
-    """Whether the runtime computes float64 as such, asked of a whole one from 1 to 2**27. OpenVINO computes float32.
+    """Whether the runtime has real float64 arithmetic; OpenVINO computes in float32, where the added 1 is lost.
 
-    In float32 the 1 is lost. It is not asked with factors that are almost 1: optimizers take those for 1.
+    Factors close to 1 would not do as a test: optimizers round them to 1.
+
+    Args:
+        number: an integer from 1 to 2**27, as float64.
     """
     large = number * 2.0**25
     return large + 1.0 > large

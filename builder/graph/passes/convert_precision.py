@@ -1,10 +1,7 @@
-"""Activations and weights in fp16 or bf16: what flows from a float port or a weight is converted, all else is not.
+"""Convert a fp32 graph to fp16 or bf16: every value that depends on a float port or a weight.
 
-In: a graph in fp32, bound. Out: the same nodes on 16-bit values; ports are converted, too, but for pixel values
-and what the target keeps wide.
-Guaranteed: positions, angles and interpolation weights, which come from integers alone, are computed in fp32 and cast
-where they meet 16-bit values; layers that are named stay fp32 inside, with casts around them; norms accumulate in
-fp32 (their operators do).
+Guarantees: pixel values, and ports and layers that are given, stay fp32, with casts around them; so do positions,
+angles and interpolation weights, which depend on integers alone; norms accumulate in fp32, as their operators do.
 """
 
 from __future__ import annotations
@@ -17,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from builder.graph.binding import BoundGraph, unbound
-from builder.graph.passes.result import Outcome
+from builder.graph.passes.result import PassResult
 from builder.graph.ports import RESIDUAL
 
 TYPES = {
@@ -25,23 +22,24 @@ TYPES = {
     "bf16": (ir.DataType.BFLOAT16, "bfloat16", ml_dtypes.bfloat16),
 }
 FLOAT = ir.DataType.FLOAT
-PIXELS = "pixel_values"  # always stays fp32: runtimes and clients hand over what their preprocessing gives
+PIXELS = "pixel_values"  # always fp32, as clients' preprocessing gives it
 
 
 def convert_precision(
     graph: BoundGraph, precision: str, wide_layers: Collection[int] = (), wide_ports: Collection[str] = ()
-) -> Outcome:
-    """Counts the nodes that compute on 16-bit values.
+) -> PassResult:
+    """Convert the graph; `matches` counts the nodes that compute on 16-bit values.
 
     Args:
+        graph: in fp32.
         precision: "fp16" or "bf16".
-        wide_layers: layers (`residual.N` is what they make) that stay fp32.
-        wide_ports: further inputs and outputs that stay fp32, with casts beside them.
+        wide_layers: layers that stay fp32; layer N is what computes `residual.N`.
+        wide_ports: further inputs and outputs that stay fp32.
     """
-    return _Narrowing(graph, precision, frozenset(wide_layers), frozenset({PIXELS, *wide_ports})).run()
+    return _Conversion(graph, precision, frozenset(wide_layers), frozenset({PIXELS, *wide_ports})).run()
 
 
-class _Narrowing:
+class _Conversion:
     def __init__(
         self, graph: BoundGraph, precision: str, wide_layers: frozenset[int], wide_ports: frozenset[str]
     ) -> None:
@@ -50,9 +48,9 @@ class _Narrowing:
         self.wide, self.wide_ports = wide_layers, wide_ports
         self.casts: dict[tuple[int, ir.DataType], ir.Value] = {}
 
-    def run(self) -> Outcome:
+    def run(self) -> PassResult:
         graph = self.model.graph
-        converted, wide_nodes = self._parted()
+        converted, wide_nodes = self._split_nodes()
         for name, binding in list(self.bindings.items()):
             if binding.dtype == "float32":
                 self.bindings[name] = replace(binding, dtype=self.name)
@@ -68,16 +66,16 @@ class _Narrowing:
             elif node in wide_nodes:
                 self._widen(node)
         for index, value in enumerate(graph.outputs):
-            # fp32 where it should not be: made of integers alone, or in a wide layer
-            made, asked = value.dtype, FLOAT if value.name in self.wide_ports else self.type
-            if made is not None and made in (FLOAT, self.type) and made != asked:
-                port = self._as(value, asked)
-                port.name, value.name = value.name, f"{value.name}.{made.name.lower()}"
+            # An output that depends on integers alone, or that a wide layer computes, is fp32 so far.
+            dtype, wanted = value.dtype, FLOAT if value.name in self.wide_ports else self.type
+            if dtype is not None and dtype in (FLOAT, self.type) and dtype != wanted:
+                port = self._as(value, wanted)
+                port.name, value.name = value.name, f"{value.name}.{dtype.name.lower()}"
                 graph.outputs[index] = port
-        return Outcome(BoundGraph(self.model, self.bindings), len(converted))
+        return PassResult(BoundGraph(self.model, self.bindings), len(converted))
 
-    def _parted(self) -> tuple[set[ir.Node], set[ir.Node]]:
-        """Nodes that are converted, and those of wide layers; what neither sees of a float port stays as it is."""
+    def _split_nodes(self) -> tuple[set[ir.Node], set[ir.Node]]:
+        """The nodes to convert, and those of wide layers; nodes that depend on integers alone are in neither."""
         flowing = {id(value) for value in self.model.graph.inputs if value.dtype == FLOAT}
         flowing |= {id(self.model.graph.initializers[name]) for name in self.bindings}
         converted: set[ir.Node] = set()
@@ -89,7 +87,7 @@ class _Narrowing:
                 if node.op_type in ("Shape", "Size") or not floats:
                     continue
                 flowing |= {id(value) for value in floats}
-                # Attention keeps its type: its cache is a port, and what enters it is normed.
+                # Attention is converted even there: its cache is a port, and its inputs are normalized.
                 wide = layer in self.wide and node.op_type != "GroupQueryAttention"
                 (wide_nodes if wide else converted).add(node)
         return converted, wide_nodes
@@ -107,7 +105,7 @@ class _Narrowing:
             self._retype(value)
 
     def _widen(self, node: ir.Node) -> None:
-        """A node of a layer that stays fp32; its outputs are cast back where converted nodes read them."""
+        """Cast the inputs of a node that stays fp32; its outputs are cast back where converted nodes read them."""
         for index, value in enumerate(node.inputs):
             if value is not None and value.dtype == self.type:
                 node.replace_input_with(index, self._as(value, FLOAT))
@@ -125,13 +123,13 @@ class _Narrowing:
                 self._retype(value)
 
     def _as(self, value: ir.Value, dtype: ir.DataType) -> ir.Value:
-        """The value cast to another type, once. Constants, too: they are folded at load, and written exactly."""
+        """The value cast to another type, once. Constants are cast too: the runtime folds the cast, at no loss."""
         key = (id(value), dtype)
         if key not in self.casts:
             cast = ir.node("Cast", [value], attributes={"to": int(dtype)})
             new = cast.outputs[0]
             new.shape, new.type = value.shape, ir.TensorType(dtype)
-            new.name = f"{dtype.name.lower()}.{value.name}"  # in front: `residual.N` is the stream's name alone
+            new.name = f"{dtype.name.lower()}.{value.name}"  # a prefix, as names that start with `residual.` are taken
             producer = value.producer()
             if producer is not None and producer.graph is self.model.graph:
                 self.model.graph.insert_after(producer, cast)
@@ -151,25 +149,25 @@ class _Narrowing:
 
 
 def _type(value: ir.Value) -> ir.DataType | None:
-    """Of a constant, too, that nobody has told its type."""
+    """The type of a value, that of an untyped constant included."""
     constant = None if value.dtype else ir.convenience.get_const_tensor(value)
     return constant.dtype if constant is not None else value.dtype
 
 
 def _with_layers(graph: ir.Graph) -> Iterator[tuple[ir.Node, int]]:
-    """Every node and the layer that it belongs to: those up to the one that makes `residual.N` are layer N's."""
+    """Each node with its layer: layer N ends with the node that computes `residual.N`."""
     layer = 0
     for node in graph:
         yield node, layer
-        made = [value for value in node.outputs if str(value.name).startswith(f"{RESIDUAL}.")]
-        if made:
-            layer = int(str(made[0].name).rpartition(".")[2]) + 1
+        streams = [value for value in node.outputs if str(value.name).startswith(f"{RESIDUAL}.")]
+        if streams:
+            layer = int(str(streams[0].name).rpartition(".")[2]) + 1
 
 
 def _captured(node: ir.Node) -> Iterable[ir.Value | None]:
-    """What subgraphs read from outside."""
+    """The values that the node's subgraphs read from outside."""
     for attribute in node.attributes.values():
         if attribute.type == ir.AttributeType.GRAPH:
-            inner = attribute.as_graph()
-            for one in inner:
-                yield from (value for value in one.inputs if value is not None and value.graph is not inner)
+            body = attribute.as_graph()
+            for inner in body:
+                yield from (value for value in inner.inputs if value is not None and value.graph is not body)

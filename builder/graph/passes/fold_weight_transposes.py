@@ -1,7 +1,7 @@
 """Move the transposition of a bound weight from the graph into its binding.
 
-A bias-free linear layer traces as MatMul(x, Transpose(weight)). Written the other way round, the weight needs no
-Transpose at load, which ONNX Runtime would fold into a second copy in memory.
+A bias-free linear layer is traced as MatMul(x, Transpose(weight)). ONNX Runtime would fold the Transpose at load, into
+a second copy of the weight in memory.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from builder.graph.binding import BoundGraph, unbound
-from builder.graph.passes.result import Outcome
+from builder.graph.passes.result import PassResult
 
 
-def fold_weight_transposes(graph: BoundGraph) -> Outcome:
-    """Counts the Transpose nodes folded; one whose weight is also read untransposed is left and reported."""
+def fold_weight_transposes(graph: BoundGraph) -> PassResult:
+    """Fold Transpose nodes of bound weights; a weight that is also read untransposed is a miss."""
     model, bindings = graph.model, dict(graph.bindings)
     matches, misses = 0, []
     for node in [node for node in model.graph if node.op_type == "Transpose"]:
@@ -21,7 +21,7 @@ def fold_weight_transposes(graph: BoundGraph) -> Outcome:
         if weight is None or weight.name not in bindings:
             continue
         if list(node.attributes.get_ints("perm", [1, 0])) != [1, 0] or len(weight.uses()) != 1:
-            misses.append(f"{weight.name}: not a plain transposition, or read elsewhere as well")
+            misses.append(f"{weight.name}: not a plain transposition, or also read elsewhere")
             continue
         binding = bindings[weight.name].with_axes_swapped()
         bindings[weight.name] = binding
@@ -30,4 +30,4 @@ def fold_weight_transposes(graph: BoundGraph) -> Outcome:
         node.outputs[0].replace_all_uses_with(weight)
         model.graph.remove(node, safe=True)
         matches += 1
-    return Outcome(BoundGraph(model, bindings), matches, tuple(misses))
+    return PassResult(BoundGraph(model, bindings), matches, tuple(misses))

@@ -8,15 +8,15 @@ import onnx_ir as ir
 from onnxscript.rewriter import pattern
 
 from builder.graph.binding import BoundGraph
-from builder.graph.passes.result import Outcome
+from builder.graph.passes.result import PassResult
 
 
-def fuse_rms_norm(graph: BoundGraph) -> Outcome:
-    """Counts the norms fused; the last axis only, any epsilon."""
+def fuse_rms_norm(graph: BoundGraph) -> PassResult:
+    """Fuse RMS norms over the last axis, with any epsilon."""
     rule = pattern.RewriteRule(_norm, _fused, _over_last_axis, name="fuse_rms_norm")
     matches = pattern.RewriteRuleSet([rule]).apply_to_model(graph.model)
     left = sum(node.op_type == "ReduceMean" for node in graph.model.graph)
-    return Outcome(graph, matches, ("a ReduceMean is left that is no RMS norm over the last axis",) * left)
+    return PassResult(graph, matches, ("a ReduceMean is left that is not an RMS norm over the last axis",) * left)
 
 
 def _norm(op: Any, x: Any, weight: Any, two: Any, axes: Any, epsilon: Any) -> Any:

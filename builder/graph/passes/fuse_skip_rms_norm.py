@@ -1,15 +1,15 @@
-"""Add, then SimplifiedLayerNormalization → com.microsoft::SkipSimplifiedLayerNormalization, which gives both."""
+"""Add, then SimplifiedLayerNormalization → com.microsoft::SkipSimplifiedLayerNormalization, which outputs both."""
 
 from __future__ import annotations
 
 import onnx_ir as ir
 
 from builder.graph.binding import BoundGraph
-from builder.graph.passes.result import Outcome
+from builder.graph.passes.result import PassResult
 
 
-def fuse_skip_rms_norm(graph: BoundGraph) -> Outcome:
-    """Counts the pairs fused. The sum stays readable: it is the operator's fourth output."""
+def fuse_skip_rms_norm(graph: BoundGraph) -> PassResult:
+    """Fuse pairs of Add and norm. The sum stays readable: it is the operator's fourth output."""
     model = graph.model
     matches, misses = 0, []
     for norm in [node for node in model.graph if node.op_type == "SimplifiedLayerNormalization"]:
@@ -17,7 +17,7 @@ def fuse_skip_rms_norm(graph: BoundGraph) -> Outcome:
         assert summed is not None
         add = summed.producer()
         if add is None or add.op_type != "Add":
-            misses.append(f"{norm.name}: its input is no sum")
+            misses.append(f"{norm.name}: its input is not a sum")
             continue
         if not _adds_alike(add, summed):
             misses.append(f"{norm.name}: the sum broadcasts, or is not [batch, seq, hidden]")
@@ -39,11 +39,11 @@ def fuse_skip_rms_norm(graph: BoundGraph) -> Outcome:
         matches += 1
     if matches:
         model.graph.opset_imports.setdefault("com.microsoft", 1)
-    return Outcome(graph, matches, tuple(misses))
+    return PassResult(graph, matches, tuple(misses))
 
 
 def _adds_alike(add: ir.Node, summed: ir.Value) -> bool:
-    """Whether both inputs are known to be [batch, seq, hidden]: two axes without a name may differ, and broadcast."""
+    """Whether both inputs are known to be [batch, seq, hidden]: unnamed axes may differ, and broadcast."""
     shape = summed.shape
     if shape is None or len(shape) != 3 or shape.has_unknown_dim():
         return False

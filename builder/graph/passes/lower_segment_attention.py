@@ -1,9 +1,9 @@
 """qwen3vl::SegmentAttention → a Loop over segments (fused) or over blocks of query rows (eager).
 
-In: query, key, value [patches, hidden] and each patch's segment_begin, segment_end [patches].
-Out: fused: one com.microsoft::MultiHeadAttention a segment, unmasked, which needs no patches² memory. Eager: standard
-operators, `BLOCK` query rows against the keys of their own segment at a time: heads · BLOCK · segment scores.
-Guaranteed: no mask in either; any number of segments of any lengths.
+Inputs: query, key, value [patches, hidden], and each patch's segment_begin and segment_end [patches]. Fused: a
+com.microsoft::MultiHeadAttention for each segment, without patches² memory. Eager: standard operators, `BLOCK` query
+rows at a time against the keys of their segment, that is heads · BLOCK · segment scores. Neither has a mask; segments
+may be any number, of any lengths.
 """
 
 from __future__ import annotations
@@ -15,14 +15,20 @@ import onnx_ir as ir
 from onnx_ir.tape import Tape
 
 from builder.graph.binding import BoundGraph
-from builder.graph.passes.result import Outcome
+from builder.graph.passes.result import PassResult
 
 BLOCK = 256  # rows: 16 heads × 256 × 16,384 patches are 268 MB of scores
 DOMAIN, OPERATOR = "qwen3vl", "SegmentAttention"
 
 
-def lower_segment_attention(graph: BoundGraph, *, fused: bool, block: int = BLOCK) -> Outcome:
-    """Counts the operators lowered."""
+def lower_segment_attention(graph: BoundGraph, *, fused: bool, block: int = BLOCK) -> PassResult:
+    """Lower every SegmentAttention.
+
+    Args:
+        graph: graph with SegmentAttention operators.
+        fused: whether to use com.microsoft::MultiHeadAttention.
+        block: query rows at a time if not fused.
+    """
     model = graph.model
     nodes = [node for node in model.graph if (node.domain, node.op_type) == (DOMAIN, OPERATOR)]
     for index, node in enumerate(nodes):
@@ -36,11 +42,11 @@ def lower_segment_attention(graph: BoundGraph, *, fused: bool, block: int = BLOC
     model.graph.opset_imports.pop(DOMAIN, None)
     if fused and nodes:
         model.graph.opset_imports.setdefault("com.microsoft", 1)
-    return Outcome(graph, len(nodes))
+    return PassResult(graph, len(nodes))
 
 
 class _Lowering:
-    """The nodes that take one SegmentAttention's place; `outer` runs once, `body` once a segment or block."""
+    """The nodes that replace a SegmentAttention: `outer` runs once, `body` once per segment or block."""
 
     def __init__(self, node: ir.Node, prefix: str, fused: bool, block: int) -> None:
         self.prefix, self.fused, self.block = prefix, fused, block
@@ -58,7 +64,7 @@ class _Lowering:
         """The Loop's second output: the attention's output, [patches, hidden]."""
         zero = _constant(self.outer, [0])
         patches = self.outer.op("Shape", [self.query], {"start": 0, "end": 1})
-        # No constant: OpenVINO takes a constant of no rows that a loop begins with for something else, and fails.
+        # Not a constant: OpenVINO fails on a loop whose initial value is a constant without rows.
         empty = self.outer.op("Slice", [self.query, zero, zero, zero])
         more = self.outer.op("Squeeze", [self.outer.op("Less", [zero, patches])])
         if not self.fused:
@@ -93,7 +99,7 @@ class _Lowering:
         return graph
 
     def _segment(self, start: ir.Value) -> tuple[ir.Value, ir.Value]:
-        """The whole segment that begins at `start`."""
+        """The full segment that begins at `start`."""
         tape = self.body
         stop = tape.op("Gather", [self.end, start])
         axes, batch = _constant(tape, [0]), _constant(tape, [0])
@@ -106,7 +112,7 @@ class _Lowering:
         return stop, tape.op("Squeeze", [out, batch])
 
     def _split_heads(self) -> None:
-        """query · scale and value [heads, patches, head_dim], key [heads, head_dim, patches], once a layer."""
+        """query · scale and value [heads, patches, head_dim], key [heads, head_dim, patches], once per layer."""
         tape, shape = self.outer, [0, self.heads, self.hidden // self.heads]
         split = _constant(tape, shape)
         query, key, value = (tape.op("Reshape", [x, split]) for x in (self.query, self.key, self.value))

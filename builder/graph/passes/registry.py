@@ -1,7 +1,4 @@
-"""The graph passes by name: one pass, one file, one test.
-
-A pass takes a `BoundGraph` and returns an `Outcome`; it reads no weight.
-"""
+"""The graph passes by name; a pass takes a `BoundGraph`, returns a `PassResult` and reads no weight."""
 
 from __future__ import annotations
 
@@ -14,10 +11,10 @@ from builder.graph.passes.fuse_rms_norm import fuse_rms_norm
 from builder.graph.passes.fuse_skip_rms_norm import fuse_skip_rms_norm
 from builder.graph.passes.gemm_head import gemm_head
 from builder.graph.passes.lower_segment_attention import lower_segment_attention
-from builder.graph.passes.result import Outcome
+from builder.graph.passes.result import PassResult
 from builder.graph.passes.simplify import simplify
 
-PASSES: dict[str, Callable[[BoundGraph], Outcome]] = {
+PASSES: dict[str, Callable[[BoundGraph], PassResult]] = {
     "simplify": simplify,
     "fold_weight_transposes": fold_weight_transposes,
     "gemm_head": gemm_head,

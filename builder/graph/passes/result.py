@@ -1,4 +1,4 @@
-"""What a graph pass returns."""
+"""The result of a graph pass."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from builder.graph.binding import BoundGraph
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """The graph behind the pass, how often it matched, and why candidates did not."""
+class PassResult:
+    """The graph after the pass, how often the pass matched, and why candidates did not match."""
 
     graph: BoundGraph
     matches: int

@@ -1,7 +1,7 @@
-"""The preprocessor as a graph, against transformers' own: grids equal, pixel values to the last bit.
+"""image_preprocessor: the graph against transformers' preprocessor, grids and pixel values equal to the last bit.
 
-`deviation` is in levels of 1/255. It is 0 for every image in every runtime that computes float64; where float64 is
-float32 it is bounded, and what is bounded is computed here by ONNX Runtime on the graph with its types changed.
+`deviation` is in units of 1/255. It is 0 for every image in a runtime with real float64 arithmetic. If float64 is
+computed in float32, it is bounded: tested with ONNX Runtime on the graph with float64 replaced by float32.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ SETTINGS = {"miniature": MINI, "real": REAL, "another family": OTHER}
 # Heights and widths.
 SIZES = [
     *[(1, 1), (1, 2), (2, 1), (1, 200), (200, 1), (3, 5), (9, 29), (16, 16), (31, 33), (63, 64)],  # tiny
-    *[(239, 239), (237, 237), (343, 7), (315, 140), (75, 12)],  # scaled to a whole root, or just beside one
+    *[(239, 239), (237, 237), (343, 7), (315, 140), (75, 12)],  # scaled to an integer root, or next to it
     *[(48, 80), (400, 600), (272, 208), (80, 720), (1040, 176), (592, 336)],  # sides ≡ 16 mod 64
     *[(32, 32), (64, 64), (256, 256), (320, 352), (256, 512), (32, 4096), (84, 126)],  # already at a target size
     *[(257, 511), (255, 513), (511, 509), (720, 1280), (1081, 1919), (1201, 799)],  # past the miniature's bound
@@ -67,7 +67,7 @@ def session(proto: onnx.ModelProto) -> Run:
 
 
 def noise(height: int, width: int) -> Array:
-    """Half of it black and white, which takes sums past either end of a byte."""
+    """Noise, half of it black and white, which takes sums past either end of a byte."""
     rng = np.random.default_rng((height, width))
     levels = rng.integers(0, 256, (height, width, 3), np.uint8)
     return np.where(rng.random((height, width, 1)) < 0.5, (levels // 128) * np.uint8(255), levels)
@@ -87,7 +87,7 @@ def upstream(settings: Settings) -> Run:
 
 
 def ours(settings: Settings) -> Run:
-    """builder/targets/clients/pipeline.py, whose tests hold it against upstream."""
+    """builder/targets/clients/pipeline.py, whose tests compare it with upstream."""
     vision = pipeline.ImageSettings(
         min_pixels=settings["size"]["shortest_edge"],
         max_pixels=settings["size"]["longest_edge"],
@@ -102,7 +102,7 @@ def ours(settings: Settings) -> Run:
 
 
 def deviations(got: tuple[Array, Array], want: tuple[Array, Array], settings: Settings) -> Array:
-    """Of each value, in levels of 1/255."""
+    """The deviation of each value, in units of 1/255."""
     assert [array.dtype for array in got] == [np.float32, np.int64]
     np.testing.assert_array_equal(got[1], want[1])
     assert got[0].shape == want[0].shape
@@ -122,7 +122,7 @@ def test_no_deviation_from_upstream(name: str) -> None:
     assert len(set(SIZES)) == len(SIZES) >= 40
     graph, expected = session(model(SETTINGS[name])), upstream(SETTINGS[name])
     images = {size: noise(*size) for size in SIZES}
-    found = {size: deviation(graph(one), expected(one), SETTINGS[name]) for size, one in images.items()}
+    found = {size: deviation(graph(image), expected(image), SETTINGS[name]) for size, image in images.items()}
     assert found == dict.fromkeys(SIZES, 0.0)
 
 
@@ -141,14 +141,14 @@ def test_grids_of_many_sizes_are_upstreams(name: str) -> None:
 
     settings = SETTINGS[name]
     patch, merge, bounds = settings["patch_size"], settings["merge_size"], settings["size"]
-    whole, without_float64 = session_of_grids(model(settings)), session_of_grids(narrowed(model(settings)))
+    whole, without_float64 = session_of_grids(model(settings)), session_of_grids(in_float32(model(settings)))
     for height, width in many_sizes():
         target = smart_resize(height, width, patch * merge, bounds["shortest_edge"], bounds["longest_edge"])
         expected = [1, *(side // patch for side in target)]
         assert whole(height, width) == expected, (height, width)
-        # Without float64 it is the exact root, from which upstream's rounding is sometimes off where it is whole.
+        # Without float64 the root is exact; upstream's rounding sometimes misses an integer root.
         found = without_float64(height, width)
-        assert found == expected or is_whole_root(height, width, settings), (height, width)
+        assert found == expected or is_integer_root(height, width, settings), (height, width)
 
 
 def many_sizes() -> list[tuple[int, int]]:
@@ -160,15 +160,15 @@ def many_sizes() -> list[tuple[int, int]]:
     return [size for size in sizes if max(size) <= 200 * min(size)]
 
 
-def is_whole_root(height: int, width: int, settings: Settings) -> bool:
-    """Whether an image below the bound is scaled to a whole number of units, before anything is rounded."""
+def is_integer_root(height: int, width: int, settings: Settings) -> bool:
+    """Whether an image below the bound is scaled to an integer number of units before rounding."""
     unit = int(settings["patch_size"]) * int(settings["merge_size"])
     over, under = height * int(settings["size"]["shortest_edge"]), width * unit**2
     return over % under == 0 and math.isqrt(over // under) ** 2 == over // under
 
 
 def session_of_grids(proto: onnx.ModelProto) -> Callable[[int, int], list[int]]:
-    """Only the sizes: an image's bytes are not even looked at."""
+    """Only the grid: the image's bytes are not read."""
     part = Extractor(proto).extract_model(["image"], ["image_grid_thw"])
     loaded = onnxruntime.InferenceSession(part.SerializeToString(), providers=["CPUExecutionProvider"])
     room = np.zeros(2**30, np.uint8)  # virtual: no page of it is touched
@@ -181,7 +181,7 @@ def session_of_grids(proto: onnx.ModelProto) -> Callable[[int, int], list[int]]:
     return grid
 
 
-def test_what_is_too_long_is_not_refused() -> None:
+def test_an_extreme_ratio_is_not_rejected() -> None:
     assert session_of_grids(model(MINI))(1, 1000) == [1, 2, 128]
 
 
@@ -232,8 +232,8 @@ def test_graph_is_plain_and_the_same_every_time(opset: int) -> None:
     assert deviation(session(proto)(image), ours(MINI)(image), MINI) == 0
 
 
-def narrowed(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """What OpenVINO's CPU plugin makes of it: float64 is float32."""
+def in_float32(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """The graph with float64 replaced by float32, as in OpenVINO's CPU plugin."""
     wide, narrow = onnx.TensorProto.DOUBLE, onnx.TensorProto.FLOAT
     for tensor in proto.graph.initializer:
         if tensor.data_type == wide:
@@ -248,10 +248,10 @@ def narrowed(proto: onnx.ModelProto) -> onnx.ModelProto:
 
 @pytest.mark.parametrize("name", SETTINGS)
 @pytest.mark.seconds
-def test_a_level_at_most_without_float64(name: str) -> None:
+def test_at_most_one_unit_off_without_float64(name: str) -> None:
     settings = SETTINGS[name]
-    graph, expected = session(narrowed(model(settings))), ours(settings)
-    beyond = {(239, 239), (343, 7), (315, 140)}  # upstream's float64 misses a whole root, which float32 cannot know
+    graph, expected = session(in_float32(model(settings))), ours(settings)
+    beyond = {(239, 239), (343, 7), (315, 140)}  # upstream misses an integer root, which float32 cannot reproduce
     for size in sorted({*SIZES} - beyond):
         found = deviations(graph(noise(*size)), expected(noise(*size)), settings)
         assert found.max() < 1.001, size
@@ -259,7 +259,7 @@ def test_a_level_at_most_without_float64(name: str) -> None:
 
 
 def scaled(name: str, factor: float) -> onnx.ModelProto:
-    """The miniature's graph with one of its numbers a little off."""
+    """The miniature's graph with a slightly wrong constant."""
     proto = model(MINI)
     (tensor,) = [tensor for tensor in proto.graph.initializer if tensor.name == name]
     array = onnx.numpy_helper.to_array(tensor)
@@ -268,7 +268,7 @@ def scaled(name: str, factor: float) -> onnx.ModelProto:
 
 
 def set_to(monkeypatch: pytest.MonkeyPatch, name: str, value: float) -> onnx.ModelProto:
-    """The graph of another filter."""
+    """The graph with another constant of the filter."""
     monkeypatch.setattr(resize, name, value)
     return model(MINI)
 
@@ -285,7 +285,7 @@ BROKEN: Mapping[str, Callable[[pytest.MonkeyPatch], onnx.ModelProto]] = {
 
 @pytest.mark.parametrize("name", ["nothing", *BROKEN])
 @pytest.mark.seconds
-def test_what_is_broken_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_constants_are_detected(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     graph, expected = session(BROKEN[name](monkeypatch) if name in BROKEN else model(MINI)), ours(MINI)
     noticed = False
     for size in SIZES:

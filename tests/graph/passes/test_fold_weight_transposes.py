@@ -1,4 +1,4 @@
-"""fold_weight_transposes: what is folded, what is left, and the numbers in ONNX Runtime before and after."""
+"""fold_weight_transposes: what is folded, what is left, and that ONNX Runtime computes the same before and after."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_a_linear_layer_reads_its_weight_as_it_will_be_stored() -> None:
     np.testing.assert_allclose(run(outcome.graph, weights, x=x), before, rtol=1e-5, atol=1e-6)
 
 
-def test_the_initializer_is_still_a_stand_in_of_the_new_shape() -> None:
+def test_the_initializer_is_still_a_placeholder_of_the_new_shape() -> None:
     outcome = fold_weight_transposes(bound_graph(TWO_LINEARS, {"up": drawn(5, 4), "down": drawn(3, 5)}))
     value = outcome.graph.model.graph.initializers["up"]
     assert value.shape == (4, 5)
@@ -56,7 +56,7 @@ def test_a_weight_that_is_read_elsewhere_too_is_left_and_reported() -> None:
     before = run(graph, weights, ids=ids)
     outcome = fold_weight_transposes(graph)
     assert outcome.matches == 0
-    assert outcome.misses == ("table: not a plain transposition, or read elsewhere as well",)
+    assert outcome.misses == ("table: not a plain transposition, or also read elsewhere",)
     assert operators(outcome.graph)["Transpose"] == 1
     assert not outcome.graph.bindings["table"].transposed
     np.testing.assert_array_equal(run(outcome.graph, weights, ids=ids), before)
@@ -88,7 +88,7 @@ def test_a_transposition_of_three_axes_is_left_and_reported(perm: str) -> None:
     np.testing.assert_array_equal(run(outcome.graph, weights, x=x), before)
 
 
-def test_without_perm_all_axes_are_reversed_which_the_binding_can_say() -> None:
+def test_without_perm_all_axes_are_reversed() -> None:
     text = "three (float[5, 4, 3] x) => (float[5, 4, 3] y) { t = Transpose(weight) y = Mul(x, t) }"
     weights, x = {"weight": drawn(3, 4, 5)}, drawn(5, 4, 3)
     graph = bound_graph(text, weights)
@@ -98,7 +98,7 @@ def test_without_perm_all_axes_are_reversed_which_the_binding_can_say() -> None:
     np.testing.assert_array_equal(run(outcome.graph, weights, x=x), before)
 
 
-def test_activations_and_constants_are_no_candidates() -> None:
+def test_activations_and_constants_are_not_candidates() -> None:
     text = """other (float[3, 4] x) => (float[4, 3] y) {
         constant = Constant <value = float[3, 2] {1, 2, 3, 4, 5, 6}> ()
         turned = Transpose <perm = [1, 0]> (constant)

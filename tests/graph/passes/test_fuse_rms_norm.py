@@ -10,13 +10,13 @@ from tests.helpers.small_graphs import Array, bound_graph, drawn, operators, run
 
 WEIGHTS = {"weight": 1 + 0.1 * drawn(8)}
 X = 3 * drawn(2, 5, 8)
-LEFT = "a ReduceMean is left that is no RMS norm over the last axis"
+LEFT = "a ReduceMean is left that is not an RMS norm over the last axis"
 
 
 def norm(
     exponent: str = "2", axes: str = "1] {-1", epsilon: str = "1e-6", weight: str = "weight", name: str = "x"
 ) -> str:
-    """The nodes of one norm as upstream's module traces, `name` → `name`_normed."""
+    """The nodes of a norm, as upstream's module is traced: `name` → `name`_normed."""
     return f"""
         {name}_two = Constant <value = float {{{exponent}}}> ()
         {name}_axes = Constant <value = int64[{axes}}}> ()
@@ -30,7 +30,7 @@ def norm(
         {name}_normed = Mul({weight}, {name}_scaled)"""
 
 
-def one(nodes: str, output: str = "x_normed") -> str:
+def text_of(nodes: str, output: str = "x_normed") -> str:
     """A graph of these nodes, [batch, seq, 8] in and out."""
     return f"one (float[batch, seq, 8] x) => (float[batch, seq, 8] y) {{ {nodes} y = Neg({output}) }}"
 
@@ -43,7 +43,7 @@ def rms_norm(x: Array, weight: Array, epsilon: float) -> Array:
 
 @pytest.mark.parametrize("epsilon", ["1e-6", "1e-5", "0.75"])
 def test_a_norm_is_one_operator_with_its_epsilon(epsilon: str) -> None:
-    graph = bound_graph(one(norm(epsilon=epsilon)), WEIGHTS)
+    graph = bound_graph(text_of(norm(epsilon=epsilon)), WEIGHTS)
     (before,) = run(graph, WEIGHTS, x=X)
     outcome = fuse_rms_norm(graph)
     assert (outcome.matches, outcome.misses) == (1, ())
@@ -57,7 +57,7 @@ def test_a_norm_is_one_operator_with_its_epsilon(epsilon: str) -> None:
 
 
 def test_inputs_near_zero_go_through_the_epsilon() -> None:
-    graph, small = bound_graph(one(norm(epsilon="1e-5")), WEIGHTS), X * np.float32(1e-4)
+    graph, small = bound_graph(text_of(norm(epsilon="1e-5")), WEIGHTS), X * np.float32(1e-4)
     (before,) = run(graph, WEIGHTS, x=small)
     (after,) = run(fuse_rms_norm(graph).graph, WEIGHTS, x=small)
     np.testing.assert_allclose(after, before, rtol=1e-5, atol=1e-8)
@@ -66,7 +66,7 @@ def test_inputs_near_zero_go_through_the_epsilon() -> None:
 def test_each_norm_of_a_chain_keeps_its_own_weight_and_epsilon() -> None:
     weights = {**WEIGHTS, "other": 2 + drawn(8, seed=1)}
     nodes = norm(epsilon="0.5") + norm(epsilon="1e-6", weight="other", name="x_normed")
-    graph = bound_graph(one(nodes, "x_normed_normed"), weights)
+    graph = bound_graph(text_of(nodes, "x_normed_normed"), weights)
     (before,) = run(graph, weights, x=X)
     outcome = fuse_rms_norm(graph)
     assert (outcome.matches, outcome.misses) == (2, ())
@@ -85,8 +85,8 @@ def test_each_norm_of_a_chain_keeps_its_own_weight_and_epsilon() -> None:
         pytest.param(norm(exponent="-2"), id="exponent -2"),
     ],
 )
-def test_what_is_no_rms_norm_is_left_and_reported(nodes: str) -> None:
-    graph, x = bound_graph(one(nodes), WEIGHTS), np.abs(X)
+def test_other_norms_are_left_and_reported(nodes: str) -> None:
+    graph, x = bound_graph(text_of(nodes), WEIGHTS), np.abs(X)
     before = run(graph, WEIGHTS, x=x)
     outcome = fuse_rms_norm(graph)
     assert (outcome.matches, outcome.misses) == (0, (LEFT,))
@@ -95,17 +95,17 @@ def test_what_is_no_rms_norm_is_left_and_reported(nodes: str) -> None:
 
 
 def test_a_norm_whose_parts_are_read_by_others_is_left_and_reported() -> None:
-    graph = bound_graph(one(norm() + " both = Add(x_normed, x_root)", "both"), WEIGHTS)
+    graph = bound_graph(text_of(norm() + " both = Add(x_normed, x_root)", "both"), WEIGHTS)
     before = run(graph, WEIGHTS, x=X)
     outcome = fuse_rms_norm(graph)
     assert (outcome.matches, outcome.misses) == (0, (LEFT,))
     np.testing.assert_array_equal(run(outcome.graph, WEIGHTS, x=X), before)
 
 
-def test_a_miss_beside_a_match_is_reported_too() -> None:
+def test_a_miss_next_to_a_match_is_reported_too() -> None:
     nodes = norm() + norm(axes="1] {1", weight="other", name="x_normed")
     weights = {**WEIGHTS, "other": 2 + drawn(8, seed=1)}
-    graph = bound_graph(one(nodes, "x_normed_normed"), weights)
+    graph = bound_graph(text_of(nodes, "x_normed_normed"), weights)
     before = run(graph, weights, x=X)
     outcome = fuse_rms_norm(graph)
     assert (outcome.matches, outcome.misses) == (1, (LEFT,))
@@ -113,7 +113,7 @@ def test_a_miss_beside_a_match_is_reported_too() -> None:
 
 
 def test_an_epsilon_or_exponent_that_is_an_input_is_left() -> None:
-    text = one(norm()).replace("(float[batch, seq, 8] x)", "(float[batch, seq, 8] x, float eps)")
+    text = text_of(norm()).replace("(float[batch, seq, 8] x)", "(float[batch, seq, 8] x, float eps)")
     graph = bound_graph(text.replace("Add(x_mean, x_eps)", "Add(x_mean, eps)"), WEIGHTS)
     outcome = fuse_rms_norm(graph)
     assert (outcome.matches, outcome.misses) == (0, (LEFT,))

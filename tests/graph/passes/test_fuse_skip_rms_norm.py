@@ -1,4 +1,4 @@
-"""fuse_skip_rms_norm: a residual sum and the norm behind it in one operator, every reader of the sum served."""
+"""fuse_skip_rms_norm: a residual sum and the norm after it become a single operator; the sum stays readable."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_a_sum_that_may_broadcast_is_left_and_reported(shape: str) -> None:
 
 
 def test_axes_without_a_name_may_broadcast_and_are_left() -> None:
-    """Two unknown axes compare equal; the operator would read past the end of the shorter one."""
+    """Two unknown axes compare equal; the operator would read past the end of the shorter axis."""
     ports = PORTS.replace("batch, seq", "?, ?")
     graph = bound_graph(f"sum {ports} {{ sum = Add(x, y) n = {normed('sum')} out = Neg(n) }}", WEIGHTS)
     graph.model.graph.node(0).outputs[0].shape = ir.Shape([None, None, 8])
@@ -117,7 +117,7 @@ def test_a_norm_per_head_is_left_and_reported() -> None:
     assert (outcome.matches, len(outcome.misses)) == (0, 1)
 
 
-def test_a_norm_of_an_input_or_a_product_is_left_and_reported() -> None:
+def test_a_norm_of_an_input_or_a_matmul_is_left_and_reported() -> None:
     graph = bound_graph(
         f"""no_sum {PORTS} {{
             n = {normed("x")}
@@ -130,7 +130,7 @@ def test_a_norm_of_an_input_or_a_product_is_left_and_reported() -> None:
     before = run(graph, WEIGHTS, x=X, y=Y)
     outcome = fuse_skip_rms_norm(graph)
     assert outcome.matches == 0
-    assert outcome.misses == ("node_n: its input is no sum", "node_m: its input is no sum")
+    assert outcome.misses == ("node_n: its input is not a sum", "node_m: its input is not a sum")
     np.testing.assert_array_equal(run(outcome.graph, WEIGHTS, x=X, y=Y), before)
 
 

@@ -1,4 +1,4 @@
-"""gemm_head: the head stays as the checkpoint has it, and the numbers in ONNX Runtime before and after."""
+"""gemm_head: the head keeps the checkpoint's layout, and ONNX Runtime computes the same before and after."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def bound_to(graph: BoundGraph, **tensors: str) -> BoundGraph:
 
 @pytest.mark.parametrize("tensor", [LM_HEAD, EMBEDDINGS], ids=["untied", "tied"])
 @pytest.mark.parametrize("shape", [(1, 1), (2, 5), (3, 1), (1, 7)], ids=str)
-def test_the_logits_are_the_same_and_the_head_is_not_turned(tensor: str, shape: tuple[int, int]) -> None:
+def test_the_logits_are_the_same_and_the_head_is_not_transposed(tensor: str, shape: tuple[int, int]) -> None:
     graph, x = bound_to(bound_graph(DECODER, WEIGHTS), head=tensor), drawn(*shape, 4)
     before = run(graph, WEIGHTS, x=x)
     assert before[0].shape == (*shape, 6)
@@ -54,7 +54,7 @@ def test_what_folds_other_weights_after_it_leaves_the_head_alone() -> None:
     before = run(graph, WEIGHTS, x=x)
     folded = fold_weight_transposes(gemm_head(graph).graph)
     assert (folded.matches, folded.misses) == (1, ())
-    assert {name: one.transposed for name, one in folded.graph.bindings.items()} == {"up": True, "head": False}
+    assert {name: binding.transposed for name, binding in folded.graph.bindings.items()} == {"up": True, "head": False}
     np.testing.assert_allclose(run(folded.graph, WEIGHTS, x=x)[0], before[0], rtol=1e-5, atol=1e-6)
 
 
@@ -105,7 +105,7 @@ def test_a_transposition_that_others_read_stays_for_them() -> None:
         pytest.param("y = Add(x, head)", 0, id="no product"),
     ],
 )
-def test_what_is_no_head_is_left_and_each_product_reported(nodes: str, misses: int) -> None:
+def test_other_matmuls_are_left_and_each_is_reported(nodes: str, misses: int) -> None:
     weights, x = {"head": drawn(4, 4, seed=1), "other": drawn(4, 4, seed=2)}, drawn(4, 4)
     text = f"left (float[4, 4] x) => (float[4, 4] y) {{ {nodes} }}"
     graph = bound_to(bound_graph(text, {name: weights[name] for name in weights if name in nodes}), head=LM_HEAD)
@@ -113,7 +113,7 @@ def test_what_is_no_head_is_left_and_each_product_reported(nodes: str, misses: i
     outcome = gemm_head(graph)
     assert outcome.matches == 0
     assert len(outcome.misses) == misses
-    assert all("no transposed head" in said for said in outcome.misses)
+    assert all("no transposed head" in miss for miss in outcome.misses)
     assert operators(outcome.graph) == there
     np.testing.assert_array_equal(run(outcome.graph, weights, x=x), before)
 
@@ -123,7 +123,7 @@ def test_the_miss_names_the_node() -> None:
     assert outcome.misses == ("node_present: no transposed head",)
 
 
-def test_the_initializer_is_still_a_stand_in_of_its_shape() -> None:
+def test_the_initializer_is_still_a_placeholder_of_its_shape() -> None:
     outcome = gemm_head(bound_to(bound_graph(DECODER, WEIGHTS), head=LM_HEAD))
     value = outcome.graph.model.graph.initializers["head"]
     assert value.shape == (6, 4)

@@ -1,4 +1,4 @@
-"""lower_segment_attention: both lowerings against softmax(q·kᵀ)·v a segment in numpy, and what they hold in memory."""
+"""lower_segment_attention: both lowerings against softmax(q·kᵀ)·v per segment in numpy, and their memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import onnxruntime
 import pytest
 
 from builder.graph.passes.lower_segment_attention import BLOCK, lower_segment_attention
-from builder.graph.passes.result import Outcome
+from builder.graph.passes.result import PassResult
 from tests.helpers.small_graphs import Array, bound_graph, drawn, operators, run, session
 
 HEADS, HIDDEN, SCALE = 2, 8, 0.3
@@ -28,7 +28,7 @@ RAGGED = (4, 12, 1, 7)
 KINDS = pytest.mark.parametrize("fused", [False, True], ids=["eager", "fused"])
 
 
-def lowered(fused: bool, block: int = BLOCK, text: str = TEXT) -> Outcome:
+def lowered(fused: bool, block: int = BLOCK, text: str = TEXT) -> PassResult:
     return lower_segment_attention(bound_graph(text, None, ["qwen3vl"]), fused=fused, block=block)
 
 
@@ -43,7 +43,7 @@ def inputs(lengths: Sequence[int]) -> dict[str, Array]:
 
 
 def attention(query: Array, key: Array, value: Array, lengths: Sequence[int], scale: float = SCALE) -> Array:
-    """In float64, a segment and a head at a time."""
+    """Attention in float64, a segment and a head at a time."""
     out = np.zeros(query.shape)
     start, width = 0, HIDDEN // HEADS
     for length in lengths:
@@ -57,7 +57,7 @@ def attention(query: Array, key: Array, value: Array, lengths: Sequence[int], sc
     return out
 
 
-def assert_attends(outcome: Outcome, lengths: Sequence[int]) -> None:
+def assert_attends(outcome: PassResult, lengths: Sequence[int]) -> None:
     feed = inputs(lengths)
     (got,) = run(outcome.graph, **feed)
     want = -attention(2 * feed["q"], feed["k"], feed["v"], lengths)
@@ -91,7 +91,7 @@ def test_no_patches_at_all(fused: bool, block: int) -> None:
 
 @KINDS
 def test_a_segment_sees_nothing_of_another(fused: bool) -> None:
-    """Not even a value that would drown everything else."""
+    """Not even a value that would dominate all others."""
     outcome, feed = lowered(fused, 3), inputs(RAGGED)
     (before,) = run(outcome.graph, **feed)
     feed["k"][4:16], feed["v"][4:16] = 1e4, np.nan
@@ -107,7 +107,7 @@ def test_eager_has_standard_operators_only() -> None:
     assert graph.model.graph.opset_imports == {"": 18}
 
 
-def test_fused_has_one_attention_operator_besides() -> None:
+def test_fused_adds_a_single_attention_operator() -> None:
     graph = lowered(fused=True).graph
     contrib = [name for name in operators(graph).elements() if "::" in name]
     assert contrib == ["com.microsoft::MultiHeadAttention"]
@@ -116,7 +116,7 @@ def test_fused_has_one_attention_operator_besides() -> None:
 
 @KINDS
 def test_layers_in_a_row_do_not_meet(fused: bool) -> None:
-    """Names are one space for a graph and its loops; the last output is the graph's own."""
+    """A graph and its loops share a namespace; the last output is that of the graph."""
     text = f"""{PORTS} <float[patches, {HIDDEN}] mixed> {{
         doubled = Add(q, q)
         attended = {ATTEND} (doubled, k, v, begin, end)
@@ -132,15 +132,15 @@ def test_layers_in_a_row_do_not_meet(fused: bool) -> None:
 
 
 @KINDS
-def test_a_graph_without_the_operator_is_no_match(fused: bool) -> None:
+def test_a_graph_without_the_operator_does_not_match(fused: bool) -> None:
     text = "none (float[n, 8] x) => (float[n, 8] y) { y = Neg(x) }"
     outcome = lowered(fused, text=text)
     assert outcome.matches == 0
     assert outcome.graph.model.graph.opset_imports == {"": 18}
 
 
-def largest_results(outcome: Outcome, lengths: Sequence[int], folder: Path) -> dict[str, int]:
-    """Operator → most elements that one of its results had, subgraphs included, from ONNX Runtime's own profile."""
+def largest_results(outcome: PassResult, lengths: Sequence[int], folder: Path) -> dict[str, int]:
+    """Operator → most elements of any of its outputs, subgraphs included, from ONNX Runtime's profile."""
     options = onnxruntime.SessionOptions()
     options.enable_profiling, options.profile_file_prefix = True, str(folder / "profile")
     profiled = session(outcome.graph, {}, options)
@@ -190,8 +190,8 @@ print(peak_rss())
 @pytest.mark.slow
 @pytest.mark.parametrize("attention", ["eager", "fused"])
 def test_a_layer_over_16384_patches_stays_within_2_gigabytes(attention: str) -> None:
-    """16 heads: the scores alone would take 17 GB at once. Peak memory of the whole process."""
+    """16 heads: the scores alone would take 17 GB at once. Peak memory of the process."""
     root = Path(__file__).parents[3]
     command = [sys.executable, "-c", LARGE, attention]
-    told = subprocess.run(command, check=True, capture_output=True, text=True, cwd=root)
-    assert int(told.stdout) < 2 * 10**9
+    result = subprocess.run(command, check=True, capture_output=True, text=True, cwd=root)
+    assert int(result.stdout) < 2 * 10**9

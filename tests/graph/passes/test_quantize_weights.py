@@ -1,4 +1,4 @@
-"""quantize_weights: products and lookups on quantized matrices, against the same graph on dequantized ones."""
+"""quantize_weights: matmuls and lookups on quantized matrices, against the same graph on dequantized matrices."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def matrices(shapes: Mapping[str, tuple[int, int]] = QKV) -> dict[str, Array]:
 
 
 def turned(text: str, weights: Weights, *names: str) -> BoundGraph:
-    """The graph, its initializers of these names bound the other way round."""
+    """The graph with these initializers bound transposed."""
     plain = {name: name.replace(".", "_") for name in weights}  # the text format takes no dots
     for name, short in plain.items():
         text = text.replace(name, short)
@@ -54,49 +54,51 @@ def attention(weights: Weights) -> BoundGraph:
     return turned(ATTENTION, weights, *weights)
 
 
-def everything(storage: WeightFormat, weights: Iterable[str]) -> dict[str, WeightFormat]:
-    return {f"checkpoint.{name}": storage for name in weights}
+def everything(weight_format: WeightFormat, weights: Iterable[str]) -> dict[str, WeightFormat]:
+    return {f"checkpoint.{name}": weight_format for name in weights}
 
 
 def filled(graph: BoundGraph, weights: Weights) -> BoundGraph:
-    """The quantized graph, its parts made of whole matrices; what is left bound is what was not quantized."""
+    """The quantized graph with parts from complete matrices; matrices that were not quantized stay bound."""
     model = ir.from_proto(ir.to_proto(graph.model))
     checkpoint = {f"checkpoint.{name}": array for name, array in weights.items()}
-    for name, one in graph.bindings.items():
-        if one.blocks is not None and one.part is not None:
-            rows = np.concatenate([checkpoint[tensor].reshape(-1, one.shape[1]) for tensor in one.tensors])
-            part = packed_parts(quantize(rows, one.blocks), one.blocks, one.dtype)[one.part]
-            model.graph.initializers[name].const_value = ir.tensor(part.reshape(one.stored_shape), name=name)
-    return BoundGraph(model, {name: one for name, one in graph.bindings.items() if one.blocks is None})
+    for name, binding in graph.bindings.items():
+        if binding.blocks is not None and binding.part is not None:
+            rows = np.concatenate([checkpoint[tensor].reshape(-1, binding.shape[1]) for tensor in binding.tensors])
+            part = packed_parts(quantize(rows, binding.blocks), binding.blocks, binding.dtype)[binding.part]
+            model.graph.initializers[name].const_value = ir.tensor(part.reshape(binding.stored_shape), name=name)
+    return BoundGraph(model, {name: binding for name, binding in graph.bindings.items() if binding.blocks is None})
 
 
-def rounded(weights: Weights, storages: Mapping[str, WeightFormat]) -> dict[str, Array]:
-    """Each matrix as its levels have it."""
+def rounded(weights: Weights, weight_formats: Mapping[str, WeightFormat]) -> dict[str, Array]:
+    """Each matrix, dequantized from its codes."""
     found = {}
     for name, array in weights.items():
-        storage = storages.get(f"checkpoint.{name}")
-        found[name] = array if storage is None else dequantize(quantize(array, storage.blocks))
+        weight_format = weight_formats.get(f"checkpoint.{name}")
+        found[name] = array if weight_format is None else dequantize(quantize(array, weight_format.blocks))
     return found
 
 
-def assert_equal(graph: BoundGraph, before: BoundGraph, weights: Weights, storages: Mapping[str, WeightFormat]) -> None:
+def assert_equal(
+    graph: BoundGraph, before: BoundGraph, weights: Weights, weight_formats: Mapping[str, WeightFormat]
+) -> None:
     x = drawn(2, 3, 64, seed=8)
-    want = run(before, rounded(weights, storages), x=x)
+    want = run(before, rounded(weights, weight_formats), x=x)
     for got, wanted in zip(run(filled(graph, weights), weights, x=x), want, strict=True):
         np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("storage", [INT4, INT8, ZERO], ids=["int4", "int8", "zero points"])
-def test_products_of_one_input_and_format_become_one(storage: WeightFormat) -> None:
+@pytest.mark.parametrize("weight_format", [INT4, INT8, ZERO], ids=["int4", "int8", "zero points"])
+def test_matmuls_of_the_same_input_and_format_are_merged(weight_format: WeightFormat) -> None:
     weights = matrices()
-    storages = everything(storage, weights)
-    outcome = quantize_weights(attention(weights), storages)
+    weight_formats = everything(weight_format, weights)
+    outcome = quantize_weights(attention(weights), weight_formats)
     assert (outcome.matches, outcome.misses) == (3, ())
     assert operators(outcome.graph) == {"com.microsoft::MatMulNBits": 1, "Split": 1}
-    assert_equal(outcome.graph, attention(weights), weights, storages)
+    assert_equal(outcome.graph, attention(weights), weights, weight_formats)
 
 
-def test_the_parts_are_named_after_what_they_are_made_of() -> None:
+def test_parts_are_named_after_their_matrices() -> None:
     weights = matrices()
     graph = quantize_weights(attention(weights), everything(ZERO, weights), "float16").graph
     together = "a.q_proj+k_proj+v_proj.weight"
@@ -106,40 +108,40 @@ def test_the_parts_are_named_after_what_they_are_made_of() -> None:
     assert levels.tensors == tuple(f"checkpoint.{name}" for name in weights)
     assert levels.shape == (72, 64)
     assert (levels.stored_shape, scales.stored_shape, zeros.stored_shape) == ((72, 2, 16), (72, 2), (72, 1))
-    assert [one.dtype for one in graph.bindings.values()] == ["uint8", "float16", "uint8"]
+    assert [binding.dtype for binding in graph.bindings.values()] == ["uint8", "float16", "uint8"]
     assert levels.source == scales.source == zeros.source
-    for name, one in graph.bindings.items():
+    for name, binding in graph.bindings.items():
         value = graph.model.graph.initializers[name]
-        assert value.shape == one.stored_shape
+        assert value.shape == binding.stored_shape
         assert isinstance(value.const_value, ir.ExternalTensor)
         assert value.const_value.location == UNBOUND
 
 
-def test_differing_formats_stay_apart() -> None:
+def test_different_formats_stay_separate() -> None:
     weights = matrices()
-    storages = everything(INT4, weights) | {"checkpoint.a.v_proj.weight": INT8}
-    outcome = quantize_weights(attention(weights), storages)
+    weight_formats = everything(INT4, weights) | {"checkpoint.a.v_proj.weight": INT8}
+    outcome = quantize_weights(attention(weights), weight_formats)
     assert outcome.matches == 3
     assert operators(outcome.graph) == {"com.microsoft::MatMulNBits": 2, "Split": 1}
     assert {name.rpartition(".")[0] for name in outcome.graph.bindings} == {
         "a.q_proj+k_proj.weight",
         "a.v_proj.weight",
     }
-    assert_equal(outcome.graph, attention(weights), weights, storages)
+    assert_equal(outcome.graph, attention(weights), weights, weight_formats)
 
 
 @pytest.mark.parametrize("kept", list(QKV))
 def test_what_no_rule_names_is_left(kept: str) -> None:
     weights = matrices()
-    storages = {name: one for name, one in everything(INT4, weights).items() if not name.endswith(kept)}
-    outcome = quantize_weights(attention(weights), storages)
+    weight_formats = {name: each for name, each in everything(INT4, weights).items() if not name.endswith(kept)}
+    outcome = quantize_weights(attention(weights), weight_formats)
     assert outcome.matches == 2
     assert outcome.graph.bindings[kept] == attention(weights).bindings[kept]
     assert operators(outcome.graph)["MatMul"] == 1
-    assert_equal(outcome.graph, attention(weights), weights, storages)
+    assert_equal(outcome.graph, attention(weights), weights, weight_formats)
 
 
-def test_differing_inputs_stay_apart() -> None:
+def test_different_inputs_stay_separate() -> None:
     text = ATTENTION.replace("v = MatMul(x,", "y = Neg(x) v = MatMul(y,")
     weights = matrices()
     before = turned(text, weights, *weights)
@@ -148,25 +150,25 @@ def test_differing_inputs_stay_apart() -> None:
     assert_equal(outcome.graph, before, weights, everything(INT4, weights))
 
 
-def test_a_product_of_a_product() -> None:
+def test_a_matmul_of_a_matmul() -> None:
     text = ATTENTION.replace("v = MatMul(x,", "v = MatMul(q,").replace("24] q", "64] q")
     weights = matrices({**QKV, "a.q_proj.weight": (64, 64)})
-    storages = everything(INT4, weights)
-    outcome = quantize_weights(turned(text, weights, *weights), storages)
+    weight_formats = everything(INT4, weights)
+    outcome = quantize_weights(turned(text, weights, *weights), weight_formats)
     assert operators(outcome.graph) == {"com.microsoft::MatMulNBits": 2, "Split": 1}
-    assert_equal(outcome.graph, turned(text, weights, *weights), weights, storages)
-    # By itself, not by a name that it shares with what was there before: names change later
+    assert_equal(outcome.graph, turned(text, weights, *weights), weights, weight_formats)
+    # By identity, not by a name that it shares with the value it replaced: names change later
     # (builder/stages/optimize.py).
     (split,) = [node for node in outcome.graph.model.graph if node.op_type == "Split"]
     assert [node.op_type for node in split.outputs[0].consumers()] == ["MatMulNBits"]
 
 
-def test_the_operator_is_told_the_size_format_and_accuracy() -> None:
+def test_the_operator_has_size_format_and_accuracy() -> None:
     weights = matrices()
     graph = quantize_weights(attention(weights), everything(replace(INT8, accuracy=4), weights)).graph
     (node,) = [node for node in graph.model.graph if node.op_type == "MatMulNBits"]
-    told = {name: attribute.as_int() for name, attribute in node.attributes.items()}
-    assert told == {"K": 64, "N": 72, "bits": 8, "block_size": 32, "accuracy_level": 4}
+    attributes = {name: attribute.as_int() for name, attribute in node.attributes.items()}
+    assert attributes == {"K": 64, "N": 72, "bits": 8, "block_size": 32, "accuracy_level": 4}
 
 
 GEMM = """
@@ -177,16 +179,16 @@ linear (float[rows, 64] x) => (float[rows, 24] y, float[rows, 24] z) {
 """
 
 
-@pytest.mark.parametrize("storage", [INT4, ZERO], ids=["int4", "zero points"])
-def test_a_bias_is_added_by_the_operator(storage: WeightFormat) -> None:
+@pytest.mark.parametrize("weight_format", [INT4, ZERO], ids=["int4", "zero points"])
+def test_a_bias_is_added_by_the_operator(weight_format: WeightFormat) -> None:
     weights = matrices({"a.q_proj.weight": (24, 64), "a.k_proj.weight": (24, 64)}) | {"bias": drawn(24)}
-    storages = everything(storage, [*weights][:2])
-    outcome = quantize_weights(turned(GEMM, weights), storages)
+    weight_formats = everything(weight_format, [*weights][:2])
+    outcome = quantize_weights(turned(GEMM, weights), weight_formats)
     assert outcome.matches == 2
     assert operators(outcome.graph) == {"com.microsoft::MatMulNBits": 2}
     assert "bias" in outcome.graph.bindings
     x = drawn(5, 64, seed=8)
-    want = run(turned(GEMM, weights), rounded(weights, storages), x=x)
+    want = run(turned(GEMM, weights), rounded(weights, weight_formats), x=x)
     for got, wanted in zip(run(filled(outcome.graph, weights), weights, x=x), want, strict=True):
         np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4)
 
@@ -200,17 +202,17 @@ tied (int64[batch, seq] ids) => (float[batch, seq, 64] e, float[batch, seq, 24] 
 """
 
 
-@pytest.mark.parametrize("storage", [INT4, ZERO], ids=["int4", "zero points"])
-def test_rows_are_looked_up_and_share_their_bytes_with_the_head(storage: WeightFormat) -> None:
+@pytest.mark.parametrize("weight_format", [INT4, ZERO], ids=["int4", "zero points"])
+def test_rows_are_looked_up_and_share_their_bytes_with_the_head(weight_format: WeightFormat) -> None:
     table = drawn(24, 64)
     graph = bound_graph(TIED, {"table": table, "head": table.T})
     head = Binding("head", "checkpoint.table", "float32", (24, 64), transposed=True)
     before = BoundGraph(graph.model, {**graph.bindings, "head": head})
-    storages = {"checkpoint.table": storage}
+    weight_formats = {"checkpoint.table": weight_format}
     ids = np.array([[3, 23, 0]])
     weights = {"table": table, "head": table}
-    want = run(before, rounded(weights, storages | {"checkpoint.head": storage}), ids=ids)
-    outcome = quantize_weights(before, storages)
+    want = run(before, rounded(weights, weight_formats | {"checkpoint.head": weight_format}), ids=ids)
+    outcome = quantize_weights(before, weight_formats)
     assert (outcome.matches, outcome.misses) == (2, ())
     counts = {"com.microsoft::GatherBlockQuantized": 1, "com.microsoft::MatMulNBits": 1, "Neg": 1}
     assert operators(outcome.graph) == counts
@@ -241,7 +243,7 @@ def test_another_way_of_reading_is_a_miss_and_left(nodes: str, misses: int) -> N
     outcome = quantize_weights(graph, {"checkpoint.w": INT4})
     assert outcome.matches == 0
     assert len(outcome.misses) == misses
-    assert all("reads w in a way" in said for said in outcome.misses)
+    assert all("reads w in a way" in miss for miss in outcome.misses)
     assert operators(outcome.graph) == there
     assert ("w" in outcome.graph.bindings) is bool(misses)
 
@@ -254,38 +256,38 @@ def test_a_matrix_that_is_read_both_ways_stays_for_the_other() -> None:
     assert outcome.graph.bindings.keys() == {"w", "w.levels", "w.scales"}
 
 
-def test_two_products_with_one_matrix_share_its_parts() -> None:
+def test_two_matmuls_with_the_same_matrix_share_its_parts() -> None:
     text = """twice (float[s, 64] x) => (float[s, 64] y, float[s, 64] z) {
         y = MatMul(x, w) n = Neg(x) z = MatMul(n, w)
     }"""
     weights = {"w": drawn(64, 64)}
-    before, storages = turned(text, weights, "w"), {"checkpoint.w": INT4}
-    outcome = quantize_weights(turned(text, weights, "w"), storages)
+    before, weight_formats = turned(text, weights, "w"), {"checkpoint.w": INT4}
+    outcome = quantize_weights(turned(text, weights, "w"), weight_formats)
     assert outcome.matches == 2
     assert operators(outcome.graph) == {"com.microsoft::MatMulNBits": 2, "Neg": 1}
     assert outcome.graph.bindings.keys() == {"w.levels", "w.scales"}
-    assert_equal_rows(outcome.graph, before, weights, storages)
+    assert_equal_rows(outcome.graph, before, weights, weight_formats)
 
 
 def assert_equal_rows(
-    graph: BoundGraph, before: BoundGraph, weights: Weights, storages: Mapping[str, WeightFormat]
+    graph: BoundGraph, before: BoundGraph, weights: Weights, weight_formats: Mapping[str, WeightFormat]
 ) -> None:
     x = drawn(5, 64, seed=8)
-    want = run(before, rounded(weights, storages), x=x)
+    want = run(before, rounded(weights, weight_formats), x=x)
     for got, wanted in zip(run(filled(graph, weights), weights, x=x), want, strict=True):
         np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_the_comparison_notices_members_in_another_order() -> None:
-    """A control: k's rows before q's."""
+    """A control: with k's rows before q's."""
     weights = matrices()
-    storages = everything(INT4, weights)
-    graph = quantize_weights(attention(weights), storages).graph
+    weight_formats = everything(INT4, weights)
+    graph = quantize_weights(attention(weights), weight_formats).graph
     first = next(iter(graph.bindings.values())).tensors
     mixed = (first[1], first[0], *first[2:])
-    bindings = {name: replace(one, tensor=mixed[0], below=mixed[1:]) for name, one in graph.bindings.items()}
+    bindings = {name: replace(binding, tensor=mixed[0], below=mixed[1:]) for name, binding in graph.bindings.items()}
     with pytest.raises(AssertionError):
-        assert_equal(BoundGraph(graph.model, bindings), attention(weights), weights, storages)
+        assert_equal(BoundGraph(graph.model, bindings), attention(weights), weights, weight_formats)
 
 
 def test_ports_keep_their_names_shapes_and_types_and_the_pair_survives_the_disk(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""simplify: less graph, the same numbers, no weight read."""
+"""simplify: fewer nodes, the same results, no weight read."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from builder.graph.passes.simplify import simplify
 from tests.helpers.small_graphs import bound_graph, drawn, operators, run
 
 WEIGHTS = {"weight": drawn(5, 4), "gain": 1 + drawn(5) ** 2, "unused": drawn(2, 2)}
-# What the exporter leaves: shape arithmetic, the same node twice, identities, results that nothing reads.
+# What the exporter leaves: shape arithmetic, duplicate nodes, identities, unused results.
 TRACED = """
 traced (float[seq, 4] x) => (float[n, 5] y) {
     two = Constant <value = int64[1] {2}> ()
@@ -51,7 +51,7 @@ def test_shape_arithmetic_is_folded_and_the_numbers_stay() -> None:
 
 
 def test_bound_weights_are_neither_read_nor_folded() -> None:
-    """Transpose(weight) and Sqrt(gain) are constants to a folder that sees the weights."""
+    """Transpose(weight) and Sqrt(gain) would be folded if the weights were visible."""
     outcome = simplify(bound_graph(TRACED, WEIGHTS))
     readers = {node.op_type: node.inputs[0] for node in outcome.graph.model.graph}
     for operator, name in (("Transpose", "weight"), ("Sqrt", "gain")):
@@ -65,7 +65,7 @@ def test_bound_weights_are_neither_read_nor_folded() -> None:
     assert set(outcome.graph.model.graph.initializers) >= {"weight", "gain"}
 
 
-def test_not_even_a_file_of_the_stand_ins_name_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_not_even_a_file_of_the_placeholders_name_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / UNBOUND).write_bytes(bytes(4096))
     monkeypatch.chdir(tmp_path)
     outcome = simplify(bound_graph(TRACED, WEIGHTS))
@@ -90,7 +90,7 @@ def test_an_unbound_initializer_is_folded() -> None:
     np.testing.assert_array_equal(run(outcome.graph, x=x)[0], x * np.array([1, 2, 3, 4], np.float32))
 
 
-def test_nothing_to_simplify_is_no_match() -> None:
+def test_nothing_to_simplify_does_not_match() -> None:
     outcome = simplify(bound_graph("one (float[n] x) => (float[n] y) { y = Neg(x) }"))
     assert (outcome.matches, operators(outcome.graph)) == (0, {"Neg": 1})
 
