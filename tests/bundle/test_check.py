@@ -62,7 +62,7 @@ def test_programs_are_told_and_ours_is_known(bundle: Path) -> None:
     (bundle / "demo.html").write_text("<script></script>")
     relisted(bundle)
     rows = {row.check: row.found for row in check(bundle).rows}
-    assert rows["code"].startswith("not judged: demo.html (not this release's")
+    assert rows["code"].startswith("not checked: demo.html (differs from this release's")
 
 
 # --- refused, with the name of the file ---

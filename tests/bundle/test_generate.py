@@ -94,16 +94,16 @@ def test_a_token_that_the_runtime_masks_is_refused(bundles: dict[str, Path], tmp
     config = json.loads(file.read_text())
     config["model"]["pad_token_id"] = STOPS[1]
     file.write_text(json.dumps(config))
-    with pytest.raises(PromptError, match=r"the text holds <\|endoftext\|>, which its runtime takes for padding"):
+    with pytest.raises(PromptError, match=r"the text contains <\|endoftext\|>, which the runtime treats as padding"):
         ask(folder, "What is <|endoftext|>?")
 
 
 def test_a_folder_that_is_no_bundle_is_named(tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match="is no bundle") as caught:
+    with pytest.raises(BundleError, match="is not a bundle") as caught:
         ask(tmp_path)
     assert "manifest.json" in str(caught.value.found)
     (tmp_path / "manifest.json").write_text("{}")
-    with pytest.raises(BundleError, match="is no bundle"):
+    with pytest.raises(BundleError, match="is not a bundle"):
         ask(tmp_path)
     (tmp_path / "manifest.json").write_text('{"target": "coreml"}')
     with pytest.raises(BundleError, match="cannot be run here") as caught:

@@ -69,9 +69,9 @@ def test_a_licence_is_told_and_none_is_not_guessed() -> None:
         "tongyi",
         "https://example.org/licence",
     )
-    assert "`tongyi`. Its files, as they came: `LICENSE`, `NOTICE`" in model_card(manifest(), other)
+    assert "`tongyi`. Unchanged files of the checkpoint: `LICENSE`, `NOTICE`" in model_card(manifest(), other)
     assert "license" not in told(Licence())
-    assert "does not say under which licence" in model_card(manifest(), Licence())
+    assert "does not state a license" in model_card(manifest(), Licence())
 
 
 @pytest.mark.parametrize("target", [*PACKAGING, "a runtime nobody has written about"])
@@ -87,7 +87,7 @@ def test_every_target_has_a_card_with_its_limits(target: str) -> None:
 
 def test_cache_ports_are_counted() -> None:
     text = model_card(manifest(), APACHE)
-    assert "| `model.onnx` | `inputs_embeds` [batch, seq, 8]<br>`past_key_values.0.key` and 2 like it |" in text
+    assert "| `model.onnx` | `inputs_embeds` [batch, seq, 8]<br>`past_key_values.0.key` and 2 similar |" in text
 
 
 def test_the_same_manifest_gives_the_same_card_and_no_figure_of_a_machine() -> None:

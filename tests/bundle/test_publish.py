@@ -69,7 +69,7 @@ def test_a_dry_run_lists_and_sends_nothing(hub: UploadHub, bundle: Path) -> None
     assert result.exit_code == 0, result.output
     for name in names(bundle):
         assert name in result.stdout
-    assert "it is made" in result.stdout
+    assert "creates the repository" in result.stdout
     payload = json.loads(invoke(bundle, REPO, "--dry-run", "--json").stdout)
     sizes = {one["file"]: one["size"] for one in payload["files"]}
     assert sizes == {name: (bundle / name).stat().st_size for name in names(bundle)}

@@ -71,7 +71,7 @@ def test_tokens_of_what_is_not_exact_are_its_twins(tmp_path: Path) -> None:
     path.write_text(json.dumps({**parity, "facts": {**parity["facts"], "quality": {}}}))
     (row,) = table.rows([bundle])
     assert row.twin
-    assert "192 / 192, its fp32 twin" in table.markdown([row])
+    assert "192 / 192, its fp32 copy" in table.markdown([row])
 
 
 def test_the_command_takes_bundles_and_output_folders(output: Path, tmp_path: Path) -> None:
@@ -87,7 +87,7 @@ def test_the_command_takes_bundles_and_output_folders(output: Path, tmp_path: Pa
 
 
 def test_what_is_no_bundle_or_was_never_verified_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match="holds no bundles"):
+    with pytest.raises(BundleError, match="contains no bundles"):
         table.bundles_in([tmp_path])
     bundle = small_bundle(tmp_path / "genai")
     (bundle / "evidence" / "parity.json").unlink()
