@@ -15,7 +15,7 @@ from typing import Any
 from urllib.parse import quote
 
 from builder.bundle.model_card import CARD, TASK, TOOL, limits
-from builder.checkpoint.license import Licence
+from builder.checkpoint.license import License
 
 BOM = "bom.cdx.json"
 _ADDRESS = re.compile(r"https?://[\w./%~:?=&+-]+", re.ASCII)
@@ -25,9 +25,9 @@ _BUNDLE, _CHECKPOINT = "bundle", "checkpoint"  # references within the document
 Json = dict[str, Any]
 
 
-def bom(manifest: Mapping[str, Any], licence: Licence) -> str:
+def bom(manifest: Mapping[str, Any], license: License) -> str:
     """Return the document as JSON text."""
-    content = _document(manifest, licence)
+    content = _document(manifest, license)
     serial = uuid.uuid5(_SERIAL, json.dumps(content, sort_keys=True, ensure_ascii=False))
     head = {
         "$schema": "http://cyclonedx.org/schema/bom-1.6.schema.json",
@@ -37,7 +37,7 @@ def bom(manifest: Mapping[str, Any], licence: Licence) -> str:
     return json.dumps({**head, "serialNumber": f"urn:uuid:{serial}", **content}, indent=1, ensure_ascii=False) + "\n"
 
 
-def _document(manifest: Mapping[str, Any], licence: Licence) -> Json:
+def _document(manifest: Mapping[str, Any], license: License) -> Json:
     packages = [_package(name, version) for name, version in manifest["versions"].items() if name != TOOL]
     files = [_file(name, facts) for name, facts in manifest["files"].items() if name != BOM]
     tool = {"type": "application", "name": TOOL, "version": str(manifest["versions"].get(TOOL, ""))}
@@ -47,13 +47,13 @@ def _document(manifest: Mapping[str, Any], licence: Licence) -> Json:
     ]
     return {
         "version": 1,
-        "metadata": {"tools": {"components": [tool]}, "component": _bundle(manifest, licence)},
-        "components": [_checkpoint(manifest, licence), *files, *packages],
+        "metadata": {"tools": {"components": [tool]}, "component": _bundle(manifest, license)},
+        "components": [_checkpoint(manifest, license), *files, *packages],
         "dependencies": dependencies,
     }
 
 
-def _bundle(manifest: Mapping[str, Any], licence: Licence) -> Json:
+def _bundle(manifest: Mapping[str, Any], license: License) -> Json:
     checkpoint, recipe = manifest["checkpoint"], manifest["recipe"]
     facts = {
         "target": manifest["target"],
@@ -70,7 +70,7 @@ def _bundle(manifest: Mapping[str, Any], licence: Licence) -> Json:
         "type": "machine-learning-model",
         "bom-ref": _BUNDLE,
         "name": f"{checkpoint['name']}-{recipe['name']}-{manifest['target']}",
-        **_licences(licence),
+        **_licenses(license),
         "pedigree": {"ancestors": [{**_identity(checkpoint), "type": "machine-learning-model"}]},
         "externalReferences": references,
         "modelCard": _model_card(manifest),
@@ -91,14 +91,14 @@ def _model_card(manifest: Mapping[str, Any]) -> Json:
     }
 
 
-def _checkpoint(manifest: Mapping[str, Any], licence: Licence) -> Json:
+def _checkpoint(manifest: Mapping[str, Any], license: License) -> Json:
     checkpoint = manifest["checkpoint"]
     parts = [{**_file(name, facts), "bom-ref": f"checkpoint/{name}"} for name, facts in checkpoint["files"].items()]
     return {
         "type": "machine-learning-model",
         "bom-ref": _CHECKPOINT,
         **_identity(checkpoint),
-        **_licences(licence),
+        **_licenses(license),
         "components": parts,
         "properties": _properties({"config_sha256": checkpoint["config_sha256"]}),
     }
@@ -133,12 +133,12 @@ def _package(name: str, version: str) -> Json:
     return {"type": "library", "bom-ref": purl, "name": name, "version": version, "purl": purl, "scope": "excluded"}
 
 
-def _licences(licence: Licence) -> Json:
-    if licence.id is None:
+def _licenses(license: License) -> Json:
+    if license.id is None:
         return {}
-    name = licence.name if licence.id == "other" and licence.name else licence.id
-    terms: Json = {"id": licence.spdx} if licence.spdx else {"name": name}
-    address = {"url": licence.link} if licence.link and _ADDRESS.fullmatch(licence.link) else {}
+    name = license.name if license.id == "other" and license.name else license.id
+    terms: Json = {"id": license.spdx} if license.spdx else {"name": name}
+    address = {"url": license.link} if license.link and _ADDRESS.fullmatch(license.link) else {}
     return {"licenses": [{"license": {**terms, **address}}]}
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from builder.checkpoint.license import Licence
+from builder.checkpoint.license import License
 from builder.targets.registry import PACKAGING
 from builder.targets.spec import Notes
 from builder.util.text import clean, cut
@@ -38,28 +38,28 @@ def limits(manifest: Mapping[str, Any]) -> tuple[str, ...]:
     return (*notes(manifest["target"]).limits, *shared)
 
 
-def model_card(manifest: Mapping[str, Any], licence: Licence) -> str:
+def model_card(manifest: Mapping[str, Any], license: License) -> str:
     """Return the card: Markdown after the hub's YAML metadata."""
     title = f"# {plain(manifest['checkpoint']['name'])} for {plain(manifest['target'])}, {precision(manifest)}"
     parts = [title, _origin(manifest), _use(manifest), _check(), _limits(manifest), _graphs(manifest)]
-    return f"---\n{metadata(manifest, licence)}---\n" + "\n\n".join([*parts, _licence(licence)]) + "\n"
+    return f"---\n{metadata(manifest, license)}---\n" + "\n\n".join([*parts, _license(license)]) + "\n"
 
 
-def metadata(manifest: Mapping[str, Any], licence: Licence) -> str:
+def metadata(manifest: Mapping[str, Any], license: License) -> str:
     """Return the hub's metadata as YAML."""
     from huggingface_hub import ModelCardData
 
     library, repository = notes(manifest["target"]).library, manifest["checkpoint"].get("repository")
-    bases = [repository] if repository else list(licence.base)
+    bases = [repository] if repository else list(license.base)
     weights = precision(manifest)
     # The hub lists a quantized model under its base model; fp32 keeps the base model's weights.
     relation = "quantized" if bases and weights != "fp32" else None
     data = ModelCardData(
         base_model=bases[0] if len(bases) == 1 else bases or None,
         base_model_relation=relation,
-        license=licence.id,
-        license_name=licence.name,
-        license_link=licence.link if licence.id == "other" else None,
+        license=license.id,
+        license_name=license.name,
+        license_link=license.link if license.id == "other" else None,
         library_name=library,
         pipeline_tag=TASK,
         quantization=weights,
@@ -150,11 +150,11 @@ def _ports(ports: Sequence[Mapping[str, Any]]) -> str:
     return "<br>".join(others + first)
 
 
-def _licence(licence: Licence) -> str:
-    if licence.id is None:
+def _license(license: License) -> str:
+    if license.id is None:
         terms = "The checkpoint does not state a license; ask its authors before you redistribute this bundle."
     else:
-        name = licence.name if licence.id == "other" and licence.name else licence.id
+        name = license.name if license.id == "other" and license.name else license.id
         terms = f"The weights are under the checkpoint's license: {quoted(name)}."
-    files = f" Unchanged files of the checkpoint: {', '.join(map(quoted, licence.files))}." if licence.files else ""
+    files = f" Unchanged files of the checkpoint: {', '.join(map(quoted, license.files))}." if license.files else ""
     return f"## License\n\n{terms}{files}"

@@ -21,10 +21,10 @@ OPTIONAL = (
     GENERATION, PREPROCESSOR, PROCESSOR, TOKENIZER_CONFIG, *CHAT_TEMPLATES, INDEX,
     "video_preprocessor_config.json", "special_tokens_map.json", "added_tokens.json",
 )  # fmt: skip
-# What a checkpoint says of its licence; the card tells it in its metadata. In any case of letters.
+# What a checkpoint says of its license; the card tells it in its metadata. In any case of letters.
 CARD = "readme.md"
-LICENCES = ("license", "license.txt", "license.md", "licence", "licence.txt", "licence.md", "use_policy.md")
-NOTICES = ("notice", "notice.txt", "notice.md", *LICENCES)
+LICENSES = ("license", "license.txt", "license.md", "licence", "licence.txt", "licence.md", "use_policy.md")
+NOTICES = ("notice", "notice.txt", "notice.md", *LICENSES)
 MAY_NAME_CODE = (CONFIG, PREPROCESSOR, PROCESSOR, TOKENIZER_CONFIG, "video_preprocessor_config.json")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 

@@ -64,7 +64,7 @@ def open_fetched(out: Path) -> Checkpoint:
 
 
 def _notices(folder: Path) -> tuple[str, ...]:
-    """Names of licences, notices and the card in `folder`; none that is larger than a text."""
+    """Names of licenses, notices and the card in `folder`; none that is larger than a text."""
     names = (path.name for path in folder.iterdir() if path.is_file() and path.stat().st_size <= MAX_TEXT)
     return notice_files(names)
 

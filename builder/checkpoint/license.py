@@ -1,6 +1,6 @@
-"""In: what a checkpoint says of its licence. Out: a `Licence`.
+"""In: what a checkpoint says of its license. Out: a `License`.
 
-Guaranteed: nothing is guessed: a checkpoint whose card names no licence has none here; a card that cannot be read is
+Guaranteed: nothing is guessed: a checkpoint whose card names no license has none here; a card that cannot be read is
 one that says nothing.
 """
 
@@ -15,7 +15,7 @@ from builder.checkpoint.files import CARD
 from builder.util.json_files import MAX_TEXT
 
 MOST = 200  # characters of a name or an address
-# The hub's names of licences, and SPDX's where they are not the same but for the case.
+# The hub's names of licenses, and SPDX's where they are not the same but for the case.
 SPDX = {
     "apache-2.0": "Apache-2.0",
     "mit": "MIT",
@@ -33,14 +33,14 @@ SPDX = {
 
 
 @dataclass(frozen=True)
-class Licence:
-    """A checkpoint's licence.
+class License:
+    """A checkpoint's license.
 
     Args:
         id: the hub's name for it, `apache-2.0`; `other` where `name` says which; None where nothing is said.
         link: an address, or a file of the checkpoint.
         base: the hub ids of the models that the checkpoint says it was made from.
-        files: licences and notices that lie beside it.
+        files: licenses and notices that lie beside it.
     """
 
     id: str | None = None
@@ -54,14 +54,14 @@ class Licence:
         return SPDX.get(self.id or "")
 
 
-def read_licence(folder: Path) -> Licence:
+def read_license(folder: Path) -> License:
     """What the files in `folder` say (see `builder.stages.fetch`, `notices/`); the folder may be missing."""
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     files = tuple(name for name in names if name.casefold() != CARD)
     cards = [name for name in names if name.casefold() == CARD]
     told = _metadata(folder / cards[0]) if cards else {}
     kind, name, link = (_text(told.get(key)) for key in ("license", "license_name", "license_link"))
-    return Licence(kind, name, link, _base(told.get("base_model")), files)
+    return License(kind, name, link, _base(told.get("base_model")), files)
 
 
 def _metadata(card: Path) -> Mapping[str, Any]:

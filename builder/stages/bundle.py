@@ -1,7 +1,7 @@
 """Stage 8: the final folder a target, with its manifest and its evidence.
 
 In: configured folders, the verification's reports, the records of the stages before. Out: `<target>/` with every file
-linked, the checkpoint's licence and notices, a model card, a bill of materials, `manifest.json`, and `evidence/`.
+linked, the checkpoint's license and notices, a model card, a bill of materials, `manifest.json`, and `evidence/`.
 Guaranteed: all but `evidence/` is the same bytes for the same inputs, pinned
 packages and platform.
 """
@@ -20,7 +20,7 @@ from builder.bundle.bom import BOM, bom
 from builder.bundle.layout import EVIDENCE, MANIFEST, load_graph, own_files
 from builder.bundle.model_card import CARD, model_card
 from builder.checkpoint.fingerprint import FETCHED, NOTICES
-from builder.checkpoint.license import read_licence
+from builder.checkpoint.license import read_license
 from builder.graph import introspection
 from builder.graph.external_data import DIGESTS
 from builder.graph.naming import operator
@@ -75,12 +75,12 @@ def run(build: Build, out: Path) -> Mapping[str, object]:
 def _described(build: Build, target: Target, folder: Path) -> dict[str, Any]:
     """The manifest, after what is made from it has been laid beside the graphs; the card lists no digest of itself."""
     notices = build.folder("fetch") / NOTICES
-    licence = read_licence(notices)
-    for name in licence.files:
+    license = read_license(notices)
+    for name in license.files:
         link(notices / name, folder / name)
     found = manifest(build, target, folder)
     for name, made in ((CARD, model_card), (BOM, bom)):
-        _write(folder / name, made(found, licence))
+        _write(folder / name, made(found, license))
         found["files"][name] = {"size": (folder / name).stat().st_size, "sha256": sha256(folder / name)}
     return {**found, "files": dict(sorted(found["files"].items()))}
 

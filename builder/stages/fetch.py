@@ -1,7 +1,7 @@
 """The stage `fetch`: the checkpoint's files, on this disk, whole, and what each is.
 
 In: a resolved `Source`. Out: `checkpoint.json` with the folder, the revision, and what tells every file that a
-build needs from another; `notices/`: what the checkpoint says of its licence. Guaranteed: a local folder is used in
+build needs from another; `notices/`: what the checkpoint says of its license. Guaranteed: a local folder is used in
 place and never written to, and its weights are not read: `builder.stages.quantize` takes their SHA-256 as they pass; a
 download is of one commit, and its bytes are those that the hub names; the checkpoint opens (see
 `builder.checkpoint.load`).

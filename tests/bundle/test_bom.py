@@ -13,16 +13,16 @@ from cyclonedx.validation.json import JsonStrictValidator
 
 from builder.bundle.bom import bom
 from builder.bundle.model_card import limits
-from builder.checkpoint.license import SPDX, Licence
+from builder.checkpoint.license import SPDX, License
 from builder.targets.registry import PACKAGING
 from tests.helpers.manifests import COMMIT, manifest
 
-APACHE = Licence("apache-2.0", files=("LICENSE",))
+APACHE = License("apache-2.0", files=("LICENSE",))
 
 
-def document(licence: Licence = APACHE, **changes: Any) -> dict[str, Any]:
+def document(license: License = APACHE, **changes: Any) -> dict[str, Any]:
     """Read back, after the published schema has judged it."""
-    text = bom(manifest(**changes), licence)
+    text = bom(manifest(**changes), license)
     assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(text) is None
     found: dict[str, Any] = json.loads(text)
     return found
@@ -71,31 +71,31 @@ def test_it_is_the_same_for_the_same_manifest_and_has_no_time() -> None:
 
 @pytest.mark.parametrize("target", [*PACKAGING, "another"])
 def test_each_target_and_a_local_checkpoint_keep_to_the_schema(target: str) -> None:
-    found = document(Licence(), target=target, checkpoint={"repository": None, "revision": None})
+    found = document(License(), target=target, checkpoint={"repository": None, "revision": None})
     assert "licenses" not in found["metadata"]["component"]
     assert "purl" not in component(found, "checkpoint")
 
 
 @pytest.mark.parametrize("name", SPDX)
-def test_each_licence_that_is_translated_is_one_of_spdx(name: str) -> None:
-    assert document(Licence(name))["metadata"]["component"]["licenses"] == [{"license": {"id": SPDX[name]}}]
+def test_each_license_that_is_translated_is_one_of_spdx(name: str) -> None:
+    assert document(License(name))["metadata"]["component"]["licenses"] == [{"license": {"id": SPDX[name]}}]
 
 
 @pytest.mark.parametrize(
-    "licence",
+    "license",
     [
-        Licence("other", "tongyi", "https://example.org/a"),
-        Licence("other", "tongyi", "LICENSE"),
-        Licence("other"),
-        Licence("llama3"),
-        Licence("other", "<x> & \u202e"),
-        Licence("other", "n", "https://exa mple/ä"),
+        License("other", "tongyi", "https://example.org/a"),
+        License("other", "tongyi", "LICENSE"),
+        License("other"),
+        License("llama3"),
+        License("other", "<x> & \u202e"),
+        License("other", "n", "https://exa mple/ä"),
     ],
 )
-def test_other_licences_are_named(licence: Licence) -> None:
-    (one,) = document(licence)["metadata"]["component"]["licenses"]
-    assert one["license"]["name"] == (licence.name or licence.id)
-    assert ("url" in one["license"]) is (licence.link or "").startswith("https://example")
+def test_other_licenses_are_named(license: License) -> None:
+    (one,) = document(license)["metadata"]["component"]["licenses"]
+    assert one["license"]["name"] == (license.name or license.id)
+    assert ("url" in one["license"]) is (license.link or "").startswith("https://example")
 
 
 @pytest.mark.parametrize("name", ["a b/ä", "x" * 5000, '"', "\u202e", "<b>"])

@@ -15,18 +15,18 @@ import pytest
 import yaml
 
 from builder.bundle.model_card import limits, metadata, model_card, notes
-from builder.checkpoint.license import Licence, read_licence
+from builder.checkpoint.license import License, read_license
 from builder.targets.registry import PACKAGING
 from tests.helpers.checkpoints import MINIATURE
 from tests.helpers.manifests import COMMIT, manifest
 
-APACHE = Licence("apache-2.0", files=("LICENSE",))
+APACHE = License("apache-2.0", files=("LICENSE",))
 IMAGE = MINIATURE.parent / "heldout" / "pic002.png"
 
 
-def told(licence: Licence = APACHE, **changes: Any) -> dict[str, Any]:
+def told(license: License = APACHE, **changes: Any) -> dict[str, Any]:
     """The metadata, as the hub reads it."""
-    found: dict[str, Any] = yaml.safe_load(metadata(manifest(**changes), licence))
+    found: dict[str, Any] = yaml.safe_load(metadata(manifest(**changes), license))
     return found
 
 
@@ -49,9 +49,9 @@ def test_the_hub_reads_its_metadata() -> None:
 def test_a_local_checkpoint_names_the_model_that_it_was_made_from() -> None:
     local = {"repository": None, "revision": None}
     assert "base_model" not in told(checkpoint=local)
-    assert told(Licence(base=("Qwen/A",)), checkpoint=local)["base_model"] == "Qwen/A"
-    assert told(Licence(base=("Qwen/A", "Qwen/B")), checkpoint=local)["base_model"] == ["Qwen/A", "Qwen/B"]
-    assert told(Licence(base=("Qwen/A",)))["base_model"] == "Org/Tiny-VL"
+    assert told(License(base=("Qwen/A",)), checkpoint=local)["base_model"] == "Qwen/A"
+    assert told(License(base=("Qwen/A", "Qwen/B")), checkpoint=local)["base_model"] == ["Qwen/A", "Qwen/B"]
+    assert told(License(base=("Qwen/A",)))["base_model"] == "Org/Tiny-VL"
 
 
 def test_other_weights_are_a_quantized_model() -> None:
@@ -61,17 +61,17 @@ def test_other_weights_are_a_quantized_model() -> None:
     assert "int4" in found["tags"]
 
 
-def test_a_licence_is_told_and_none_is_not_guessed() -> None:
-    other = Licence("other", "tongyi", "https://example.org/licence", files=("LICENSE", "NOTICE"))
+def test_a_license_is_told_and_none_is_not_guessed() -> None:
+    other = License("other", "tongyi", "https://example.org/license", files=("LICENSE", "NOTICE"))
     found = told(other)
     assert (found["license"], found["license_name"], found["license_link"]) == (
         "other",
         "tongyi",
-        "https://example.org/licence",
+        "https://example.org/license",
     )
     assert "`tongyi`. Unchanged files of the checkpoint: `LICENSE`, `NOTICE`" in model_card(manifest(), other)
-    assert "license" not in told(Licence())
-    assert "does not state a license" in model_card(manifest(), Licence())
+    assert "license" not in told(License())
+    assert "does not state a license" in model_card(manifest(), License())
 
 
 @pytest.mark.parametrize("target", [*PACKAGING, "a runtime nobody has written about"])
@@ -102,7 +102,7 @@ def test_the_same_manifest_gives_the_same_card_and_no_figure_of_a_machine() -> N
 )
 def test_a_name_is_no_markup(name: str) -> None:
     changes = {"name": name, "repository": None, "revision": None}
-    text = model_card(manifest(checkpoint=changes), Licence("other", name))
+    text = model_card(manifest(checkpoint=changes), License("other", name))
     head, body = text.split("\n---\n", 1)
     assert yaml.safe_load(head.removeprefix("---\n"))["license"] == "other"
     shown = re.sub("`[^`\n]*`", "", body)
@@ -114,21 +114,21 @@ def test_a_name_is_no_markup(name: str) -> None:
 # --- what a checkpoint says ---
 
 
-def card(folder: Path, text: str | bytes, *others: str, name: str = "README.md") -> Licence:
+def card(folder: Path, text: str | bytes, *others: str, name: str = "README.md") -> License:
     folder.mkdir()
     (folder / name).write_bytes(text.encode() if isinstance(text, str) else text)
     for other in others:
         (folder / other).write_text("x")
-    return read_licence(folder)
+    return read_license(folder)
 
 
-def test_a_card_names_the_licence(tmp_path: Path) -> None:
+def test_a_card_names_the_license(tmp_path: Path) -> None:
     found = card(tmp_path / "a", "---\nlicense: apache-2.0\nbase_model: Qwen/X\n---\n# X\n", "NOTICE", "LICENSE")
-    assert found == Licence("apache-2.0", base=("Qwen/X",), files=("LICENSE", "NOTICE"))
+    assert found == License("apache-2.0", base=("Qwen/X",), files=("LICENSE", "NOTICE"))
     assert found.spdx == "Apache-2.0"
     other = card(tmp_path / "b", "---\nlicense: other\nlicense_name: n\nlicense_link: LICENSE\n---\n", name="readme.md")
     assert (other.id, other.name, other.link, other.spdx) == ("other", "n", "LICENSE", None)
-    assert read_licence(tmp_path / "nowhere") == Licence()
+    assert read_license(tmp_path / "nowhere") == License()
 
 
 @pytest.mark.parametrize(
@@ -148,13 +148,13 @@ def test_a_card_names_the_licence(tmp_path: Path) -> None:
     ],
 )
 def test_a_card_that_says_nothing_is_no_error(tmp_path: Path, text: str | bytes) -> None:
-    assert card(tmp_path / "a", text) == Licence()
+    assert card(tmp_path / "a", text) == License()
 
 
-def test_the_miniature_names_its_licence(tmp_path: Path) -> None:
+def test_the_miniature_names_its_license(tmp_path: Path) -> None:
     for name in ("README.md", "LICENSE"):
         shutil.copyfile(MINIATURE / name, tmp_path / name)
-    assert read_licence(tmp_path) == APACHE
+    assert read_license(tmp_path) == APACHE
 
 
 # --- what a card says to do ---
