@@ -166,7 +166,7 @@ def test_record_refuses_to_run_without_assertions() -> None:
     code = "from builder.stages.patch import record; record(())"
     done = subprocess.run([sys.executable, "-O", "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert "PatchError: checks are assertions" in done.stderr
+    assert "PatchError: the checks are assertions" in done.stderr
 
 
 def build(tmp_path: Path, *attentions: str) -> Build:

@@ -162,7 +162,7 @@ def test_a_weight_that_is_read_in_another_way_is_refused_with_the_rule_that_keep
     bound = graph(
         DECODER.replace("MatMul(normed, a.k.weight)", "MatMul(normed, fixed)").replace("{", "{ fixed = Neg(a.k.weight)")
     )
-    with pytest.raises(PassError, match=r"a rule names a weight of model\.onnx") as caught:
+    with pytest.raises(PassError, match=r"a rule selects a weight of model\.onnx") as caught:
         quantize.stored(tmp_path / "model.onnx", bound, "fp32", resolve(EVERYTHING, source.tensors), frozenset())
     assert "reads a.k.weight in a way" in str(caught.value.found)
     assert 'store = "keep"' in str(caught.value.next)

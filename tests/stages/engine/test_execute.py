@@ -122,7 +122,7 @@ def test_a_file_that_a_stage_reads_counts_too(build: Build, demo: Path) -> None:
     assert why(build)["first"] == "run: demo/pins.toml added"
     execute(build)
     (demo / "pins.toml").unlink()
-    assert why(build)["first"] == "run: demo/pins.toml is gone"
+    assert why(build)["first"] == "run: demo/pins.toml removed"
 
 
 def test_another_package_version_is_named(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,12 +146,12 @@ def test_forcing_reruns_a_stage_and_what_is_made_from_it(build: Build) -> None:
     ran(build)
     assert why(build, force=["first"]) == {
         "first": "run: forced",
-        "second": "run: first made anew",
+        "second": "run: first was rebuilt",
         "third": "cached",
     }
     execute(build, until="first", force=["first"])
     assert ran(build) == ["first"]
-    assert why(build)["second"] == "run: first made anew"
+    assert why(build)["second"] == "run: first was rebuilt"
     execute(build)
     assert ran(build) == ["second"]
 
@@ -174,7 +174,7 @@ def test_a_missing_or_cut_artifact_is_made_again_but_evidence_may_change(build: 
     (build.folder("first") / "one.txt").write_text("cut")
     assert why(build)["first"] == "run: 1-first/one.txt changed"
     (build.folder("first") / "one.txt").unlink()
-    assert why(build)["first"] == "run: 1-first/one.txt is gone"
+    assert why(build)["first"] == "run: 1-first/one.txt missing"
     execute(build)
     assert (build.folder("first") / "one.txt").read_text() == "length 4096"
 
