@@ -1,4 +1,4 @@
-"""`qwen3vl-onnx run` on bundles of both runtimes whose answers numpy knows."""
+"""`qwen3vl-onnx run` on bundles of both runtimes whose answers numpy computes."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_both_runtimes_answer_as_the_graphs_do(
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
-def test_a_file_that_is_no_image_is_an_image_error(runtime: str, bundles: dict[str, Path]) -> None:
+def test_a_file_that_is_not_an_image_is_an_image_error(runtime: str, bundles: dict[str, Path]) -> None:
     with pytest.raises(ImageError, match=r"manifest\.json cannot be read as an image"):
         ask(bundles[runtime], "What is it?", bundles[runtime] / "manifest.json")
 
@@ -98,7 +98,7 @@ def test_a_token_that_the_runtime_masks_is_refused(bundles: dict[str, Path], tmp
         ask(folder, "What is <|endoftext|>?")
 
 
-def test_a_folder_that_is_no_bundle_is_named(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_a_bundle_is_named(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="is not a bundle") as caught:
         ask(tmp_path)
     assert "manifest.json" in str(caught.value.found)
