@@ -15,7 +15,7 @@
 #   PYTHON      3.11 or newer; default python3
 #   VENV        default .venv
 #
-# In REPORTS: verdict (passed, partial, failed, error), log.txt, cache-key (changes when a stage was made anew), and a
+# In REPORTS: verdict (passed, partial, failed, error), log.txt, cache-key (changes when a stage was rebuilt), and a
 # folder a comparison (genai, genai-golden, …): report.html, report.md, junit.xml, parity.json, parity.txt.
 # Exit codes are the builder's (README, «Exit codes»): 0 every gate holds, 20 one does not, 2 wrong settings; 1 where it
 # could not be installed.

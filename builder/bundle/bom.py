@@ -1,9 +1,8 @@
-"""bom.cdx.json of a bundle: its bill of materials, CycloneDX 1.6 with a model card (an ML-BOM).
+"""Write bom.cdx.json, a bundle's bill of materials: CycloneDX 1.6 with a model card (ML-BOM).
 
-In: a manifest, the checkpoint's license. Out: JSON. Guaranteed: it keeps to the published schema; the same bytes for
-the same manifest: no time, and a serial number made from the content. All the bundle's files are in it but itself and
-the manifest, which lists it. https://cyclonedx.org/docs/1.6/json/. The reference library for Python has no model cards
-(11.12), so the document is written here and judged by that library's schema in the tests.
+Schema: https://cyclonedx.org/docs/1.6/json/. It lists every file of the bundle except itself and the manifest. The same
+manifest gives the same bytes: there is no time, and the serial number is derived from the content. The Python reference
+library (11.12) cannot write model cards; the tests validate the document against its schema.
 """
 
 from __future__ import annotations
@@ -21,13 +20,13 @@ from builder.checkpoint.license import License
 BOM = "bom.cdx.json"
 _ADDRESS = re.compile(r"https?://[\w./%~:?=&+-]+", re.ASCII)
 _SERIAL = uuid.uuid5(uuid.NAMESPACE_URL, "urn:qwen3vl-onnx:bom")
-_BUNDLE, _CHECKPOINT = "bundle", "checkpoint"  # what the document calls them
+_BUNDLE, _CHECKPOINT = "bundle", "checkpoint"  # references within the document
 
 Json = dict[str, Any]
 
 
 def bom(manifest: Mapping[str, Any], license: License) -> str:
-    """The document's text."""
+    """Return the document as JSON text."""
     content = _document(manifest, license)
     serial = uuid.uuid5(_SERIAL, json.dumps(content, sort_keys=True, ensure_ascii=False))
     head = {
@@ -43,7 +42,7 @@ def _document(manifest: Mapping[str, Any], license: License) -> Json:
     files = [_file(name, facts) for name, facts in manifest["files"].items() if name != BOM]
     tool = {"type": "application", "name": TOOL, "version": str(manifest["versions"].get(TOOL, ""))}
     dependencies = [
-        {"ref": _BUNDLE, "dependsOn": [_CHECKPOINT, *(one["bom-ref"] for one in files)]},
+        {"ref": _BUNDLE, "dependsOn": [_CHECKPOINT, *(file["bom-ref"] for file in files)]},
         {"ref": _CHECKPOINT, "dependsOn": []},
     ]
     return {
@@ -61,7 +60,7 @@ def _bundle(manifest: Mapping[str, Any], license: License) -> Json:
         "attention": manifest["attention"],
         "opset": manifest["opset"],
         **{f"recipe.{key}": value for key, value in recipe.items()},
-        **{f"patch.{name}": f"{one['target']} {one['digest']}" for name, one in manifest["patches"].items()},
+        **{f"patch.{name}": f"{patch['target']} {patch['digest']}" for name, patch in manifest["patches"].items()},
     }
     references = [
         {"type": "documentation", "url": CARD},
@@ -106,7 +105,7 @@ def _checkpoint(manifest: Mapping[str, Any], license: License) -> Json:
 
 
 def _identity(checkpoint: Mapping[str, Any]) -> Json:
-    """Name, commit, and where the hub has it. https://github.com/package-url/purl-spec, type `huggingface`."""
+    """Name, commit and URL of a checkpoint; purl type `huggingface`, https://github.com/package-url/purl-spec."""
     repository, commit = checkpoint.get("repository"), checkpoint.get("revision")
     found: Json = {"name": str(checkpoint["name"])}
     if commit:
@@ -128,7 +127,7 @@ def _file(name: str, facts: Mapping[str, Any]) -> Json:
 
 
 def _package(name: str, version: str) -> Json:
-    """What it was built with; nothing of it is in the bundle."""
+    """A package that the bundle was built with, and does not contain."""
     normal = name.lower().replace("_", "-")
     purl = f"pkg:pypi/{normal}@{quote(version, safe='')}"
     return {"type": "library", "bom-ref": purl, "name": name, "version": version, "purl": purl, "scope": "excluded"}
@@ -138,9 +137,9 @@ def _licenses(license: License) -> Json:
     if license.id is None:
         return {}
     name = license.name if license.id == "other" and license.name else license.id
-    told: Json = {"id": license.spdx} if license.spdx else {"name": name}
+    terms: Json = {"id": license.spdx} if license.spdx else {"name": name}
     address = {"url": license.link} if license.link and _ADDRESS.fullmatch(license.link) else {}
-    return {"licenses": [{"license": {**told, **address}}]}
+    return {"licenses": [{"license": {**terms, **address}}]}
 
 
 def _properties(facts: Mapping[str, Any]) -> list[Json]:

@@ -1,8 +1,7 @@
-"""`qwen3vl-onnx check`: whether a bundle is what it says, for whoever got it from somewhere.
+"""Check a bundle of unknown origin (`qwen3vl-onnx check`).
 
-In: a bundle's folder, perhaps a public key. Out: `Checked`, every check with what it looked at. Guaranteed: nothing
-that the bundle says is believed, and nothing of it is run: every file of the manifest is read to its end, and what the
-manifest says of graphs is compared with the graphs. What no check can tell without a key is who wrote the manifest.
+Nothing in the bundle is trusted or run: every file of the manifest is read completely, and the graphs are compared with
+the manifest. Without a key, no check can tell who wrote the manifest.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ LIBRARIES = (".so", ".dll", ".dylib", ".pyd", ".exe")
 
 @dataclass(frozen=True)
 class CheckRow:
-    """One check that holds: what it is, and what it looked at."""
+    """A check that passed, and what it covered."""
 
     check: str
     found: str
@@ -41,10 +40,10 @@ class CheckRow:
 
 @dataclass(frozen=True)
 class Checked:
-    """A bundle that passed.
+    """Result for a bundle that passed all checks.
 
     Args:
-        manifest: SHA-256 of manifest.json, which names every other file's: one number to compare with the builder's.
+        manifest: SHA-256 of manifest.json, which has the digests of all other files: compare it with the builder's.
         signature: `none`, `not checked` (no key was given), or `holds`.
     """
 
@@ -64,45 +63,46 @@ class Checked:
         }
 
     def renderables(self) -> Iterator[RenderableType]:
-        """A row a check, then the number to compare."""
+        """Yield a table of the checks, then the digest to compare."""
         rows = ((row.check, row.found, "" if row.found.startswith("not ") else "pass") for row in self.rows)
         yield console_table(f"{self.folder}: {self.target}", ("check", "found", ""), rows)
         yield f"{MANIFEST}: sha256 {self.manifest}"
 
 
 def check(folder: Path, key: Path | None = None) -> Checked:
-    """Every check of the bundle in `folder`.
+    """Run every check on the bundle in `folder`.
 
     Args:
-        key: a PEM file; the bundle must then be signed by the private key that belongs to it.
+        key: public key in PEM; the bundle must then be signed with the matching private key.
 
     Raises:
-        BundleError: files, contract or settings that are not as declared; SignatureError: not signed by that key.
-        UnsafeError: a name, a link or an operator that leads out of the folder; code that a runtime would load.
+        BundleError: files, ports or settings differ from the manifest.
+        SignatureError: the bundle is not signed with that key.
+        UnsafeError: a name, link or operator leads out of the folder, or a runtime would load code.
     """
     content = open_content(folder)
-    files = f"{len(content.files)} of the manifest, {len(content.evidence)} of evidence, no other, no links"
+    files = f"{len(content.files)} in the manifest, {len(content.evidence)} in evidence/, no other files, no links"
     rows = [CheckRow("files", files)]
     check_settings(content)
-    rows.append(CheckRow("settings", "JSON of moderate size; names no file outside, no library, no remote code"))
+    rows.append(CheckRow("settings", "JSON of moderate size; no outside files, libraries or remote code"))
     rows += _graph_rows(content)
     check_bytes(content)
     rows += _code_rows(content)
-    rows.append(CheckRow("bytes", f"SHA-256 of {size(sum(one.size for one in content.files.values()))}"))
+    rows.append(CheckRow("bytes", f"SHA-256 of {size(sum(entry.size for entry in content.files.values()))}"))
     signature = _check_signature(content, key)
-    told = {"holds": f"{SIGNATURE}, by the key {key}", "none": "not signed", "not checked": "not checked: no --key"}
-    rows.append(CheckRow("signature", told[signature]))
+    found = {"holds": f"{SIGNATURE}, verified with {key}", "none": "not signed", "not checked": "not checked: no --key"}
+    rows.append(CheckRow("signature", found[signature]))
     digest = sha256(folder / MANIFEST)
     return Checked(folder, content.target, digest, signature, tuple(rows))
 
 
 def check_bytes(content: Content) -> None:
-    """Reads every file of the manifest.
+    """Hash every file of the manifest.
 
     Raises:
-        BundleError: other bytes than the manifest names.
+        BundleError: a digest differs from the manifest.
     """
-    megabytes = sum(one.size for one in content.files.values()) // 10**6
+    megabytes = sum(entry.size for entry in content.files.values()) // 10**6
     with progress("sha256, MB", total=megabytes) as advance:
         for name in content.files:
             digest, seen = hashlib.sha256(), 0
@@ -114,12 +114,14 @@ def check_bytes(content: Content) -> None:
 
 
 def compare_digest(content: Content, name: str, digest: str) -> None:
-    """Raises:
-    BundleError: `digest` is not what the manifest says of the file `name`.
+    """Compare `digest`, SHA-256 in hex, with the manifest's entry for the file `name`.
+
+    Raises:
+        BundleError: they differ.
     """
     if digest != content.files[name].sha256:
         raise BundleError(
-            f"{name} is not the file that {content.folder / MANIFEST} names",
+            f"{name} does not match {content.folder / MANIFEST}",
             expected=f"sha256 {content.files[name].sha256}",
             found=f"sha256 {digest}",
             next=OTHERWISE,
@@ -127,11 +129,11 @@ def compare_digest(content: Content, name: str, digest: str) -> None:
 
 
 def check_settings(content: Content) -> None:
-    """That every JSON file can be read, and that nothing asks a runtime to load code.
+    """Check that every JSON file can be parsed and that no file makes a runtime load code.
 
     Raises:
-        BundleError: a JSON file that no reader should be given.
-        UnsafeError: pickles, libraries, custom operators, remote code.
+        BundleError: a JSON file is malformed, too large or too deep.
+        UnsafeError: there are pickles, libraries, custom operators or remote code.
     """
     for name in content.files:
         if name.endswith((*PICKLES, *LIBRARIES)):
@@ -146,9 +148,12 @@ def check_settings(content: Content) -> None:
         settings = _json(content, name)
         if name in MAY_NAME_CODE:
             refuse_remote_code(settings, name)
-        if name == GENAI and (asked := [key for key in _keys(settings) if "custom_op" in key or "library" in key]):
+        if name == GENAI and (unsafe := [key for key in _keys(settings) if "custom_op" in key or "library" in key]):
             raise UnsafeError(
-                f"{name} has the runtime load a library", expected="no custom operators", found=asked[0], next=OTHERWISE
+                f"{name} makes the runtime load a library",
+                expected="no custom operators",
+                found=unsafe[0],
+                next=OTHERWISE,
             )
 
 
@@ -161,36 +166,38 @@ def _json(content: Content, name: str) -> Mapping[str, Any]:
         ) from error
 
 
-def _keys(value: Any) -> Iterator[str]:
-    waiting = [value]
+def _keys(document: Any) -> Iterator[str]:
+    waiting = [document]
     while waiting:
-        one = waiting.pop()
-        if isinstance(one, dict):
-            yield from one
-            waiting += one.values()
-        elif isinstance(one, list):
-            waiting += one
+        value = waiting.pop()
+        if isinstance(value, dict):
+            yield from value
+            waiting += value.values()
+        elif isinstance(value, list):
+            waiting += value
 
 
 def _graph_rows(content: Content) -> list[CheckRow]:
     from builder.bundle.check_graphs import check_graphs
 
-    found = check_graphs(content)
+    counts = check_graphs(content)
     return [
-        CheckRow("contract", f"{found['ports']} ports of {found['graphs']} graphs, as declared"),
-        CheckRow("operators", f"{found['operators']} kinds, all of the target's domains, as declared"),
-        CheckRow("external data", f"{found['external tensors']} tensors, all inside the bundle's files"),
+        CheckRow("contract", f"{counts['ports']} ports of {counts['graphs']} graphs, as declared"),
+        CheckRow("operators", f"{counts['operators']} kinds, all in the target's domains, as declared"),
+        CheckRow("external data", f"{counts['external tensors']} tensors, all inside the bundle's files"),
     ]
 
 
 def _code_rows(content: Content) -> list[CheckRow]:
-    """Programs that lie in the bundle, which only a person can judge."""
+    """List the programs in the bundle; a program that differs from this release's needs a person to read it."""
     written = [program for runtime in PACKAGING.values() for program in runtime.programs().items()]
     own = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in written}
     programs = [name for name in content.files if name.endswith(PROGRAMS)]
     known = {name: content.files[name].sha256 == own.get(name) for name in programs}
-    told = [name if same else f"{name} (not this release's: read it before you run it)" for name, same in known.items()]
-    return [CheckRow("code", ("" if all(known.values()) else "not judged: ") + ", ".join(told))] if told else []
+    listed = [
+        name if same else f"{name} (differs from this release's: read before running)" for name, same in known.items()
+    ]
+    return [CheckRow("code", ("" if all(known.values()) else "not checked: ") + ", ".join(listed))] if listed else []
 
 
 def _check_signature(content: Content, key: Path | None) -> str:

@@ -1,9 +1,8 @@
-"""The checkpoint that a bundle's weights are: what PyTorch is given when it is compared with a quantized graph.
+"""Write a quantized bundle's weights as an fp32 checkpoint, which PyTorch runs for comparison with the bundle.
 
-In: a bundle and the checkpoint that it was made from. Out: a checkpoint folder in fp32 whose matrices are those of
-the bundle, dequantized, and whose other tensors are the checkpoint's, rounded as the bundle's precision rounds them;
-and how far each matrix is from the checkpoint's. Guaranteed: read and written a matrix at a time; the parts of a
-matrix are read as the operators read them, so that a part that is packed or placed wrongly is a wrong matrix here.
+Quantized matrices are dequantized from the bundle; other tensors are the checkpoint's, rounded to the bundle's
+precision. Matrices are read and written one at a time, and read as the operators read them, so that an error in packing
+or placement shows.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ ROUNDED = {"fp16": np.float16, "bf16": ml_dtypes.bfloat16, "fp32": np.float32}
 
 @dataclass(frozen=True)
 class RoundingError:
-    """Of one matrix: the norm of the error over the matrix's own, of the whole and of the worst row of blocks."""
+    """Norm of a matrix's error over the matrix's norm: of all values and of the worst row."""
 
     tensor: str
     bits: float
@@ -46,15 +45,15 @@ class RoundingError:
 
 
 def write_dequantized(folder: Path, checkpoint: Checkpoint, precision: str, out: Path) -> list[RoundingError]:
-    """Writes the checkpoint that the bundle in `folder` is into `out`.
+    """Write the fp32 copy of the bundle in `folder` to `out`, and return each quantized matrix's error.
 
     Args:
-        precision: of what the bundle does not quantize.
+        precision: of tensors that the bundle does not quantize: fp32, fp16 or bf16.
 
     Raises:
-        BundleError: a quantized matrix of the bundle is no matrix of the checkpoint, or of another shape.
+        BundleError: a quantized matrix is not in the checkpoint, or has a different shape there.
     """
-    found = dict(_places(folder, checkpoint))
+    places = dict(_places(folder, checkpoint))
     out.mkdir(parents=True, exist_ok=True)
     for name in checkpoint.files:
         if not name.endswith(".safetensors") and "/" not in name and (checkpoint.folder / name).is_file():
@@ -74,8 +73,8 @@ def write_dequantized(folder: Path, checkpoint: Checkpoint, precision: str, out:
         file.write(struct.pack("<Q", len(text)) + text)
         for name, tensor in checkpoint.tensors.items():
             raw = np.asarray(map_bytes(checkpoint.folder, tensor)).view(NUMPY[tensor.dtype]).reshape(tensor.shape)
-            if name in found:
-                place = found[name]
+            if name in places:
+                place = places[name]
                 (got,) = place.matrix.values([place.rows])
                 errors.append(_compared(name, got, raw.astype(np.float32), place.matrix.blocks))
             else:
@@ -86,17 +85,17 @@ def write_dequantized(folder: Path, checkpoint: Checkpoint, precision: str, out:
 
 @dataclass(frozen=True)
 class _Place:
-    """Rows of a matrix that a node reads."""
+    """Rows of a quantized matrix that are one tensor of the checkpoint."""
 
     matrix: QuantizedMatrix
     rows: slice
 
 
 def _places(folder: Path, checkpoint: Checkpoint) -> Iterator[tuple[str, _Place]]:
-    """Every quantized matrix of the checkpoint, and where the bundle has it."""
+    """Yield each quantized tensor of the checkpoint, and where the bundle has it."""
     for path in (folder / name for name in own_files(folder) if name.endswith(".onnx")):
         model = onnx.load(path, load_external_data=False)
-        weights = {one.name: Initializer(one, path.parent) for one in model.graph.initializer}
+        weights = {tensor.name: Initializer(tensor, path.parent) for tensor in model.graph.initializer}
         for node in model.graph.node:
             if node.op_type not in OPERATORS:
                 continue
@@ -118,7 +117,7 @@ def _places(folder: Path, checkpoint: Checkpoint) -> Iterator[tuple[str, _Place]
 
 
 def _tensors(codes: str, checkpoint: Checkpoint) -> Iterator[str]:
-    """`language_model.layers.0.mlp.gate_proj+up_proj.weight.levels` → the checkpoint's names of both."""
+    """Split `language_model.layers.0.mlp.gate_proj+up_proj.weight.levels` into the checkpoint's tensor names."""
     stem, *_ = codes.rpartition(".levels")
     before, _, after = stem.rpartition(".")
     path, _, names = before.rpartition(".")
@@ -136,9 +135,11 @@ def _compared(name: str, got: Matrix, want: Matrix, blocks: Blocks) -> RoundingE
     difference = np.square(got - want, dtype=np.float64).sum(1)
     own = np.square(want, dtype=np.float64).sum(1)
     rows = np.sqrt(difference / np.maximum(own, 1e-30))
-    whole = math.sqrt(difference.sum() / max(own.sum(), 1e-30))
-    return RoundingError(name, blocks.bits_per_weight, whole, float(rows.max()))
+    total = math.sqrt(difference.sum() / max(own.sum(), 1e-30))
+    return RoundingError(name, blocks.bits_per_weight, total, float(rows.max()))
 
 
 def _other_shape(name: str, expected: object, found: object) -> BundleError:
-    return BundleError(f"the bundle's {name} is of another shape than the checkpoint's", expected=expected, found=found)
+    return BundleError(
+        f"the bundle's {name} has a different shape than the checkpoint's", expected=expected, found=found
+    )

@@ -1,4 +1,4 @@
-"""What the newest verification of a bundle found, read from its evidence."""
+"""Read what a bundle's newest verification measured."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PARITY = "parity.json"
 
 
 def read_parity(bundle: Path) -> Mapping[str, Any] | None:
-    """parity.json of a bundle, in the names of the present format; None where it is absent or unreadable."""
+    """Read a bundle's parity.json in the current format's names; None where it is absent or unreadable."""
     try:
         return upgraded_parity(read_json(bundle / EVIDENCE / PARITY))
     except CheckpointError:
@@ -24,7 +24,7 @@ def read_parity(bundle: Path) -> Mapping[str, Any] | None:
 
 
 def excess(measured: float, limit: float) -> float:
-    """measured / limit, by which gates are ranked; where the limit is 0: 0 if the gate passes, else infinite."""
+    """Return measured / limit, by which gates are ranked; for a limit of 0: 0 if the gate passes, else infinity."""
     if not math.isfinite(measured):
         return math.inf
     if limit > 0:
@@ -33,9 +33,9 @@ def excess(measured: float, limit: float) -> float:
 
 
 def worst_figures(parity: Mapping[str, Any]) -> dict[str, float | str]:
-    """Place → the figure of its gate with the largest `excess`; `not run` where it was not compared.
+    """Map each place to the measured value of its gate with the largest `excess`, or to `not run`.
 
-    Entries that are not gates are left out: the file is whatever someone put there.
+    Malformed gates are skipped: anyone may have written the file.
     """
     ranked: dict[str, tuple[float, float]] = {}
     for gate in _gates(parity):

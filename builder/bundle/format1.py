@@ -1,4 +1,4 @@
-"""Names in reports and goldens of format 1, and what they are called since: the one mapping between the two."""
+"""Map names in reports and goldens of format 1 to the current names; the only such mapping."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ KEYS = {"pictures": "images", "picture": "difference"}  # of exhibits and golden
 
 
 def upgraded_parity(document: Mapping[str, Any]) -> dict[str, Any]:
-    """parity.json in the present names; what is not of format 1 is returned as it is."""
+    """Return parity.json in the current names; documents of other formats are returned unchanged."""
     if document.get("format") != 1:
         return dict(document)
     found = {**document, "format": 2}
@@ -27,12 +27,12 @@ def upgraded_parity(document: Mapping[str, Any]) -> dict[str, Any]:
         found["gates"] = [_gate(gate) for gate in gates]
     for key, names in (("not run", PLACES), ("facts", FACTS)):
         if isinstance(value := document.get(key), Mapping):
-            found[key] = {names.get(name, name): one for name, one in value.items()}
+            found[key] = {names.get(name, name): fact for name, fact in value.items()}
     return found
 
 
 def upgraded_keys(document: Any) -> Any:
-    """A golden or exhibits.json in the present names, at any depth; what is not of format 1 is returned as it is."""
+    """Return a golden or exhibits.json in the current names, at any depth; other formats are returned unchanged."""
     if not isinstance(document, dict) or document.get("format") != 1:
         return document
     found = _renamed(document)
@@ -55,7 +55,7 @@ def _gate(gate: Any) -> Any:
 
 
 def _case(name: Any) -> Any:
-    """A case's name, which a layer, a level or a span of tokens may follow."""
+    """Rename a case, whose name a layer, a DeepStack level or a span of tokens may follow."""
     if not isinstance(name, str):
         return name
     head, comma, rest = name.partition(",")

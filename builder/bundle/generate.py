@@ -1,8 +1,7 @@
-"""Ask a bundle: from a text and image files to a streamed answer, through our own exact preprocessing.
+"""Generate text with a bundle, from a prompt and image files, with this project's own exact preprocessing.
 
-In: a bundle, a prompt, image files. Out: text as it comes, then an `GeneratedText`.
-Guaranteed: greedy, whatever the bundle's generation settings say; one generator a question.
-A bundle for `onnxruntime` is driven by the pipeline.py that lies in it. That is code: run what you trust.
+Decoding is greedy whatever the bundle's generation settings say. A bundle for `onnxruntime` is run by the pipeline.py
+that it contains. That is code: run only bundles that you trust.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from builder.util.errors import BuildError, BundleError, ImageError, MissingPack
 
 @dataclass(frozen=True)
 class GeneratedText:
-    """`token_ids` are the generated ones, the stop token included; `text` is without special tokens."""
+    """Generated text without special tokens; `token_ids` are the generated tokens with the stop token."""
 
     text: str
     token_ids: tuple[int, ...]
@@ -37,26 +36,26 @@ def answer(
     max_new_tokens: int,
     on_text: Callable[[str], None],
 ) -> GeneratedText:
-    """One question, one answer.
+    """Generate an answer to a prompt, streaming its text.
 
     Args:
-        on_text: called with each piece of the answer; the pieces together are the answer's text.
+        on_text: called with each piece of the answer; the pieces concatenate to its text.
 
     Raises:
-        BundleError: no bundle, or one that its runtime cannot open.
-        ImageError: a file that is no image, or an image that the model cannot take.
-        PromptError: a text that the model cannot take, or with its answer longer than the model takes.
+        BundleError: `bundle` is not a bundle, or its runtime cannot open it.
+        ImageError: a file is not an image, or the model does not support the image.
+        PromptError: the model does not support the text, or prompt and answer exceed its length.
         MissingPackageError: the bundle's runtime is not installed.
     """
-    opened = open_bundle(bundle)
+    runner = open_bundle(bundle)
     with _in_use(bundle, "cannot prepare the prompt"):
-        inputs = _prepare(opened, prompt, images)
-    _check_length(inputs.input_ids.shape[1], max_new_tokens, opened.most_tokens)
+        inputs = _prepare(runner, prompt, images)
+    _check_length(inputs.input_ids.shape[1], max_new_tokens, runner.most_tokens)
     tokens: list[int] = []
     pieces: list[str] = []
-    stream = opened.stream(_noted(opened.tokens(inputs, max_new_tokens), tokens))
+    stream = runner.stream(_recorded(runner.tokens(inputs, max_new_tokens), tokens))
     while True:
-        with _in_use(bundle, "fails while it answers"):
+        with _in_use(bundle, "failed while generating"):
             piece = next(stream, None)
         if piece is None:
             break
@@ -66,10 +65,10 @@ def answer(
 
 
 def open_bundle(folder: Path) -> Runner:
-    """A bundle in the runtime that its manifest names.
+    """Open a bundle in the runtime that its manifest names.
 
     Raises:
-        BundleError: no bundle, an unknown target, or files that the runtime cannot open.
+        BundleError: `folder` is not a bundle, its target is unknown, or the runtime cannot open its files.
         MissingPackageError: the runtime is not installed.
     """
     target = check_bundle(folder)
@@ -85,7 +84,7 @@ def open_bundle(folder: Path) -> Runner:
 
 @contextmanager
 def _in_use(folder: Path, what: str) -> Iterator[None]:
-    """What a bundle's runtime, tokenizer or own code throws, as the bundle's error."""
+    """Raise errors of a bundle's runtime, tokenizer or own code as `BundleError`."""
     try:
         yield
     except BuildError:
@@ -93,7 +92,7 @@ def _in_use(folder: Path, what: str) -> Iterator[None]:
     except ModuleNotFoundError as error:
         package = str(error.name).partition(".")[0]
         raise MissingPackageError(f"running {folder} needs {package}", next=f"pip install {package}") from error
-    # Each runtime has errors of its own for a broken graph; those of tokenizers are no `Exception`.
+    # Runtimes have their own errors for broken graphs; those of tokenizers do not derive from `Exception`.
     except BaseException as error:
         if isinstance(error, (KeyboardInterrupt, SystemExit, GeneratorExit)):
             raise
@@ -104,18 +103,18 @@ def _in_use(folder: Path, what: str) -> Iterator[None]:
         ) from error
 
 
-def _prepare(opened: Runner, prompt: str, images: Sequence[Path]) -> Inputs:
+def _prepare(runner: Runner, prompt: str, images: Sequence[Path]) -> Inputs:
     try:
-        inputs = opened.prepare(prompt, images)
+        inputs = runner.prepare(prompt, images)
     except pipeline.ImageError as error:
         raise ImageError(str(error), next="give another file: PNG, JPEG, WebP …") from error
     except pipeline.TextError as error:
-        raise PromptError(str(error), next="take it out of the prompt") from error
-    if opened.padding is not None and opened.padding in inputs.input_ids:
-        token = opened.tokenizer.id_to_token(opened.padding)
+        raise PromptError(str(error), next="remove it from the prompt") from error
+    if runner.padding is not None and runner.padding in inputs.input_ids:
+        token = runner.tokenizer.id_to_token(runner.padding)
         raise PromptError(
-            f"the text holds {token}, which its runtime takes for padding",
-            next="take it out of the prompt",
+            f"the text contains {token}, which the runtime treats as padding",
+            next="remove it from the prompt",
         )
     return inputs
 
@@ -123,14 +122,14 @@ def _prepare(opened: Runner, prompt: str, images: Sequence[Path]) -> Inputs:
 def _check_length(seq: int, max_new_tokens: int, most: int) -> None:
     if seq + max_new_tokens > most:
         raise PromptError(
-            "prompt and answer can become longer than the model takes",
+            "prompt and answer may exceed the model's length",
             expected=f"at most {most} tokens together",
             found=f"{seq} tokens of prompt, {max_new_tokens} of answer",
             next=f"--max-new-tokens {most - seq}" if seq < most else "give fewer or smaller images",
         )
 
 
-def _noted(tokens: Iterable[int], into: list[int]) -> Iterator[int]:
+def _recorded(tokens: Iterable[int], into: list[int]) -> Iterator[int]:
     for token in tokens:
         into.append(token)
         yield token

@@ -1,4 +1,4 @@
-"""Read an initializer of a bundle's graph, in the graph or in its data file, without loading more than is used."""
+"""Read an initializer of a bundle's graph, from the graph or its data file, in blocks of bounded memory."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ import numpy.typing as npt
 import onnx_ir as ir
 from onnx import TensorProto, numpy_helper
 
-COUNT = 2**20  # values in memory at a time
+COUNT = 2**20  # values per block
 Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
 class Initializer:
-    """An initializer, and the folder of its graph."""
+    """An initializer, with the folder of its graph."""
 
     tensor: TensorProto
     folder: Path
 
     @property
     def packed(self) -> bool:
-        """Whether a value takes less than a byte, as int4."""
+        """Whether a value takes less than a byte, as int4 does."""
         return ir.DataType(self.tensor.data_type).bitwidth < 8
 
     def array(self) -> Array:
-        """Its values in its shape, mapped where they are in a data file; not for packed types."""
+        """Return the values in their shape, memory-mapped from a data file; not for packed types."""
         kind: Any = ir.DataType(self.tensor.data_type).numpy()
         array: Array = self._bytes().view(kind).reshape(tuple(self.tensor.dims))
         return array
 
     def values(self) -> Iterator[npt.NDArray[np.float64]]:
-        """Its values, `COUNT` at a time; not for packed types."""
+        """Yield the values in blocks of `COUNT`; not for packed types."""
         kind: Any = ir.DataType(self.tensor.data_type).numpy()
         for block in self._blocks():
             with np.errstate(all="ignore"):
@@ -45,11 +45,11 @@ class Initializer:
             yield values
 
     def digest(self) -> str:
-        """SHA-256 of its bytes, in hex."""
-        found = hashlib.sha256()
+        """Return SHA-256 of the bytes, in hex."""
+        digest = hashlib.sha256()
         for block in self._blocks():
-            found.update(block.data)
-        return found.hexdigest()
+            digest.update(block.data)
+        return digest.hexdigest()
 
     def _blocks(self) -> Iterator[npt.NDArray[np.uint8]]:
         content, step = self._bytes(), max(1, COUNT * ir.DataType(self.tensor.data_type).bitwidth // 8)
@@ -61,6 +61,6 @@ class Initializer:
             return np.frombuffer(numpy_helper.to_array(self.tensor).tobytes(), np.uint8)
         facts = {entry.key: entry.value for entry in self.tensor.external_data}
         length = -(-math.prod(self.tensor.dims) * ir.DataType(self.tensor.data_type).bitwidth // 8)
-        if not length:  # nothing can be mapped
+        if not length:  # an empty file cannot be mapped
             return np.empty(0, np.uint8)
         return np.memmap(self.folder / facts["location"], np.uint8, "r", int(facts.get("offset", "0")), (length,))

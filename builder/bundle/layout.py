@@ -1,8 +1,8 @@
-"""In: the folder of a bundle. Out: the target that its manifest names.
+"""Find and check the files of a bundle before a runtime written in C reads them.
 
-Guaranteed, before a runtime that is written in C sees any of it: the manifest's files are there and of its sizes, no
-name (in the manifest, the settings, a graph's external data) leads out of the folder, not by a link either, and
-what the runtime reads as JSON is JSON of moderate size and depth.
+Guarantees of `check_bundle`: the files of the manifest exist and have its sizes; no name in the manifest, the settings
+or a graph's external data leads out of the folder, directly or by a link; files that the runtime parses as JSON are
+JSON of moderate size and depth.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ if TYPE_CHECKING:
     from onnx import ModelProto
 
 MANIFEST, EVIDENCE = "manifest.json", "evidence"
-MAX_GRAPH = 512 * 2**20  # bytes of a graph file; weights lie beside it
+MAX_GRAPH = 512 * 2**20  # bytes of a graph file without its external data
 GRAPH = ".onnx"
 GENAI = "genai_config.json"
 READ_BY_RUNTIMES = (GENAI, "vision_processor.json", "pipeline.json", "tokenizer.json")
-OTHERWISE = "take the bundle again from where it was built; do not run one that someone changed"
+OTHERWISE = "copy the bundle again from where it was built; do not run a bundle that was changed"
 
 
 def check_bundle(folder: Path) -> str:
-    """The runtime that the bundle in `folder` is for.
+    """Check the bundle in `folder`, and return the target that its manifest names.
 
     Raises:
-        BundleError: no bundle, or files that are not those of its manifest.
-        UnsafeError: a file that lies outside the folder.
+        BundleError: `folder` is not a bundle, or its files differ from the manifest.
+        UnsafeError: a file is outside the folder.
     """
     manifest = _read(folder / MANIFEST, "`qwen3vl-onnx build` prints the path of a bundle on its last line")
     target = manifest.get("target")
     if not isinstance(target, str):
-        raise BundleError(f"{folder} is no bundle", expected=f"a {MANIFEST} that names its target", found=target)
+        raise BundleError(f"{folder} is not a bundle", expected=f"a {MANIFEST} that names its target", found=target)
     _check_sizes(folder, manifest.get("files", {}))
     for name in READ_BY_RUNTIMES:
         if (folder / name).exists():
@@ -53,20 +53,21 @@ def check_bundle(folder: Path) -> str:
 
 
 def graph_files(folder: Path) -> dict[str, Path]:
-    """Role → the graph that has it, as the manifest says; without one, the names that `quantize` gives.
+    """Map each role to its graph file, as the manifest declares or else by the names that `quantize` gives.
 
     Raises:
-        BundleError: a manifest that gives a role twice, or to no graph; UnsafeError: to a file outside the folder.
+        BundleError: the manifest gives a role twice, or to a file that is not a graph.
+        UnsafeError: a graph is outside the folder.
     """
     path = folder / MANIFEST
     graphs = _read(path, OTHERWISE).get("graphs", {}) if path.exists() else {}
     found: dict[str, Path] = {}
     for name, facts in graphs.items() if isinstance(graphs, Mapping) else ():
-        # A bundle from before roles had the role as its name.
+        # Bundles without roles have graphs named after them.
         role = str(facts.get("role", PurePosixPath(name).stem)) if isinstance(facts, Mapping) else ""
         if role in found or not name.endswith(GRAPH) or name.startswith(f"{EVIDENCE}/"):
             raise BundleError(
-                f"{path} does not say which graph is which",
+                f"{path} does not give each graph one role",
                 expected=f"graphs (*{GRAPH}), each with a role of its own",
                 found=f"{name}: {role}",
                 next=OTHERWISE,
@@ -77,28 +78,28 @@ def graph_files(folder: Path) -> dict[str, Path]:
 
 
 def own_files(folder: Path) -> list[str]:
-    """Names of all files but the evidence, relative, with `/`, sorted."""
+    """Paths of all files but the evidence, relative to `folder`, with `/`, sorted."""
     found = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
     return sorted(name.as_posix() for name in found if name.parts[0] != EVIDENCE)
 
 
 def data_files(folder: Path) -> set[Path]:
-    """The external data that the graphs refer to."""
+    """Paths of the external data that the graphs refer to."""
     graphs = graph_files(folder).values()
     return {(graph.parent / location).resolve() for graph in graphs for location in _locations(graph)}
 
 
 def own_evidence(folder: Path, part: str = "") -> Path:
-    """The bundle's folder for reports, or a part of it.
+    """Return the bundle's folder for evidence, or a subfolder of it.
 
     Raises:
-        UnsafeError: it is a link, which would lead what is written there to another place.
+        UnsafeError: it is a link, through which reports would be written elsewhere.
     """
     evidence = folder / EVIDENCE
-    for one in (evidence, evidence / part):
-        if one.is_symlink() or (one.exists() and not one.is_dir()):
+    for path in (evidence, evidence / part):
+        if path.is_symlink() or (path.exists() and not path.is_dir()):
             raise UnsafeError(
-                f"{one} is not a folder of this bundle", expected="a folder", found="a link or a file", next=OTHERWISE
+                f"{path} is not a folder of this bundle", expected="a folder", found="a link or a file", next=OTHERWISE
             )
     return evidence / part
 
@@ -107,14 +108,14 @@ def _read(path: Path, next: str | None) -> Mapping[str, Any]:
     try:
         return read_json(path)
     except CheckpointError as error:
-        what = f"{path.parent} is no bundle" if path.name == MANIFEST else f"the bundle's {path.name} cannot be read"
+        what = f"{path.parent} is not a bundle" if path.name == MANIFEST else f"the bundle's {path.name} cannot be read"
         raise BundleError(what, expected=error.expected, found=error.what, next=next) from error
 
 
 def _check_sizes(folder: Path, files: Any) -> None:
     if not isinstance(files, Mapping):
         raise BundleError(
-            f'{folder / MANIFEST}: "files" is no table',
+            f'{folder / MANIFEST}: "files" is not an object',
             expected="names, each with its size",
             found=type(files).__name__,
             next=OTHERWISE,
@@ -125,7 +126,7 @@ def _check_sizes(folder: Path, files: Any) -> None:
         found = (folder / name).stat().st_size
         if found != size:
             raise BundleError(
-                f"{name} is not the file that {folder / MANIFEST} names",
+                f"{name} does not match {folder / MANIFEST}",
                 expected=f"{size} bytes",
                 found=f"{found} bytes",
                 next=OTHERWISE,
@@ -133,7 +134,7 @@ def _check_sizes(folder: Path, files: Any) -> None:
 
 
 def _file_names(content: Mapping[str, Any]) -> Iterator[str]:
-    """Every file that genai_config.json names: `filename`, `config_filename` and the like, wherever they stand."""
+    """Yield every file that genai_config.json names, in keys such as `filename`, at any depth."""
     waiting: list[Any] = [content]
     while waiting:
         value = waiting.pop()
@@ -146,22 +147,22 @@ def _file_names(content: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _inside(folder: Path, name: str, where: str) -> None:
-    """That `name` is a file of `folder` itself."""
-    name = str(name)  # protobuf hands over bytes where a name is no UTF-8
+    """Check that `name` is a file inside `folder`."""
+    name = str(name)  # protobuf returns bytes for names that are not UTF-8
     path = folder / name
     try:
         inside = not leaves_folder(name) and path.resolve().is_relative_to(folder.resolve())
-        there = inside and path.is_file()
-    except (OSError, RuntimeError, ValueError):  # a name that no system takes; links in a circle
-        inside = there = False
+        exists = inside and path.is_file()
+    except (OSError, RuntimeError, ValueError):  # an invalid name, or a loop of links
+        inside = exists = False
     if not inside:
         raise UnsafeError(
             f"{where} names a file outside the bundle {folder}",
-            expected="a file in it, and no link out of it",
+            expected="a file inside it, not a link out of it",
             found=name,
             next=OTHERWISE,
         )
-    if not there:
+    if not exists:
         raise BundleError(
             f"{where} names a file that is not in {folder}",
             expected="every file of the bundle",
@@ -171,10 +172,10 @@ def _inside(folder: Path, name: str, where: str) -> None:
 
 
 def load_graph(path: Path) -> ModelProto:
-    """A graph without its external data.
+    """Load a graph without its external data.
 
     Raises:
-        BundleError: larger than `MAX_GRAPH`, or no graph.
+        BundleError: the file is larger than `MAX_GRAPH`, or not a graph.
     """
     import onnx
 
@@ -182,12 +183,12 @@ def load_graph(path: Path) -> ModelProto:
         raise BundleError(f"{path} is too large", expected=f"at most {MAX_GRAPH} bytes", found=path.stat().st_size)
     try:
         return onnx.load(path, load_external_data=False)
-    except Exception as error:  # protobuf has errors of its own
+    except Exception as error:  # protobuf raises its own types
         raise _unloadable(path, error) from error
 
 
 def _locations(graph: Path) -> Iterator[str]:
-    """Where a graph's external data lies, each place once."""
+    """Yield each location of a graph's external data once."""
     from onnx.external_data_helper import _get_all_tensors, uses_external_data
 
     model = load_graph(graph)
@@ -200,7 +201,7 @@ def _locations(graph: Path) -> Iterator[str]:
 
 def _unloadable(path: Path, error: Exception) -> BundleError:
     return BundleError(
-        f"{path} does not load, in any runtime",
+        f"{path} cannot be loaded by any runtime",
         expected="an ONNX graph",
         found=f"{type(error).__name__}: {error}",
         next=OTHERWISE,

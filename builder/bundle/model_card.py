@@ -1,8 +1,7 @@
-"""README.md of a bundle: the card that the hub shows.
+"""Write a bundle's README.md, the model card that the hub shows.
 
-In: a manifest, the checkpoint's license. Out: Markdown behind the hub's metadata. Guaranteed: the same text for the
-same manifest, and so no measured figure: those are of a machine, and lie in `evidence/report.md`, which the card links
-to; what a checkpoint names is shown as text; limits are those of the target's runtime.
+The text depends only on the manifest and the license. It has no measurements, which depend on the machine; it links to
+`evidence/report.md`. Names from the checkpoint are escaped.
 """
 
 from __future__ import annotations
@@ -22,49 +21,49 @@ NAME = 120  # characters
 
 
 SHARED = (
-    "One prompt and its answer are at most {max_length} tokens together, as the bundle's settings say.",
-    "Images only: there is no video.",
+    "Prompt and answer together are limited to {max_length} tokens by the bundle's settings.",
+    "Images only; video is not supported.",
 )
-OTHERS = Notes("onnx", ("onnxruntime",), (), ())
+DEFAULT = Notes("onnx", ("onnxruntime",), (), ())
 
 
 def notes(target: str) -> Notes:
-    """Of a runtime; what holds for every runtime where nobody has written any."""
-    return PACKAGING[target].notes if target in PACKAGING else OTHERS
+    """Notes of the target's runtime; defaults where the runtime is unknown."""
+    return PACKAGING[target].notes if target in PACKAGING else DEFAULT
 
 
 def limits(manifest: Mapping[str, Any]) -> tuple[str, ...]:
-    """What a user must know, a sentence each."""
-    shared = (one.format(max_length=manifest["recipe"]["max_length"]) for one in SHARED)
+    """Limitations that a user must know, one sentence each."""
+    shared = (limit.format(max_length=manifest["recipe"]["max_length"]) for limit in SHARED)
     return (*notes(manifest["target"]).limits, *shared)
 
 
 def model_card(manifest: Mapping[str, Any], license: License) -> str:
-    """The card's text."""
+    """Return the card: Markdown after the hub's YAML metadata."""
     title = f"# {plain(manifest['checkpoint']['name'])} for {plain(manifest['target'])}, {precision(manifest)}"
     parts = [title, _origin(manifest), _use(manifest), _check(), _limits(manifest), _graphs(manifest)]
     return f"---\n{metadata(manifest, license)}---\n" + "\n\n".join([*parts, _license(license)]) + "\n"
 
 
 def metadata(manifest: Mapping[str, Any], license: License) -> str:
-    """The hub's metadata, as YAML."""
+    """Return the hub's metadata as YAML."""
     from huggingface_hub import ModelCardData
 
-    told, repository = notes(manifest["target"]), manifest["checkpoint"].get("repository")
+    library, repository = notes(manifest["target"]).library, manifest["checkpoint"].get("repository")
     bases = [repository] if repository else list(license.base)
-    level = precision(manifest)
-    # The hub files a model of other weights below the one that it was made from; fp32 holds the same weights.
-    relation = "quantized" if bases and level != "fp32" else None
+    weights = precision(manifest)
+    # The hub lists a quantized model under its base model; fp32 keeps the base model's weights.
+    relation = "quantized" if bases and weights != "fp32" else None
     data = ModelCardData(
         base_model=bases[0] if len(bases) == 1 else bases or None,
         base_model_relation=relation,
         license=license.id,
         license_name=license.name,
         license_link=license.link if license.id == "other" else None,
-        library_name=told.library,
+        library_name=library,
         pipeline_tag=TASK,
-        quantization=level,
-        tags=sorted({"onnx", "onnxruntime", "qwen3_vl", "deepstack", told.library, level}),
+        quantization=weights,
+        tags=sorted({"onnx", "onnxruntime", "qwen3_vl", "deepstack", library, weights}),
     )
     return data.to_yaml(original_order=ORDER) + "\n"
 
@@ -73,19 +72,19 @@ ORDER = ["license", "license_name", "license_link", "base_model", "base_model_re
 
 
 def precision(manifest: Mapping[str, Any]) -> str:
-    """The recipe's word for the weights: its name where rules quantize them."""
+    """How weights are stored: the recipe's name where rules quantize them, else its precision."""
     recipe = manifest["recipe"]
     return plain(recipe["name"] if recipe.get("rules") else recipe["precision"])
 
 
 def plain(text: object) -> str:
-    """A name that is no markup: control characters gone, and what Markdown or HTML would read escaped."""
+    """Escape a name for Markdown and HTML, without control characters."""
     words = " ".join(clean(cut(str(text), NAME)).split())
     return "".join(f"\\{c}" if c in "\\`*_{}[]<>()#!|~$&@" else c for c in words)
 
 
 def quoted(text: object) -> str:
-    """The same as code."""
+    """Format a name as inline code."""
     return f"`{' '.join(clean(cut(str(text), NAME)).split()).replace('`', '')}`"
 
 
@@ -96,41 +95,42 @@ def _origin(manifest: Mapping[str, Any]) -> str:
     pinned = f" at commit {quoted(commit)}" if commit else ""
     version = manifest["versions"].get(TOOL, "")
     return (
-        f"ONNX graphs of {made_from}{pinned}, DeepStack included, weights in {precision(manifest)}, made by {TOOL} "
-        f"{plain(version)}.\nThey were compared with PyTorch before they became this bundle: inputs, the vision "
-        "encoder layer by layer, features,\nembeddings, the decoder layer by layer, logits and greedy tokens. "
-        "What was compared, and the figures, are in\n[evidence/report.md](evidence/report.md)."
+        f"ONNX graphs of {made_from}{pinned}, with DeepStack and {precision(manifest)} weights, built by {TOOL} "
+        f"{plain(version)}.\nThey were compared with PyTorch before packaging: inputs, each layer of the vision "
+        "encoder, image features,\nembeddings, each layer of the decoder, logits and greedy tokens. "
+        "The measured errors are in\n[evidence/report.md](evidence/report.md)."
     )
 
 
 def _use(manifest: Mapping[str, Any]) -> str:
-    told = notes(manifest["target"])
+    runtime = notes(manifest["target"])
     versions = manifest["versions"]
     pinned = " ".join(
-        f"{name}=={versions[name]}" if versions.get(name) and name != TOOL else name for name in told.packages
+        f"{name}=={versions[name]}" if versions.get(name) and name != TOOL else name for name in runtime.packages
     )
     install = [f"pip install {pinned}"] if pinned else []
-    lines = ["## Run it", "", "```", *install, *told.run, "```"]
-    lines += ["", "In the bundle's folder:", "", f"```{told.language}", told.code.rstrip(), "```"] if told.code else []
+    lines = ["## Usage", "", "```", *install, *runtime.run, "```"]
+    if runtime.code:
+        lines += ["", "In the bundle's folder:", "", f"```{runtime.language}", runtime.code.rstrip(), "```"]
     return "\n".join([*lines, "", f"Or with {TOOL}: `qwen3vl-onnx run FOLDER --prompt TEXT --image FILE`."])
 
 
 def _check() -> str:
     return "\n".join(
         (
-            "## Check it",
+            "## Verify the files",
             "",
             "```",
-            "qwen3vl-onnx check .      # every file's SHA-256, the graphs' contract, nothing besides",
+            "qwen3vl-onnx check .      # SHA-256 of every file, the graphs' inputs and outputs, no extra files",
             "```",
-            "`manifest.json` has the size and SHA-256 of every file, each graph's ports and operators, the "
+            "`manifest.json` lists the size and SHA-256 of every file, each graph's inputs, outputs and operators, the "
             "checkpoint's files,\nthe recipe, the versions and the patches; `bom.cdx.json` is the bill of materials.",
         )
     )
 
 
 def _limits(manifest: Mapping[str, Any]) -> str:
-    return "\n".join(("## Know its limits", "", *(f"- {one}" for one in limits(manifest))))
+    return "\n".join(("## Limitations", "", *(f"- {limit}" for limit in limits(manifest))))
 
 
 def _graphs(manifest: Mapping[str, Any]) -> str:
@@ -141,20 +141,20 @@ def _graphs(manifest: Mapping[str, Any]) -> str:
 
 
 def _ports(ports: Sequence[Mapping[str, Any]]) -> str:
-    """Cache ports, which there is a pair of a layer, are counted."""
+    """Format ports for a table; the cache ports, a pair per layer, are summarized."""
     cached = [port for port in ports if port["name"].startswith(("past_key_values.", "present."))]
     others = [
         f"{quoted(port['name'])} [{', '.join(map(plain, port['shape']))}]" for port in ports if port not in cached
     ]
-    first = [f"{quoted(cached[0]['name'])} and {len(cached) - 1} like it"] if cached else []
+    first = [f"{quoted(cached[0]['name'])} and {len(cached) - 1} similar"] if cached else []
     return "<br>".join(others + first)
 
 
 def _license(license: License) -> str:
     if license.id is None:
-        told = "The checkpoint does not say under which license it is; ask its authors before you pass this bundle on."
+        terms = "The checkpoint does not state a license; ask its authors before you redistribute this bundle."
     else:
         name = license.name if license.id == "other" and license.name else license.id
-        told = f"These weights come under the checkpoint's license: {quoted(name)}."
-    files = f" Its files, as they came: {', '.join(map(quoted, license.files))}." if license.files else ""
-    return f"## License\n\n{told}{files}"
+        terms = f"The weights are under the checkpoint's license: {quoted(name)}."
+    files = f" Unchanged files of the checkpoint: {', '.join(map(quoted, license.files))}." if license.files else ""
+    return f"## License\n\n{terms}{files}"

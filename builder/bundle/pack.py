@@ -1,10 +1,10 @@
-"""`qwen3vl-onnx pack`: a bundle as one file, the same bytes wherever and by whomever it is packed.
+"""Pack a bundle into tar archives that are the same bytes wherever they are packed (`qwen3vl-onnx pack`).
 
-In: a bundle. Out: `<name>.tar` with what runs, `<name>-evidence.tar` with what was measured, and the SHA-256 of both.
-Guaranteed: times, owners and permissions are left out, names are sorted, everything lies below one folder `<name>/`;
-every file is compared with the manifest while it is packed; memory does not grow with the bundle; an archive is whole
-or absent. Uncompressed: weights do not compress. Two verifications measure different times, so evidence is an archive
-of its own.
+`<name>.tar` has the files to run; `<name>-evidence.tar` has the measurements, which differ between verifications.
+Entries are sorted, under `<name>/`, without times, owners or permissions, and not compressed: weights do not compress.
+
+Guarantees: every file is compared with the manifest while it is packed; memory does not grow with the bundle; an
+archive is complete or absent.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ MEGABYTE = 10**6
 
 @dataclass(frozen=True)
 class Packed:
-    """An archive: where it is, how large, SHA-256 in hex."""
+    """An archive: path, size in bytes, SHA-256 in hex."""
 
     path: Path
     size: int
@@ -39,13 +39,14 @@ class Packed:
 
 
 def pack(folder: Path, output: Path | None = None) -> tuple[Packed, ...]:
-    """The bundle's archive, and one of its evidence where there is any.
+    """Write the bundle's archive, and one of its evidence where there is any.
 
     Args:
-        output: the first archive's path, the evidence's lies beside it; by default `<name>.tar` here.
+        output: path of the first archive, by default `<name>.tar` here; the evidence goes next to it.
 
     Raises:
-        BundleError, UnsafeError: what `builder.bundle.check` refuses; OutputError: an archive that cannot be written.
+        BundleError, UnsafeError: `builder.bundle.check` refuses the bundle.
+        OutputError: an archive cannot be written.
     """
     from builder.bundle.check_graphs import check_graphs
 
@@ -53,8 +54,8 @@ def pack(folder: Path, output: Path | None = None) -> tuple[Packed, ...]:
     check_settings(content)
     check_graphs(content)
     path = output or Path(content.name + SUFFIX)
-    asked = {path: content.shipped, path.with_name(f"{path.stem}{EVIDENCE}{path.suffix}"): content.evidence}
-    return tuple(_written(content, names, one) for one, names in asked.items() if names)
+    archives = {path: content.shipped, path.with_name(f"{path.stem}{EVIDENCE}{path.suffix}"): content.evidence}
+    return tuple(_written(content, names, archive) for archive, names in archives.items() if names)
 
 
 def _written(content: Content, names: Iterable[str], path: Path) -> Packed:
@@ -68,7 +69,7 @@ def _written(content: Content, names: Iterable[str], path: Path) -> Packed:
     except OSError as error:
         raise OutputError(
             f"{path} cannot be written",
-            expected="room, and permission, for one file as large as the bundle",
+            expected="permission and space for a file as large as the bundle",
             found=error.strerror or str(error),
             next="give another --output",
         ) from error
@@ -78,7 +79,7 @@ def _written(content: Content, names: Iterable[str], path: Path) -> Packed:
 def _archive(content: Content, names: Iterable[str], target: _Hashed) -> None:
     names = sorted(names)
     megabytes = sum((content.folder / name).stat().st_size for name in names) // MEGABYTE
-    # PAX: a size of more than 8 GB, and a name of more than 100 characters, need a header of their own.
+    # PAX headers allow files over 8 GB and names over 100 characters.
     with (
         progress("pack, MB", total=megabytes) as advance,
         tarfile.open(fileobj=target, mode="w", format=tarfile.PAX_FORMAT) as archive,
@@ -93,16 +94,18 @@ def _archive(content: Content, names: Iterable[str], target: _Hashed) -> None:
 
 
 def _entry(content: Content, name: str, size: int) -> tarfile.TarInfo:
-    """Of a file that anybody made at no time."""
+    """Tar header without time, owner or permissions."""
     if name in content.files and size != content.files[name].size:
-        raise BundleError(f"{name} changed while it was packed", expected=f"as {MANIFEST} says", found=f"{size} bytes")
+        raise BundleError(
+            f"{name} changed while it was packed", expected=f"the size in {MANIFEST}", found=f"{size} bytes"
+        )
     entry = tarfile.TarInfo(f"{content.name}/{name}")
     entry.size, entry.mode, entry.mtime = size, 0o644, 0
     return entry
 
 
 class _Read:
-    """A file that is hashed while it is read."""
+    """Hash a file while it is read."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.digest, self.size = file, hashlib.sha256(), 0
@@ -115,7 +118,7 @@ class _Read:
 
 
 class _Hashed(io.RawIOBase):
-    """A file that is hashed while it is written, from its start to its end."""
+    """Hash a file while it is written sequentially."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.digest = file, hashlib.sha256()

@@ -1,9 +1,8 @@
-"""`qwen3vl-onnx publish`: a checked bundle becomes a repository on the hub.
+"""Upload a checked bundle to the hub as one commit (`qwen3vl-onnx publish`).
 
-In: a bundle, a repository's name, a branch. Out: a `Plan` (what is there, what is to be sent), then one commit.
-Guaranteed: all files come in one commit, so that a repository has the old bundle or the new one; what has arrived in an
-upload that broke off is not sent again (by the file, or by huggingface_hub's chunks where hf_xet is used); what the hub
-has afterwards is what was checked, by digest. Connections, tokens, retries and the endpoint are huggingface_hub's.
+Guarantees: the repository has the old bundle or the new one; files that an interrupted upload transferred are not sent
+again (huggingface_hub does so per chunk where hf_xet is used); the hub's digests are compared with the bundle's
+afterwards. Connections, tokens, retries and the endpoint are huggingface_hub's.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ MAIN = "main"
 
 @dataclass(frozen=True)
 class Upload:
-    """A file, its bytes, and `new`, `changed` or `same`: what the repository has of it."""
+    """A file, its size in bytes, and its state in the repository: `new`, `changed` or `same`."""
 
     name: str
     size: int
@@ -36,12 +35,13 @@ class Upload:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a publication would do.
+    """What `publish` would do.
 
     Args:
-        exists: the repository; branch: the branch.
-        commit: that the branch is at.
-        others: files of the repository that are not the bundle's.
+        exists: whether the repository exists.
+        branch: whether the branch exists.
+        commit: head of the branch.
+        others: files of the repository that are not in the bundle.
     """
 
     repo: str
@@ -54,7 +54,7 @@ class Plan:
 
     @property
     def sent(self) -> tuple[Upload, ...]:
-        return tuple(one for one in self.files if one.state != "same")
+        return tuple(file for file in self.files if file.state != "same")
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -62,24 +62,24 @@ class Plan:
             "revision": self.revision,
             "repository exists": self.exists,
             "branch exists": self.branch,
-            "files": [{"file": one.name, "size": one.size, "state": one.state} for one in self.files],
-            "bytes to send": sum(one.size for one in self.sent),
+            "files": [{"file": file.name, "size": file.size, "state": file.state} for file in self.files],
+            "bytes to send": sum(file.size for file in self.sent),
             "others": list(self.others),
         }
 
     def renderables(self) -> Iterator[RenderableType]:
-        """A row a file, and what is missing at the hub."""
-        rows = ((one.name, size(one.size), one.state) for one in self.files)
-        yield console_table(f"{self.repo}, {self.revision}", ("file", "size", "there"), rows, right=("size",))
-        made = "" if self.exists and self.branch else "; the branch is made" if self.exists else "; it is made"
-        yield f"to send: {len(self.sent)} files, {size(sum(one.size for one in self.sent))}{made}"
+        """Yield a table of the files and a summary of what is sent or created."""
+        rows = ((file.name, size(file.size), file.state) for file in self.files)
+        yield console_table(f"{self.repo}, {self.revision}", ("file", "size", "state"), rows, right=("size",))
+        created = "" if self.exists and self.branch else f"; creates the {'branch' if self.exists else 'repository'}"
+        yield f"to send: {len(self.sent)} files, {size(sum(file.size for file in self.sent))}{created}"
 
 
 def plan(content: Content, repo: str, revision: str = MAIN) -> Plan:
-    """What there is at the hub, compared with `content`.
+    """Compare the repository with the bundle.
 
     Raises:
-        UploadError: the hub cannot be reached, or `repo` is no name.
+        UploadError: the hub cannot be reached, or `repo` is not a valid name.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
@@ -92,50 +92,50 @@ def plan(content: Content, repo: str, revision: str = MAIN) -> Plan:
             commit, remotes = info.sha, remote_files(info)
         except RevisionNotFoundError:
             branch = False
-        except RepositoryNotFoundError:  # of both, the more general
+        except RepositoryNotFoundError:
             exists = branch = False
     files = tuple(_upload(content, name, remotes.get(name)) for name in (*content.shipped, *content.evidence))
-    others = sorted({*remotes} - {one.name for one in files} - {*OF_THE_HUB})
+    others = sorted({*remotes} - {file.name for file in files} - {*OF_THE_HUB})
     return Plan(repo, revision, exists, branch, commit, files, tuple(others))
 
 
-def publish(content: Content, asked: Plan, *, private: bool = False, prune: bool = False) -> str:
-    """Send the bundle as one commit; returns the commit's address.
+def publish(content: Content, planned: Plan, *, private: bool = False, prune: bool = False) -> str:
+    """Upload the bundle as one commit, and return the commit's URL.
 
     Args:
-        content: checked.
-        asked: of the same content.
-        private: make a repository that is not there yet a private one.
+        content: a checked bundle.
+        planned: `plan` of the same bundle.
+        private: whether a new repository is created private.
         prune: remove the repository's other files.
 
     Raises:
-        UploadError: the hub did not take it, or has something else afterwards.
+        UploadError: the hub refused the upload, or has different files afterwards.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
-    repo, revision = asked.repo, asked.revision
+    repo, revision = planned.repo, planned.revision
     with _errors(repo):
-        if not asked.exists:
+        if not planned.exists:
             HfApi().create_repo(repo, private=private or None, exist_ok=True)
-        if not asked.branch and revision != MAIN:
+        if not planned.branch and revision != MAIN:
             HfApi().create_branch(repo, branch=revision, exist_ok=True)
-        adds = [CommitOperationAdd(one.name, str(content.folder / one.name)) for one in asked.sent]
-        deletes = [CommitOperationDelete(name, is_folder=False) for name in (asked.others if prune else ())]
+        adds = [CommitOperationAdd(file.name, str(content.folder / file.name)) for file in planned.sent]
+        deletes = [CommitOperationDelete(name, is_folder=False) for name in (planned.others if prune else ())]
         if not adds and not deletes:
-            return _address(repo, asked.commit)
+            return _address(repo, planned.commit)
         done = HfApi().create_commit(
             repo,
             [*deletes, *adds],
             commit_message=f"{content.name}: manifest {sha256(content.folder / 'manifest.json')[:12]}",
             revision=revision,
-            parent_commit=asked.commit,
+            parent_commit=planned.commit,
         )
     after = plan(content, repo, done.oid)
     if after.sent:
         raise UploadError(
-            f"{after.sent[0].name} at the hub is not what was sent",
+            f"{after.sent[0].name} at the hub differs from the file that was sent",
             expected=f"every file of {content.folder}",
-            found=", ".join(f"{one.name}: {one.state}" for one in after.sent[:8]),
+            found=", ".join(f"{file.name}: {file.state}" for file in after.sent[:8]),
         )
     return _address(repo, done.oid)
 
@@ -171,16 +171,16 @@ def _errors(repo: str) -> Iterator[None]:
         raise
     except errors.HFValidationError as error:
         raise UploadError(
-            f"{repo} is no repository's name", expected="Org/Name", found=first_line(error), next="write Org/Name"
+            f"{repo} is not a repository name", expected="Org/Name", found=first_line(error), next="give it as Org/Name"
         ) from error
     except (OSError, transport_error(), RuntimeError, ValueError) as error:
-        # What broke a file's upload lies behind the error that names the file.
+        # The cause of a failed file upload is chained to the error that names the file.
         cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
         status = getattr(getattr(cause, "response", None), "status_code", None)
         refused = status in (401, 403)
         raise UploadError(
-            f"{repo}: " + (first_line(error) if isinstance(error, RuntimeError) else "the hub did not take it"),
+            f"{repo}: " + (first_line(error) if isinstance(error, RuntimeError) else "the hub refused the upload"),
             expected="an answer from the hub, and a token that may write there",
             found=f"{type(cause).__name__}: {first_line(cause)}",
-            next="`hf auth login` with a token that may write to it, or set HF_TOKEN" if refused else None,
+            next="run `hf auth login` with a token that may write to it, or set HF_TOKEN" if refused else None,
         ) from error

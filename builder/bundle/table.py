@@ -1,7 +1,6 @@
-"""One table of several bundles: each one's runtime, and what its verification has found.
+"""Compare several bundles in one table: runtime, and verification results.
 
-In: folders of bundles. Out: a `Row` a bundle, as a table, Markdown or JSON. Guaranteed: every figure is read from the
-bundle's own manifest and evidence; a bundle that could not be played says why; nothing is computed or run.
+All values are read from each bundle's manifest and evidence; nothing is computed or run.
 """
 
 from __future__ import annotations
@@ -34,14 +33,15 @@ class Row:
     """One bundle.
 
     Args:
-        runtime: that played it, with its version.
+        runtime: the runtime that ran it, with its version.
         verdict: of its verification.
-        cases: of which tokens were compared.
-        tokens: that were compared; `equal`: of those, before the first that differs in each case.
-        task: right held-out answers of all, and PyTorch's.
-        bytes: of all files but the evidence.
+        cases: number of cases whose tokens were compared.
+        tokens: number of tokens compared.
+        equal: number of tokens before the first difference in each case.
+        task: held-out accuracy, of the bundle and of PyTorch.
+        bytes: size of all files but the evidence.
         played: `run`, or `not run here, because …`.
-        twin: the tokens are those of the bundle's twin in fp32, which must be exact where the bundle need not.
+        twin: whether the tokens are those of the bundle's fp32 copy, which must be exact where the bundle need not.
     """
 
     target: str
@@ -58,8 +58,8 @@ class Row:
 
     @property
     def cells(self) -> tuple[str, ...]:
-        """As `COLUMNS`."""
-        tokens = f"{self.equal} / {self.tokens}{', its fp32 twin' * self.twin}" if self.tokens else NONE
+        """Text for each of `COLUMNS`."""
+        tokens = f"{self.equal} / {self.tokens}{', its fp32 copy' * self.twin}" if self.tokens else NONE
         cases = str(self.cases) if self.tokens else NONE
         return (
             self.target,
@@ -74,10 +74,10 @@ class Row:
 
 
 def bundles_in(folders: Sequence[Path]) -> list[Path]:
-    """The bundles that are there: folders of bundles as they are, of a build's output folder all that it made.
+    """Return the given bundles, and all bundles in the given output folders of builds.
 
     Raises:
-        BundleError: a folder that is neither.
+        BundleError: a folder is neither.
     """
     found: list[Path] = []
     for folder in folders:
@@ -87,8 +87,8 @@ def bundles_in(folders: Sequence[Path]) -> list[Path]:
         inside = sorted(path.parent for path in folder.glob(f"8-bundle/*/{MANIFEST}"))
         if not inside:
             raise BundleError(
-                f"{folder} holds no bundles",
-                expected="a bundle, or the folder that `qwen3vl-onnx build --output` was given",
+                f"{folder} contains no bundles",
+                expected="a bundle, or an output folder of `qwen3vl-onnx build`",
                 next="qwen3vl-onnx build --recipe fp32-everywhere",
             )
         found += inside
@@ -96,10 +96,10 @@ def bundles_in(folders: Sequence[Path]) -> list[Path]:
 
 
 def rows(bundles: Sequence[Path]) -> list[Row]:
-    """In the order given.
+    """Return a row per bundle, in order.
 
     Raises:
-        BundleError: no bundle, or one that was never verified.
+        BundleError: a folder is not a bundle, or was never verified.
     """
     return [_row(bundle) for bundle in bundles]
 
@@ -126,14 +126,14 @@ def _row(bundle: Path) -> Row:
         int(tokens.get("compared", 0)),
         int(tokens.get("equal", 0)),
         f"{task['ONNX']} (PyTorch {task['PyTorch']})" if {"ONNX", "PyTorch"} <= task.keys() else None,
-        sum(int(one["size"]) for one in manifest.get("files", {}).values()),
+        sum(int(file["size"]) for file in manifest.get("files", {}).values()),
         f"not run here, because {why}" if why else RUN,
         twin="quality" in facts,
     )
 
 
 def _runtime(target: str, versions: Mapping[str, str]) -> str:
-    """The package that plays it; of a runtime that is none of Python's, what its target says of itself."""
+    """Return the package that runs the target, with its version; else the versions that its runner reports."""
     known = PACKAGING.get(target)
     first = known.notes.packages[0] if known and known.notes.packages else target
     if first in versions:
@@ -143,10 +143,10 @@ def _runtime(target: str, versions: Mapping[str, str]) -> str:
 
 
 def renderables(found: Sequence[Row]) -> Iterator[RenderableType]:
-    """For the console, where what is long follows the table."""
-    narrow = [index for index, name in enumerate(COLUMNS) if name not in ("runtime", "")]
-    headings = [COLUMNS[index] for index in narrow]
-    rows = ([row.cells[index] for index in narrow] for row in found)
+    """Yield a table for the console, then the long cells as lines."""
+    shown = [index for index, name in enumerate(COLUMNS) if name not in ("runtime", "")]
+    headings = [COLUMNS[index] for index in shown]
+    rows = ([row.cells[index] for index in shown] for row in found)
     title = "Bundles, each in its own runtime, against PyTorch"
     yield console_table(title, headings, rows, right=("cases", "tokens equal", "size"))
     for row in found:
@@ -154,19 +154,19 @@ def renderables(found: Sequence[Row]) -> Iterator[RenderableType]:
 
 
 def markdown(found: Sequence[Row]) -> str:
-    """For a README or a comment."""
+    """Format the table for a README or a comment."""
     lines = [f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS)]
     lines += [f"| {' | '.join(cell.replace('|', '/') for cell in row.cells)} |" for row in found]
     return "\n".join(lines) + "\n"
 
 
 def as_dicts(found: Sequence[Row]) -> list[dict[str, Any]]:
-    """For JSON."""
+    """Return the rows for JSON."""
     return [asdict(row) for row in found]
 
 
 def write(found: Sequence[Row], output: Path) -> None:
-    """`evidence/bundles.md` and `.json` of an output folder."""
+    """Write `evidence/bundles.md` and `.json` in an output folder."""
     folder = output / EVIDENCE
     folder.mkdir(exist_ok=True)
     write_text(folder / f"{WRITTEN}.md", markdown(found))

@@ -1,9 +1,6 @@
-"""Stage 8: the final folder a target, with its manifest and its evidence.
+"""Stage 8: assemble each target's bundle, with manifest, model card, bill of materials, license files and evidence.
 
-In: configured folders, the verification's reports, the records of the stages before. Out: `<target>/` with every file
-linked, the checkpoint's license and notices, a model card, a bill of materials, `manifest.json`, and `evidence/`.
-Guaranteed: all but `evidence/` is the same bytes for the same inputs, pinned
-packages and platform.
+Guarantees: all files but `evidence/` are the same bytes for the same inputs, pinned packages and platform.
 """
 
 from __future__ import annotations
@@ -52,7 +49,7 @@ BUILT_WITH = (
 
 
 def run(build: Build, out: Path) -> Mapping[str, object]:
-    """Returns the path and the manifest's SHA-256 of each target's bundle."""
+    """Assemble every bundle, and return its path and its manifest's SHA-256 per target."""
     facts: dict[str, object] = {}
     for target in build.recipe.targets:
         folder = out / target.runtime
@@ -64,7 +61,7 @@ def run(build: Build, out: Path) -> Mapping[str, object]:
         _write(folder / MANIFEST, text)
         _evidence(build, target, folder / EVIDENCE)
         report, context = rendered(folder)
-        write_pages(report, folder / EVIDENCE, context)  # again: now that the manifest is there, and every time
+        write_pages(report, folder / EVIDENCE, context)  # rewritten now that the manifest exists
         facts[target.runtime] = {
             "path": str(build.folder("bundle") / target.runtime),
             "manifest sha256": sha256(folder / MANIFEST),
@@ -73,14 +70,14 @@ def run(build: Build, out: Path) -> Mapping[str, object]:
 
 
 def _described(build: Build, target: Target, folder: Path) -> dict[str, Any]:
-    """The manifest, after what is made from it has been laid beside the graphs; the card lists no digest of itself."""
+    """Write the license files, card and bill of materials, and return the manifest that lists them."""
     notices = build.folder("fetch") / NOTICES
     license = read_license(notices)
     for name in license.files:
         link(notices / name, folder / name)
     found = manifest(build, target, folder)
-    for name, made in ((CARD, model_card), (BOM, bom)):
-        _write(folder / name, made(found, license))
+    for name, text_of in ((CARD, model_card), (BOM, bom)):
+        _write(folder / name, text_of(found, license))
         found["files"][name] = {"size": (folder / name).stat().st_size, "sha256": sha256(folder / name)}
     return {**found, "files": dict(sorted(found["files"].items()))}
 
@@ -90,7 +87,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def manifest(build: Build, target: Target, folder: Path) -> dict[str, Any]:
-    """What is in the bundle and what it was made from; no time, no path, no measurement."""
+    """Describe the bundle's files and sources, without times, paths or measurements."""
     checkpoint, layout = build.checkpoint, PACKAGING[target.runtime].layout
     patches = json.loads((build.folder("patch") / "patches.json").read_text(encoding="utf-8"))["patches"]
     fetched = json.loads((build.folder("fetch") / FETCHED).read_text(encoding="utf-8"))["files"]
@@ -117,8 +114,8 @@ def manifest(build: Build, target: Target, folder: Path) -> dict[str, Any]:
             "revision": checkpoint.revision,
             "config_sha256": checkpoint.config_digest,
             "files": {
-                name: {"size": one["size"], "sha256": digests["checkpoint"].get(name) or one["sha256"]}
-                for name, one in fetched.items()
+                name: {"size": file["size"], "sha256": digests["checkpoint"].get(name) or file["sha256"]}
+                for name, file in fetched.items()
             },
         },
         "graphs": _graphs(build, target, folder),
@@ -133,11 +130,11 @@ def manifest(build: Build, target: Target, folder: Path) -> dict[str, Any]:
 
 
 def _graphs(build: Build, target: Target, folder: Path) -> dict[str, Any]:
-    """What each graph takes and gives, by its name; where it lies and what it is for, `configure` has said."""
-    laid = read_json(build.folder("configure") / target.runtime / MANIFEST)["graphs"]
+    """Map each graph file to its role, as `configure` wrote it, with its ports and operators."""
+    configured = read_json(build.folder("configure") / target.runtime / MANIFEST)["graphs"]
     known = {component.name: component.as_dict() for component in components(build.checkpoint, target.runtime)}
     found = {}
-    for name, facts in laid.items():
+    for name, facts in configured.items():
         model = load_graph(folder / name)
         ports = known.get(facts["role"]) or {side: introspection.ports(model.graph, side) for side in SIDES}
         found[name] = {**facts, **_graph(folder / name, ports)}
@@ -149,14 +146,14 @@ def _graphs(build: Build, target: Target, folder: Path) -> dict[str, Any]:
 def _graph(path: Path, ports: dict[str, Any]) -> dict[str, Any]:
     model = ir.load(path)
     types = {value.name: value.dtype for value in (*model.graph.inputs, *model.graph.outputs)}
-    for port in (*ports["inputs"], *ports["outputs"]):  # the contract's float is the recipe's precision
+    for port in (*ports["inputs"], *ports["outputs"]):  # float ports have the recipe's precision
         kind = types[port["name"]]
         port["dtype"] = port["dtype"] if kind is None else TYPES.get(kind, kind.name.lower())
     return {**ports, "operators": sorted({operator(node) for node in model.graph.all_nodes()})}
 
 
 def _evidence(build: Build, target: Target, folder: Path) -> None:
-    """Reports of the verification, the patches' diffs, and the record of every stage."""
+    """Link the verification's reports, the patches' diffs and the record of every stage."""
     for file in sorted((build.folder("verify") / target.runtime).iterdir()):
         link(file, folder / file.name)
     for name in SETS[target.attention]:

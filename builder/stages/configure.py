@@ -1,9 +1,7 @@
-"""Stage 6: the files beside the graphs.
+"""Stage 6: lay out each target's graphs and data, and write its configuration, tokenizer and chat template.
 
-In: filled graphs and the checkpoint. Out: a folder a target with graphs and their data where its runtime looks for
-them, configuration, tokenizer, chat template and generation settings, and the beginning of a manifest: which graph is
-which. Guaranteed: no token id, size, mean or layer count is a literal; all come from the checkpoint; data files are
-linked under whatever name, never read.
+Token ids, sizes, means and layer counts all come from the checkpoint. Data files are linked, not read. The manifest
+starts here, with each graph's role.
 """
 
 from __future__ import annotations
@@ -31,7 +29,7 @@ TEMPLATE, TOKENIZER_CONFIG = "chat_template.jinja", "tokenizer_config.json"
 
 
 def run(build: Build, out: Path) -> Mapping[str, object]:
-    """Returns the names of the files written a target."""
+    """Lay out and configure every target, and return the names of the files written for each."""
     facts: dict[str, object] = {}
     for target in build.recipe.targets:
         folder = out / target.runtime
@@ -43,13 +41,13 @@ def run(build: Build, out: Path) -> Mapping[str, object]:
 
 
 def lay_out(filled: Path, checkpoint: Checkpoint, recipe: Recipe, target: Target, folder: Path) -> dict[str, str]:
-    """Puts a target's graphs and their data into `folder`, and returns each graph's name → its role.
+    """Write a target's graphs and data to `folder`, and map each graph file to its role.
 
     Args:
-        filled: the graphs as `quantize` wrote them.
+        filled: folder of the graphs that `quantize` wrote.
     """
     packaging = PACKAGING[target.runtime]
-    names = [one.name for one in components(checkpoint, target.runtime)]
+    names = [component.name for component in components(checkpoint, target.runtime)]
     moved: dict[str, str] = {}
     for name in names:
         place, own = packaging.layout(name, recipe), by_name(name, recipe)
@@ -70,7 +68,7 @@ def lay_out(filled: Path, checkpoint: Checkpoint, recipe: Recipe, target: Target
 
 
 def _write_referring(source: Path, destination: Path, moved: Mapping[str, str]) -> None:
-    """The graph, its external data found under the names that they have now."""
+    """Write a graph whose external data refers to the moved data files."""
     import onnx
     from onnx.external_data_helper import _get_all_tensors, uses_external_data
 
@@ -80,14 +78,14 @@ def _write_referring(source: Path, destination: Path, moved: Mapping[str, str]) 
         for entry in tensor.external_data:
             if entry.key == "location":
                 data = PurePosixPath(moved[entry.value])
-                assert data.parent == own, f"the data of a graph lie in its own folder: {data} is not in {own}"
+                assert data.parent == own, f"a graph's data must be in its folder: {data} is not in {own}"
                 entry.value = data.name
     destination.parent.mkdir(parents=True, exist_ok=True)
     destination.write_bytes(model.SerializeToString(deterministic=True))
 
 
 def configure(build: Build, target: Target, folder: Path) -> list[str]:
-    """Writes the configuration of one target into `folder`."""
+    """Write a target's configuration to `folder`, and return the names of its files."""
     checkpoint = build.checkpoint
     files = dict(PACKAGING[target.runtime].configs(checkpoint, build.recipe, target))
     files[TEMPLATE] = checkpoint.chat_template
@@ -102,7 +100,7 @@ def configure(build: Build, target: Target, folder: Path) -> list[str]:
 
 
 def _tokenizer_config(checkpoint: Checkpoint) -> str:
-    """The checkpoint's, with the chat template inside: the runtime looks for it there."""
+    """Return the tokenizer's settings with the chat template, which runtimes read from there."""
     known = TOKENIZER_CONFIG in checkpoint.files
     settings = read_json(checkpoint.folder / TOKENIZER_CONFIG) if known else {}
     settings["chat_template"] = checkpoint.chat_template

@@ -1,9 +1,7 @@
-"""Stage 3: trace the three graphs of each target on empty weights, one layer of each kind.
+"""Stage 3: trace the graphs of each target on empty weights, one layer of each kind, and bind their initializers.
 
-In: the checkpoint's config alone and the patches. Out: `<target>/<graph>.onnx` with bindings
-(builder/graph/binding.py).
-Guaranteed: no weight is read and no weight page touched; every initializer is bound to a checkpoint tensor or is one of
-`RECOMPUTED`; ports carry the names, types and axis names of builder/graph/ports.py.
+Guarantees: no weight is read or allocated; every initializer is bound to a checkpoint tensor (builder/graph/binding.py)
+or is in `RECOMPUTED`; ports have the names, types and axis names of builder/graph/ports.py.
 """
 
 from __future__ import annotations
@@ -32,16 +30,16 @@ if TYPE_CHECKING:
     from builder.stages.engine.build import Build
     from builder.targets.recipe import Target
 
-RECOMPUTED = ("rotary_emb.inv_freq", "rotary_pos_emb.inv_freq")  # non-persistent: no checkpoint has them
-TRACED_CONSTANT = "lifted_tensor"  # the exporter's name for a tensor that the traced code wrote out
+RECOMPUTED = ("rotary_emb.inv_freq", "rotary_pos_emb.inv_freq")  # non-persistent buffers: not in checkpoints
+TRACED_CONSTANT = "lifted_tensor"  # the exporter's name for a tensor constant in the traced code
 KINDS = {VISION: vision_kinds, DECODER: decoder_kinds}
-# What is traced with leaves no trace in the graph. No two axes are of one size, so that none is taken for another.
+# Sizes of example inputs, which are dynamic in the graph. They are distinct so that no axes are confused.
 EXAMPLE_SIZES = {"batch": 2, "batch_size": 2, "seq": 5, "past": 7, "total": 12}
 EXAMPLE_GRIDS = ((1, 4, 6), (2, 2, 2))  # height and width in merge blocks
 
 
 def run(build: Build, out: Path) -> Mapping[str, object]:
-    """Exports every target of the recipe; returns the number of nodes and of bound initializers a graph."""
+    """Export every target of the recipe, and return the counts of nodes and bound initializers per graph."""
     from patches import patches_for
     from patches.registry import applied
 
@@ -62,16 +60,16 @@ def run(build: Build, out: Path) -> Mapping[str, object]:
 
 
 def export(checkpoint: Checkpoint, model: Any, target: Target, component: Component) -> BoundGraph:
-    """One graph of one target, bound. Call under `patches.registry.applied`.
+    """Export one graph of a target, bound. Call under `patches.registry.applied`.
 
     Args:
-        model: the empty model of `shortened(checkpoint)`, one layer of each kind.
+        model: the empty model of `shortened(checkpoint)`, with one layer of each kind.
 
     Raises:
         WeightError: an initializer is neither a checkpoint tensor nor a recomputed buffer.
     """
     short = shortened(checkpoint)
-    few = next(one for one in components(short, target.runtime) if one.name == component.name)
+    few = next(each for each in components(short, target.runtime) if each.name == component.name)
     traced = trace(short, model, target, few)
     if component.name not in KINDS:
         return traced
@@ -79,14 +77,14 @@ def export(checkpoint: Checkpoint, model: Any, target: Target, component: Compon
 
 
 def trace(checkpoint: Checkpoint, model: Any, target: Target, component: Component) -> BoundGraph:
-    """The graph of `model` as it is, marks of its layers included, bound.
+    """Trace `model` without unrolling, keep the marks of its layers, and bind it.
 
     Raises:
         WeightError: an initializer is neither a checkpoint tensor nor a recomputed buffer.
     """
     import torch
 
-    # The exporter warns on every graph that torchvision's operators are not there; nothing here uses them.
+    # The exporter warns for every graph that torchvision's operators, which are not used, are missing.
     logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
     module = module_of(checkpoint, model, component.name, target)
     inputs = _example_inputs(checkpoint, component)
@@ -110,7 +108,7 @@ def trace(checkpoint: Checkpoint, model: Any, target: Target, component: Compone
 
 
 def _arguments(component: Component, values: list[Any]) -> tuple[Any, ...]:
-    """The decoder takes its past as one list; every other port is an argument of its own."""
+    """Group the past key/value inputs into a list argument; other inputs are separate arguments."""
     first_past = next(
         (i for i, port in enumerate(component.inputs) if port.name.startswith("past_key_values.")),
         len(values),
@@ -151,9 +149,9 @@ def _example_inputs(checkpoint: Checkpoint, component: Component) -> list[Any]:
 
 
 def _declare(model: ir.Model, component: Component) -> None:
-    """Names and shapes of the ports as the contract spells them."""
+    """Set names and shapes of the ports to the component's."""
     for values, ports in ((model.graph.inputs, component.inputs), (model.graph.outputs, component.outputs)):
-        assert len(values) == len(ports), f"{component.name}: {len(values)} ports traced, {len(ports)} in the contract"
+        assert len(values) == len(ports), f"{component.name}: {len(values)} ports traced, {len(ports)} expected"
         for value, port in zip(values, ports, strict=True):
             value.name, value.shape = port.name, ir.Shape(port.shape)
     model.graph.name = component.name
@@ -168,7 +166,7 @@ def _bindings(checkpoint: Checkpoint, model: Any, module: Any, ir_model: ir.Mode
             tensor = inside[name]
             if tensor not in checkpoint.tensors:
                 raise WeightError(
-                    f"initializer {name} has no tensor in the checkpoint",
+                    f"the checkpoint has no tensor for the initializer {name}",
                     expected=tensor,
                     found="no such tensor",
                 )

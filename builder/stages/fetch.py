@@ -1,10 +1,8 @@
-"""The stage `fetch`: the checkpoint's files, on this disk, whole, and what each is.
+"""Stage 1: have the checkpoint's files on this disk, and record their identity in `checkpoint.json`.
 
-In: a resolved `Source`. Out: `checkpoint.json` with the folder, the revision, and what tells every file that a
-build needs from another; `notices/`: what the checkpoint says of its license. Guaranteed: a local folder is used in
-place and never written to, and its weights are not read: `builder.stages.quantize` takes their SHA-256 as they pass; a
-download is of one commit, and its bytes are those that the hub names; the checkpoint opens (see
-`builder.checkpoint.load`).
+Guarantees: a local folder is used in place and never written to; its weights are not read here, but hashed by
+`builder.stages.quantize` as it reads them; a download is of one commit, with the hub's digests; the checkpoint opens
+(`builder.checkpoint.load`). `notices/` has its license files.
 """
 
 from __future__ import annotations
@@ -31,13 +29,13 @@ def run(build: Build, out: Path) -> dict[str, Any]:
     """Fetch `build.source`, and write `checkpoint.json` into `out`.
 
     Returns:
-        for the record: the folder, the number of files, their bytes, the command that pins this state; of a
-        download, that command as a `report`.
+        For the record: folder, number of files, bytes, and the command that pins this revision, also as `report`
+        for a download.
 
     Raises:
-        DownloadError: the hub failed, or sent other bytes than it names.
+        DownloadError: the hub failed, or the bytes differ from its digests.
         CheckpointError: a file changed since the checkpoint was opened.
-        BuildError: the checkpoint is refused, see `builder.checkpoint.load`.
+        BuildError: the checkpoint is invalid, see `builder.checkpoint.load`.
     """
     source = build.source
     if source.folder is None:
@@ -59,7 +57,7 @@ def run(build: Build, out: Path) -> dict[str, Any]:
     files: dict[str, dict[str, object]] = {}
     for file, (size, time) in checkpoint.states.items():
         files[file] = {"size": size, "time": time}
-        # A local folder was opened for the plan; its tensors must be of the bytes that are recorded here.
+        # A local folder was opened earlier: its tensors must come from the files recorded here.
         found = dict(zip(("size", "time"), now.get(file, ("none", "none")), strict=True))
         _check_same(checkpoint.folder / file, "opened", files[file], found)
         files[file]["sha256"] = digests.get(file, (0, None))[1]
@@ -73,22 +71,22 @@ def run(build: Build, out: Path) -> dict[str, Any]:
 
 
 def check_unchanged(build: Build, shards: Mapping[str, str]) -> None:
-    """That the weights are those that `run` saw.
+    """Check that the weights have not changed since `run`.
 
     Args:
-        shards: SHA-256 (hex) of each safetensors file, as it has been read since.
+        shards: SHA-256 (hex) of each safetensors file, as read since.
 
     Raises:
-        CheckpointError: a file has other bytes, or, where `run` did not read it, another size or time.
+        CheckpointError: a file's bytes changed or, where `run` did not read it, its size or time.
     """
     known = read_json(build.folder("fetch") / FETCHED)["files"]
     for file, digest in shards.items():
         path = build.checkpoint.folder / file
         stat = path.stat()
         found = {"size": stat.st_size, "time": stat.st_mtime_ns, "sha256": digest}
-        # A clone has new times; where all bytes were read, they tell nothing.
-        telling = ("size", "time") if known[file]["sha256"] is None else ("size", "sha256")
-        _check_same(path, "fetched", {kind: known[file][kind] for kind in telling}, found)
+        # Times matter only where `run` did not read the bytes: a clone has new times.
+        compared = ("size", "time") if known[file]["sha256"] is None else ("size", "sha256")
+        _check_same(path, "fetched", {kind: known[file][kind] for kind in compared}, found)
 
 
 def _check_same(path: Path, since: str, known: Mapping[str, object], found: Mapping[str, object]) -> None:
@@ -102,12 +100,12 @@ def _check_same(path: Path, since: str, known: Mapping[str, object], found: Mapp
 
 
 def _digests(folder: Path, files: Iterable[str]) -> dict[str, tuple[int, str]]:
-    """File → size in bytes and SHA-256 (hex)."""
+    """Map files to their size in bytes and SHA-256 (hex)."""
     return {file: ((folder / file).stat().st_size, cached_sha256(folder / file)) for file in files}
 
 
 def _check_bytes(folder: Path, remotes: Mapping[str, Remote], digests: Mapping[str, tuple[int, str]]) -> None:
-    """That what arrived (or lay in the cache) is what the hub names."""
+    """Compare downloaded or cached files with the hub's sizes and digests."""
     for file, remote in remotes.items():
         size, sha256 = digests[file]
         expected = {"bytes": remote.size, "sha256": remote.sha256, "git blob": remote.git}
@@ -119,7 +117,7 @@ def _check_bytes(folder: Path, remotes: Mapping[str, Remote], digests: Mapping[s
         for kind, value in expected.items():
             if value is not None and found[kind] != value:
                 raise DownloadError(
-                    f"{file} is not what the hub says it is",
+                    f"{file} differs from the file at the hub",
                     expected=f"{kind} {value}",
                     found=f"{kind} {found[kind]}",
                     next=f"remove {shlex.quote(str((folder / file).resolve()))} and build again",

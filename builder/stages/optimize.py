@@ -1,7 +1,7 @@
 """Stage 4: run each target's graph passes.
 
-In: traced graphs with bindings. Out: the same names, ready for weights. Guaranteed: every pass that a target lists has
-matched, no operator outside the target's domains is left, and no path of the machine that traced.
+Guarantees: every pass of a target matched; only operators of the target's domains remain, and no path of the machine
+that traced.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def run(build: Build, out: Path) -> Mapping[str, object]:
-    """Returns how often each pass matched, a graph."""
+    """Optimize every graph, and return how often each pass matched."""
     facts: dict[str, object] = {}
     for target in build.recipe.targets:
         for component in components(build.checkpoint, target.runtime):
@@ -38,10 +38,10 @@ def run(build: Build, out: Path) -> Mapping[str, object]:
 
 
 def optimize(traced: BoundGraph, target: Target, name: str) -> tuple[BoundGraph, dict[str, int]]:
-    """Runs the passes of one graph.
+    """Run a graph's passes, and return it with the matches of each pass.
 
     Raises:
-        PassError: a pass matched nowhere, or an operator is left that the target may not contain.
+        PassError: a pass matched nowhere, or an operator is not in the target's domains.
     """
     allowed = GRAPHS[target.runtime].domains
     matches: dict[str, int] = {}
@@ -59,7 +59,7 @@ def optimize(traced: BoundGraph, target: Target, name: str) -> tuple[BoundGraph,
     foreign = sorted({operator(node) for node in traced.model.graph.all_nodes() if node.domain not in allowed})
     if foreign:
         raise PassError(
-            f"{target.runtime}/{name}.onnx contains operators that the target may not",
+            f"{target.runtime}/{name}.onnx contains operators outside the target's domains",
             expected=f"domains {sorted(allowed)}",
             found=", ".join(foreign),
         )

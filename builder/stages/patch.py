@@ -1,10 +1,7 @@
-"""Stage 2: hold the patches of upstream against the installed transformers, and leave readable evidence.
+"""Stage 2: check the patches against the installed transformers, and write their diffs.
 
-In: the recipe's targets, whose `attention` says which patches are needed, and the installed transformers.
-Out: `NAME.diff` (upstream to patched) a patch and `patches.json`; besides, what `qwen3vl-onnx patches`
-shows and records. Guaranteed: a source that a patch was not verified on stops the build here; nothing stays
-patched (it is `export` that applies them); verified.toml changes only in `record`, and only after every
-equivalence check passed.
+Guarantees: a source that a patch was not verified on stops the build; nothing stays patched (`export` applies the
+patches); only `record` changes verified.toml, and only after every equivalence check passed.
 """
 
 from __future__ import annotations
@@ -27,12 +24,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Status:
-    """A patch against the installed release.
+    """State of a patch on the installed release.
 
     Args:
-        digest: of the installed sources; "" where the target is missing.
-        verified: the releases that the patch was verified on, oldest first.
-        state: "verified", "unknown" (a source that was never verified) or "missing" (no such function).
+        digest: SHA-256 of the installed sources; "" if the target is missing.
+        verified: releases that the patch was verified on, oldest first.
+        state: "verified", "unknown" (a source that was not verified) or "missing" (no such function).
     """
 
     name: str
@@ -47,7 +44,7 @@ class Status:
 
 @dataclass(frozen=True)
 class Recorded:
-    """A patch whose check passed; `new` where verified.toml did not say so before."""
+    """A patch whose check passed; `new` if verified.toml did not have the digest."""
 
     name: str
     release: str
@@ -56,27 +53,27 @@ class Recorded:
 
 
 def run(build: Build, out: Path) -> dict[str, Any]:
-    """Check every patch that the recipe's targets need, and write the evidence into `out`.
+    """Check every patch that the recipe's targets need, and write `NAME.diff` and `patches.json` into `out`.
 
     Returns:
         {"patches": {name: {target, why, remove_when, release, digest, verified}}}.
 
     Raises:
-        PatchError: a source that a patch was not verified on.
+        PatchError: a patch was not verified on the installed source.
     """
-    needed = {one.name: one for each in build.recipe.targets for one in own.patches_for(each.attention)}
+    needed = {patch.name: patch for each in build.recipe.targets for patch in own.patches_for(each.attention)}
     require_verified(needed.values())
     facts = {}
-    for one in status(needed.values()):
-        (out / f"{one.name}.diff").write_text(diff_text(needed[one.name]), encoding="utf-8", newline="\n")
-        facts[one.name] = {key: value for key, value in asdict(one).items() if key not in ("name", "state")}
+    for state in status(needed.values()):
+        (out / f"{state.name}.diff").write_text(diff_text(needed[state.name]), encoding="utf-8", newline="\n")
+        facts[state.name] = {key: value for key, value in asdict(state).items() if key not in ("name", "state")}
     report = json.dumps({"patches": facts}, indent=2, sort_keys=True)
     (out / "patches.json").write_text(report + "\n", encoding="utf-8", newline="\n")
     return {"patches": facts}
 
 
 def status(patches: Iterable[Patch] | None = None, file: Path = verified.FILE) -> tuple[Status, ...]:
-    """Each patch (all by default) against what is installed; an unverified source is a state, no error."""
+    """Return the state of patches (default: all) on the installed release; an unverified source is not an error."""
     data = verified.read(file)
     out = []
     for patch in own.all_patches() if patches is None else patches:
@@ -99,23 +96,23 @@ def status(patches: Iterable[Patch] | None = None, file: Path = verified.FILE) -
 
 
 def diff_text(patch: Patch | str, file: Path = verified.FILE) -> str:
-    """What the patch changes: a unified diff from upstream's source to the replacement's.
+    """Return a unified diff from upstream's source to the patched one.
 
-    Where the installed source is not a verified one, the difference between the two stands before it.
+    If the installed source is not verified, its changes since the last verified source come first.
 
     Raises:
-        PatchError: no such patch, or no such function in the installed release.
+        PatchError: the patch, or its function in the installed release, does not exist.
     """
-    one = own.patch(patch) if isinstance(patch, str) else patch
-    place = target(one, file)
-    lines = [f"{one.name}: {one.why}", f"remove when: {one.remove_when}", ""]
-    if digest(one) not in verified.read(file).digests.get(one.name, {}).values():
-        lines += ["upstream since it was verified:", drift(one, file), ""]
+    found = own.patch(patch) if isinstance(patch, str) else patch
+    place = target(found, file)
+    lines = [f"{found.name}: {found.why}", f"remove when: {found.remove_when}", ""]
+    if digest(found) not in verified.read(file).digests.get(found.name, {}).values():
+        lines += ["upstream since it was verified:", drift(found, file), ""]
     lines += difflib.unified_diff(
-        source.text(one.target).splitlines(),
-        source.function_text(one.make(place.upstream)).splitlines(),
-        f"{one.package} {release(one)} {one.target}",
-        f"{one.make.__module__.replace('.', '/')}.py",
+        source.text(found.target).splitlines(),
+        source.function_text(found.make(place.upstream)).splitlines(),
+        f"{found.package} {release(found)} {found.target}",
+        f"{found.make.__module__.replace('.', '/')}.py",
         lineterm="",
     )
     return "\n".join(lines) + "\n"
@@ -124,36 +121,35 @@ def diff_text(patch: Patch | str, file: Path = verified.FILE) -> str:
 def record(patches: Iterable[Patch] | None = None, file: Path = verified.FILE) -> tuple[Recorded, ...]:
     """Run every patch's equivalence check on the installed release and write the digests into verified.toml.
 
-    Patches that are already verified are checked again. Digests that can never match again (of a patch that
-    is gone, or taken when it covered other functions) are dropped.
+    Verified patches are checked again. Digests of removed patches, or of a different set of functions, are dropped.
 
     Raises:
-        PatchError: a check failed, naming it and its figures; nothing is written then.
+        PatchError: a check failed, with its values; nothing is written.
         OutputError: verified.toml cannot be written.
     """
     if not __debug__:
-        raise PatchError("checks are assertions, and this Python runs without them", next="run without -O")
+        raise PatchError("the checks are assertions, which are disabled", next="run Python without -O")
     chosen = own.all_patches() if patches is None else tuple(patches)
-    failures = {patch.name: said for patch in chosen if (said := _failure(patch, file))}
+    failures = {patch.name: failure for patch in chosen if (failure := _failure(patch, file))}
     if failures:
         raise PatchError(
             f"nothing recorded: on {chosen[0].package} {release(chosen[0])}, {', '.join(failures)} failed",
-            expected="upstream and patched give the same numbers",
-            found="\n".join(f"{name}: {said}" for name, said in failures.items()),
-            next="read `qwen3vl-onnx patches --diff`, correct patches/NAME.py, record again",
+            expected="equal results of upstream and patched code",
+            found="\n".join(f"{name}: {failure}" for name, failure in failures.items()),
+            next="read `qwen3vl-onnx patches --diff`, fix patches/NAME.py, record again",
         )
     before = verified.read(file)
     after = _with_installed(before, chosen)
     if after != before:
         verified.write(after, file)
     return tuple(
-        Recorded(one.name, release(one), found, found not in before.digests.get(one.name, {}).values())
-        for one, found in ((one, digest(one)) for one in chosen)
+        Recorded(patch.name, release(patch), found, found not in before.digests.get(patch.name, {}).values())
+        for patch, found in ((patch, digest(patch)) for patch in chosen)
     )
 
 
 def _failure(patch: Patch, file: Path) -> str:
-    """What the check said; "" where it passed. Any exception is a verdict: a release may raise anything."""
+    """Return the error of the check, "" if it passed; a new release may raise any exception."""
     try:
         target(patch, file)
         with reverifying():

@@ -1,9 +1,9 @@
-"""Stage 5: write the weights, at the recipe's precision.
+"""Stage 5: write the weights at the recipe's precision, quantized as its rules say.
 
-In: optimized graphs with bindings, and the checkpoint. Out: each `<graph>.onnx`, the `.onnx.data` files that they refer
-to, and `digests.json`. Guaranteed: fp32 is the identity but for the cast; every checkpoint tensor is used by every
-target, and none is missing; no two graphs of a target hold the same bytes (the embeddings refer to the decoder's file
-where its head is tied to them), and equal data files of two targets are one file.
+Writes each `<graph>.onnx`, the `.onnx.data` files that they refer to, and `digests.json`.
+
+Guarantees: fp32 only casts; every checkpoint tensor is used by every target; no two graphs of a target store the same
+bytes (tied embeddings refer to the decoder's file); equal data files of two targets are one file.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ if TYPE_CHECKING:
 
 CALIBRATED = "calibrated"
 MEGABYTE = 10**6
-SCALES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}  # of quantized matrices: the activations' type
+SCALES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}  # dtype of scales: the activations' dtype
 
 
 def run(build: Build, out: Path) -> Mapping[str, object]:
-    """Returns size and SHA-256 of every data file, by its path under `out`."""
+    """Write all graphs and data files, and return each data file's size and SHA-256, by path under `out`."""
     checkpoint = build.checkpoint
     targets = {
         target.runtime: {
-            out / target.runtime / one.file: load(build.folder("optimize") / target.runtime / one.file)
-            for one in components(checkpoint, target.runtime)
+            out / target.runtime / component.file: load(build.folder("optimize") / target.runtime / component.file)
+            for component in components(checkpoint, target.runtime)
         }
         for target in build.recipe.targets
     }
@@ -60,10 +60,12 @@ def run(build: Build, out: Path) -> Mapping[str, object]:
                 layers, ports = wide.get(path.stem, frozenset()), GRAPHS[runtime].wide_ports
                 graphs[path] = stored(path, bound, precision, storages, layers, ports)
         _check_complete(checkpoint, runtime, graphs.values(), storages)
-    given = calibrated_rows(checkpoint, storages, out / CALIBRATED)
+    rows = calibrated_rows(checkpoint, storages, out / CALIBRATED)
     with progress("weights, MB", sum(tensor.nbytes for tensor in checkpoint.tensors.values()) // MEGABYTE) as advance:
-        apart = [GRAPHS[runtime].own_data for runtime in targets]
-        files, shards = fill(list(targets.values()), checkpoint, lambda count: advance(count // MEGABYTE), given, apart)
+        separate = [GRAPHS[runtime].own_data for runtime in targets]
+        files, shards = fill(
+            list(targets.values()), checkpoint, lambda count: advance(count // MEGABYTE), rows, separate
+        )
     shutil.rmtree(out / CALIBRATED, ignore_errors=True)
     check_unchanged(build, shards)
     facts = {
@@ -71,15 +73,15 @@ def run(build: Build, out: Path) -> Mapping[str, object]:
     }
     found: dict[str, object] = {"data": facts, "checkpoint": shards}
     if ranges:
-        found[MAGNITUDES] = [asdict(one) | {"wide": one.wide} for one in ranges]
+        found[MAGNITUDES] = [asdict(layer) | {"wide": layer.wide} for layer in ranges]
     text = json.dumps(found, indent=1, sort_keys=True)
     (out / DIGESTS).write_text(text + "\n", encoding="utf-8")
     return dict(facts)
 
 
 def calibrated_rows(checkpoint: Checkpoint, storages: Mapping[str, WeightFormat], folder: Path) -> CalibratedRows:
-    """What calibration finds, read from `folder` when it is written; nothing where nothing is calibrated."""
-    if not any(one.blocks.search == "gptq" for one in storages.values()):
+    """Calibrate the matrices that the recipe says, in `folder`; each result is read when it is written."""
+    if not any(storage.blocks.search == "gptq" for storage in storages.values()):
         return {}
     from builder.quantization.calibrate import calibrated, load
 
@@ -96,24 +98,24 @@ def stored(
     wide: frozenset[int] = frozenset(),
     wide_ports: frozenset[str] = frozenset(),
 ) -> BoundGraph:
-    """The graph with matrices quantized as the rules say, and everything else in the recipe's precision.
+    """Quantize the graph's matrices as the rules say, and convert the rest to the recipe's precision.
 
     Args:
         path: of the graph, for errors.
         wide: layers that stay fp32.
-        wide_ports: inputs and outputs that do, whatever the precision.
+        wide_ports: inputs and outputs that stay fp32.
 
     Raises:
-        PassError: a rule names a weight that cannot be quantized.
+        PassError: a rule selects a weight that cannot be quantized.
     """
     if storages:
         outcome = quantize_weights(bound, storages, SCALES[precision])
         if outcome.misses:
             raise PassError(
-                f"a rule names a weight of {path.name} that cannot be quantized",
+                f"a rule selects a weight of {path.name} that cannot be quantized",
                 expected="weights of linear layers, and embeddings",
                 found=outcome.misses[0],
-                next='put a rule before it that keeps it: store = "keep"',
+                next='add a rule before it that keeps it: store = "keep"',
             )
         bound = outcome.graph
     if precision != "fp32":
@@ -124,7 +126,7 @@ def stored(
 
 
 def _ranges(checkpoint: Checkpoint) -> list[Range]:
-    """Of every layer; PyTorch runs it, a layer in memory at a time."""
+    """Measure every layer's activations in PyTorch, with one layer in memory at a time."""
     from builder.reference.model import Reference
 
     return activation_ranges(Reference(checkpoint, streamed=True))
@@ -135,11 +137,11 @@ def _check_complete(
 ) -> None:
     bindings = [binding for bound in graphs for binding in bound.bindings.values()]
     used = {name for binding in bindings for name in binding.tensors}
-    kept = sorted(set(storages) - {name for one in bindings if one.blocks for name in one.tensors})
+    kept = sorted(set(storages) - {name for binding in bindings if binding.blocks for name in binding.tensors})
     if kept:
         raise WeightError(
             f"{len(kept)} matrices were not quantized for the target {runtime}",
-            expected="every matrix that a rule names",
+            expected="every matrix that a rule selects",
             found=", ".join(kept[:5]) + (" …" if len(kept) > 5 else ""),
             next="run `qwen3vl-onnx patches`: an upstream change alters what is traced",
         )

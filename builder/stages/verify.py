@@ -1,4 +1,4 @@
-"""Stage 7: prove that what was configured equals PyTorch."""
+"""Stage 7: compare every configured target with PyTorch."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 
 def run(build: Build, out: Path) -> Mapping[str, object]:
-    """Verifies every target; the report of one that fails stays in the stage's `.part` folder for reading."""
+    """Verify every target; the report of a failed target stays in the stage's `.part` folder."""
     facts: dict[str, object] = {}
     recipe = build.recipe
-    terms = None if recipe.limits is None else LossLimits(recipe.precision, recipe.provider, recipe.limits)
-    compared = comparison(build.checkpoint, build.memory, build.output / STORE, terms=terms)
+    limits = None if recipe.limits is None else LossLimits(recipe.precision, recipe.provider, recipe.limits)
+    compared = comparison(build.checkpoint, build.memory, build.output / STORE, terms=limits)
     for target in build.recipe.targets:
         report = compared(build.folder("configure") / target.runtime, target.runtime)
         if magnitudes := read_json(build.folder("quantize") / DIGESTS).get(MAGNITUDES):
@@ -37,9 +37,9 @@ def run(build: Build, out: Path) -> Mapping[str, object]:
 
 
 def of_build(build: Build, target: str) -> Context:
-    """What is known while the stage verify runs."""
+    """Describe the build for reports, before the manifest exists."""
     checkpoint, recipe = build.checkpoint, build.recipe
-    attention = next(one.attention for one in recipe.targets if one.runtime == target)
+    attention = next(each.attention for each in recipe.targets if each.runtime == target)
     manifest = {
         "target": target,
         "attention": attention,

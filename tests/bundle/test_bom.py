@@ -1,4 +1,4 @@
-"""The bill of materials keeps to CycloneDX 1.6, names every file, and is the same bytes for the same manifest."""
+"""The bill of materials follows CycloneDX 1.6, lists every file, and is the same bytes for the same manifest."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ APACHE = License("apache-2.0", files=("LICENSE",))
 
 
 def document(license: License = APACHE, **changes: Any) -> dict[str, Any]:
-    """Read back, after the published schema has judged it."""
+    """Read back, after validation against the published schema."""
     text = bom(manifest(**changes), license)
     assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(text) is None
     found: dict[str, Any] = json.loads(text)
@@ -29,11 +29,11 @@ def document(license: License = APACHE, **changes: Any) -> dict[str, Any]:
 
 
 def component(found: dict[str, Any], ref: str) -> dict[str, Any]:
-    (one,) = [one for one in found["components"] if one["bom-ref"] == ref]
-    return dict(one)
+    (match,) = [each for each in found["components"] if each["bom-ref"] == ref]
+    return dict(match)
 
 
-def test_it_names_the_model_its_base_its_files_and_what_made_it() -> None:
+def test_it_has_the_model_its_base_its_files_and_its_tools() -> None:
     found = document()
     model = found["metadata"]["component"]
     assert (model["type"], model["name"]) == ("machine-learning-model", "Tiny-VL-fp32-genai")
@@ -44,7 +44,11 @@ def test_it_names_the_model_its_base_its_files_and_what_made_it() -> None:
     assert base["purl"] == f"pkg:huggingface/Org/Tiny-VL@{COMMIT}"
     assert model["pedigree"]["ancestors"][0]["purl"] == base["purl"]
     assert base["components"][0]["hashes"] == [{"alg": "SHA-256", "content": "1" * 64}]
-    files = {one["name"]: one["hashes"][0]["content"] for one in found["components"] if one["type"] == "file"}
+    files = {
+        component["name"]: component["hashes"][0]["content"]
+        for component in found["components"]
+        if component["type"] == "file"
+    }
     assert files == {name: facts["sha256"] for name, facts in manifest()["files"].items()}
     assert component(found, "pkg:pypi/onnx-ir@1.1.0")["scope"] == "excluded"
     assert component(found, "pkg:pypi/torch@2.13.0%2Bcpu")["version"] == "2.13.0+cpu"
@@ -53,11 +57,11 @@ def test_it_names_the_model_its_base_its_files_and_what_made_it() -> None:
 
 def test_every_reference_leads_somewhere() -> None:
     found = document()
-    refs = [found["metadata"]["component"]["bom-ref"], *(one["bom-ref"] for one in found["components"])]
-    refs += [one["bom-ref"] for parent in found["components"] for one in parent.get("components", ())]
+    refs = [found["metadata"]["component"]["bom-ref"], *(part["bom-ref"] for part in found["components"])]
+    refs += [component["bom-ref"] for parent in found["components"] for component in parent.get("components", ())]
     assert len(set(refs)) == len(refs)
-    for one in found["dependencies"]:
-        assert {one["ref"], *one["dependsOn"]} <= set(refs)
+    for dependency in found["dependencies"]:
+        assert {dependency["ref"], *dependency["dependsOn"]} <= set(refs)
 
 
 def test_it_is_the_same_for_the_same_manifest_and_has_no_time() -> None:
@@ -105,7 +109,7 @@ def test_names_of_any_kind_keep_to_the_schema(name: str) -> None:
 
 
 def test_the_reference_library_reads_it() -> None:
-    """It leaves out what it does not know, the model card."""
+    """It omits the model card, which it does not support."""
     content = document()
     content["metadata"]["component"].pop("modelCard")
     read = Bom.from_json(content)  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""`check`: a bundle that is what it says is taken; whatever someone changed is refused, by name."""
+"""`check`: an unchanged bundle passes; every change is refused, with the file's name."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ def bundle(tmp_path: Path) -> Path:
 
 
 def invoke(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(one) for one in arguments])
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
-def test_a_whole_bundle_is_taken_and_told(bundle: Path) -> None:
+def test_a_complete_bundle_passes_and_is_described(bundle: Path) -> None:
     before = snapshot(bundle)
     result = invoke("check", bundle)
     assert result.exit_code == 0, result.output
-    for said in ("files", "contract", "operators", "external data", "SHA-256 of", "not signed", "manifest.json"):
-        assert said in result.stdout
+    for text in ("files", "contract", "operators", "external data", "SHA-256 of", "not signed", "manifest.json"):
+        assert text in result.stdout
     payload = json.loads(invoke("check", bundle, "--json").stdout)
     assert (payload["ok"], payload["target"], payload["signature"]) == (True, "genai", "none")
     assert payload["checks"][0]["check"] == "files"
     assert snapshot(bundle) == before
 
 
-def test_what_the_hub_lays_beside_a_download_is_left_aside(bundle: Path) -> None:
+def test_files_of_the_hub_client_are_ignored(bundle: Path) -> None:
     (bundle / ".gitattributes").write_text("*.data filter=lfs\n")
     (bundle / ".cache" / "huggingface" / "download").mkdir(parents=True)
     (bundle / ".cache" / "huggingface" / "download" / "x.metadata").write_text("x")
@@ -54,7 +54,7 @@ def test_what_the_hub_lays_beside_a_download_is_left_aside(bundle: Path) -> None
     assert "more" in json.loads(invoke("check", bundle, "--json").stdout)["what"]
 
 
-def test_programs_are_told_and_ours_is_known(bundle: Path) -> None:
+def test_programs_are_listed_and_this_releases_are_known(bundle: Path) -> None:
     shutil.copyfile(Path(pipeline.__file__), bundle / "pipeline.py")
     relisted(bundle)
     rows = {row.check: row.found for row in check(bundle).rows}
@@ -62,14 +62,14 @@ def test_programs_are_told_and_ours_is_known(bundle: Path) -> None:
     (bundle / "demo.html").write_text("<script></script>")
     relisted(bundle)
     rows = {row.check: row.found for row in check(bundle).rows}
-    assert rows["code"].startswith("not judged: demo.html (not this release's")
+    assert rows["code"].startswith("not checked: demo.html (differs from this release's")
 
 
 # --- refused, with the name of the file ---
 
 
 def flipped(name: str) -> Change:
-    """One bit in the middle is another."""
+    """Flip one bit in the middle."""
 
     def change(folder: Path) -> None:
         content = bytearray((folder / name).read_bytes())
@@ -80,19 +80,19 @@ def flipped(name: str) -> Change:
 
 
 def copied(path: Path, to: Path) -> None:
-    """Listed, and not described."""
+    """Listed but not described."""
     shutil.copyfile(path, to)
     relisted(to.parent, graphs=False)
 
 
 def swapped(folder: Path) -> None:
-    """The weights of another model of the same shapes."""
+    """The weights of another model with the same shapes."""
     other = small_bundle(folder.parent / "other", seed=1)
     os.replace(other / DATA, folder / DATA)
 
 
 def external(**facts: str) -> Change:
-    """Other facts about where the weight lies, in a manifest that says what is true by then."""
+    """Change where the weight is, and update the manifest."""
 
     def change(folder: Path) -> None:
         def edit(model: onnx.ModelProto) -> None:
@@ -106,7 +106,7 @@ def external(**facts: str) -> Change:
 
 
 def graph_with(change: Callable[[onnx.ModelProto], object], *, listed: bool = False) -> Change:
-    """Another graph; `listed`: described by the manifest as it is."""
+    """Another graph; `listed`: the manifest describes it."""
 
     def both(folder: Path) -> None:
         edit_graph(folder, change)
@@ -143,7 +143,7 @@ def function(model: onnx.ModelProto) -> None:
 
 
 def nested(domain: str, operator: str) -> Callable[[onnx.ModelProto], object]:
-    """An operator inside the branch of an If."""
+    """An operator in the branch of an If."""
 
     def change(model: onnx.ModelProto) -> None:
         inner = helper.make_graph([helper.make_node(operator, ["x"], ["z"], domain=domain)], "i", [], [])
@@ -168,8 +168,8 @@ REFUSED: Mapping[str, tuple[int, str, Change]] = {
     "a swapped data file": (21, DATA, swapped),
     "a missing file": (21, DATA, lambda folder: (folder / DATA).unlink()),
     "a missing manifest": (21, "manifest.json", lambda folder: (folder / "manifest.json").unlink()),
-    "a file beside": (21, "extra.txt", laid("extra.txt")),
-    "a file beside, deep": (21, "a/b/extra.txt", laid("a/b/extra.txt")),
+    "an unlisted file": (21, "extra.txt", laid("extra.txt")),
+    "an unlisted file, deep": (21, "a/b/extra.txt", laid("a/b/extra.txt")),
     "a file of a like name": (21, "evidence.txt", laid("evidence.txt")),
     "a part left behind": (21, "model.sig.part", laid("model.sig.part")),
     "data above": (12, "model.onnx", external(location="../x")),
@@ -182,7 +182,7 @@ REFUSED: Mapping[str, tuple[int, str, Change]] = {
     "data too long": (21, DATA, external(length="128")),
     "data nowhere": (21, DATA, external(offset="x")),
     "a link out": (12, "tokenizer.json", link("tokenizer.json", "/etc/passwd")),
-    "a link beside": (12, "x.json", link("x.json", "/etc/passwd")),
+    "an unlisted link": (12, "x.json", link("x.json", "/etc/passwd")),
     "a link to a folder": (12, "more", link("more", "/etc")),
     "a link in the evidence": (12, "evidence/x", link("evidence/x", "/etc/passwd")),
     "a pipe": (12, "pipe", lambda folder: os.mkfifo(folder / "pipe")),
@@ -263,10 +263,10 @@ def test_a_manifest_of_odd_values_is_refused_or_harmless(bundle: Path, key: str)
         assert found in ("BundleError", "UnsafeError") or key in ("recipe", "checkpoint")
 
 
-def test_the_bundles_name_is_a_file_name_whatever_the_manifest_says(bundle: Path) -> None:
+def test_the_bundles_name_is_a_file_name_for_any_manifest(bundle: Path) -> None:
     assert open_content(bundle).name == "Tiny-fp32-genai"
-    for said in ("../../etc", "a/b", "", ".", "\x1b[2J", "x" * 10_000, None, 7):
-        edit_manifest(bundle, lambda content, said=said: content.update(checkpoint={"name": said}))  # type: ignore[misc]
+    for name in ("../../etc", "a/b", "", ".", "\x1b[2J", "x" * 10_000, None, 7):
+        edit_manifest(bundle, lambda content, name=name: content.update(checkpoint={"name": name}))  # type: ignore[misc]
         name = open_content(bundle).name
         assert name == Path(name).name
         assert 0 < len(name) < 255

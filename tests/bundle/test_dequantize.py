@@ -1,4 +1,4 @@
-"""The checkpoint that a bundle's weights are holds what ONNX Runtime computes with."""
+"""The fp32 copy of a bundle has the weights that ONNX Runtime computes with."""
 
 from __future__ import annotations
 
@@ -50,34 +50,34 @@ def tensors(written: tuple[Checkpoint, list[RoundingError]]) -> dict[str, Array]
 
 
 def originals() -> dict[str, Array]:
-    """The miniature's, in fp32."""
+    """The miniature's bundles, in fp32."""
     return {name: raw.astype(np.float32) for name, raw in load_file(MINIATURE / "model.safetensors").items()}
 
 
 def products(folder: Path, name: str) -> Iterator[tuple[str, Array]]:
-    """Levels' name of every MatMulNBits of a graph, and its product with the identity, turned: [rows, columns]."""
+    """Name of each MatMulNBits' codes, and its product with the identity, transposed: [rows, columns]."""
     model = onnx.load(folder / f"{name}.onnx", load_external_data=False)
     for node in model.graph.node:
         if node.op_type == "MatMulNBits":
-            columns = next(one.i for one in node.attribute if one.name == "K")
+            columns = next(item.i for item in node.attribute if item.name == "K")
             identity = np.eye(columns, dtype=np.float32)
             yield node.input[1], run(folder, model, node, {node.input[0]: identity}).T
 
 
 def run(folder: Path, model: onnx.ModelProto, node: NodeProto, feed: dict[str, Array]) -> Array:
-    """One node alone, with activations in fp32, on the bundle's own data file."""
+    """A single node, with fp32 activations, on the bundle's data file."""
     alone = NodeProto()
     alone.CopyFrom(node)
     del alone.input[4:]  # a bias
-    for one in alone.attribute:
-        one.i = 1 if one.name == "accuracy_level" else one.i
+    for item in alone.attribute:
+        item.i = 1 if item.name == "accuracy_level" else item.i
     types = {np.dtype(np.float32): TensorProto.FLOAT, np.dtype(np.int64): TensorProto.INT64}
     graph = helper.make_graph(
         [alone],
         "alone",
         [helper.make_tensor_value_info(name, types[value.dtype], value.shape) for name, value in feed.items()],
         [helper.make_tensor_value_info(alone.output[0], TensorProto.FLOAT, None)],
-        [one for one in model.graph.initializer if one.name in alone.input],
+        [tensor for tensor in model.graph.initializer if tensor.name in alone.input],
     )
     made = helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
     options = onnxruntime.SessionOptions()
@@ -88,7 +88,7 @@ def run(folder: Path, model: onnx.ModelProto, node: NodeProto, feed: dict[str, A
 
 
 def parts(levels: str) -> list[str]:
-    """Checkpoint names of what one node's levels are made of."""
+    """Checkpoint names of the matrices in a node's codes."""
     stem = levels.removesuffix(".levels")
     if stem in ("lm_head.weight", "embed_tokens.weight"):
         return [EMBEDDING_MATRIX]
@@ -97,7 +97,7 @@ def parts(levels: str) -> list[str]:
 
 
 @pytest.mark.parametrize("graph", [VISION, DECODER])
-def test_matrices_are_what_the_runtime_multiplies_with(
+def test_matrices_equal_those_that_the_runtime_uses(
     finished: Callable[[str], Path], tensors: dict[str, Array], graph: str
 ) -> None:
     seen = 0
@@ -110,23 +110,23 @@ def test_matrices_are_what_the_runtime_multiplies_with(
 
 def test_rows_are_what_the_runtime_looks_up(finished: Callable[[str], Path], tensors: dict[str, Array]) -> None:
     model = onnx.load(finished("int4") / f"{EMBEDDINGS}.onnx", load_external_data=False)
-    (node,) = [one for one in model.graph.node if one.op_type == "GatherBlockQuantized"]
+    (node,) = [each for each in model.graph.node if each.op_type == "GatherBlockQuantized"]
     want = tensors[EMBEDDING_MATRIX]
     got = run(finished("int4"), model, node, {node.input[1]: np.arange(len(want))})
     np.testing.assert_array_equal(got, want)
 
 
-def test_it_is_a_checkpoint_and_what_is_not_quantized_is_the_original(
+def test_it_is_a_checkpoint_with_the_original_unquantized_tensors(
     written: tuple[Checkpoint, list[RoundingError]], tensors: dict[str, Array]
 ) -> None:
     opened, errors = written
     original = open_checkpoint(MINIATURE)
-    assert {name: one.shape for name, one in opened.tensors.items()} == {
-        name: one.shape for name, one in original.tensors.items()
+    assert {name: tensor.shape for name, tensor in opened.tensors.items()} == {
+        name: tensor.shape for name, tensor in original.tensors.items()
     }
-    assert {one.dtype for one in opened.tensors.values()} == {"F32"}
+    assert {tensor.dtype for tensor in opened.tensors.values()} == {"F32"}
     assert opened.config["dtype"] == "float32"
-    quantized, want = {one.tensor for one in errors}, originals()
+    quantized, want = {error.tensor for error in errors}, originals()
     assert {name for name in want if not np.array_equal(tensors[name], want[name])} == quantized
     assert {name for name in want if want[name].ndim == 1}.isdisjoint(quantized)
 
@@ -136,19 +136,19 @@ def test_errors_are_those_of_the_matrices(
 ) -> None:
     _, errors = written
     want = originals()
-    assert {one.bits for one in errors} > {4.5, 8.5}
-    for one in errors:
-        got, own = tensors[one.tensor], want[one.tensor]
+    assert {error.bits for error in errors} > {4.5, 8.5}
+    for error in errors:
+        got, own = tensors[error.tensor], want[error.tensor]
         rows = np.linalg.norm(got - own, axis=1) / np.linalg.norm(own, axis=1)
-        assert one.relative == pytest.approx(np.linalg.norm(got - own) / np.linalg.norm(own), rel=1e-4)
-        assert one.worst_row == pytest.approx(rows.max(), rel=1e-4)
+        assert error.relative == pytest.approx(np.linalg.norm(got - own) / np.linalg.norm(own), rel=1e-4)
+        assert error.worst_row == pytest.approx(rows.max(), rel=1e-4)
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("fp16", np.float16), ("bf16", ml_dtypes.bfloat16)])
-def test_what_is_not_quantized_is_rounded_as_asked(
+def test_unquantized_tensors_are_rounded_to_the_precision(
     finished: Callable[[str], Path], checkpoint: Callable[[str], Path], tmp_path: Path, precision: str, dtype: Any
 ) -> None:
-    """A bundle without quantized matrices, and a checkpoint whose numbers neither type holds."""
+    """A bundle without quantized matrices, and a checkpoint whose values neither type represents."""
     (tmp_path / "none").mkdir()
     untied = checkpoint("untied")
     assert write_dequantized(tmp_path / "none", open_checkpoint(untied), precision, tmp_path / "out") == []
@@ -175,7 +175,7 @@ def test_a_head_of_its_own_is_not_the_embeddings(checkpoint: Callable[[str], Pat
 
 
 def head(quantized: Any, blocks: Blocks) -> onnx.ModelProto:
-    """One product with the head, its weights inside the graph."""
+    """One matmul with the head, its weights in the graph."""
     count, columns = quantized.codes.shape
     packed = packed_parts(quantized, blocks, "float32")
     names = [f"lm_head.weight.{part}" for part in packed]

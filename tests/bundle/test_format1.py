@@ -1,4 +1,4 @@
-"""What an earlier release wrote is still read, through one mapping of names."""
+"""Documents of an earlier release are read through a mapping of names."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_another_format_is_left_as_it_is(document: object) -> None:
     assert upgraded_keys(document) == document
 
 
-def test_a_golden_of_format_1_is_read_and_its_digests_hold(tmp_path: Path) -> None:
+def test_a_golden_of_format_1_is_read_with_matching_digests(tmp_path: Path) -> None:
     present = read_golden(MINIATURE.parent / "golden.json")
     document = json.loads(text(present))
     by_name = {case.name: case for case in shipped_cases()}

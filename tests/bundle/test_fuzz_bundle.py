@@ -1,4 +1,4 @@
-"""Bundles that mean harm: `qwen3vl-onnx run` and `qwen3vl-onnx verify` refuse them before a runtime in C sees them.
+"""Malicious bundles: `qwen3vl-onnx run` and `qwen3vl-onnx verify` refuse them before a runtime in C reads them.
 
 A bundle's graphs run, and so does an `onnxruntime` bundle's pipeline.py: no more is promised than that a bundle that
 someone changed on its way is told from a whole one, that no file outside its folder is read or written, and that what
@@ -67,7 +67,7 @@ PIPELINE = {
 
 
 def graph(path: Path) -> None:
-    """A graph with one weight, which lies in `DATA`."""
+    """A graph with one weight, which is in `DATA`."""
     weight = numpy_helper.from_array(np.ones((4, 4), np.float32), "w")
     x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 4]) for name in "xy")
     made = helper.make_graph([helper.make_node("MatMul", ["x", "w"], ["y"])], "g", [x], [y], [weight])
@@ -77,7 +77,7 @@ def graph(path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What `check_bundle` looks at, as small as can be."""
+    """A minimal bundle for `check_bundle`."""
     folder = tmp_path_factory.mktemp("bundles") / "genai"
     folder.mkdir()
     graph(folder / "model.onnx")
@@ -92,7 +92,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def external(**facts: str) -> Change:
-    """Other facts about where the graph's weight lies."""
+    """Change where the graph's weight is."""
 
     def change(folder: Path) -> None:
         model = onnx.load(folder / "model.onnx", load_external_data=False)
@@ -104,7 +104,7 @@ def external(**facts: str) -> Change:
 
 
 def unlisted(folder: Path) -> None:
-    """A manifest that says nothing about files, so that what is behind it is looked at."""
+    """A manifest without files, so that later checks run."""
     (folder / "manifest.json").write_text(json.dumps({"target": "genai"}))
 
 
@@ -249,7 +249,7 @@ READ: Mapping[str, Read] = {
 
 
 def read_all(folder: Path) -> None:
-    """What opening a bundle reads, its errors as `builder.bundle.generate` and `builder.verify.tokens` turn them."""
+    """Open a bundle, with errors converted as `builder.bundle.generate` and `builder.verify.tokens` do."""
     check_bundle(folder)
     for file, read in READ.items():
         try:
@@ -297,7 +297,7 @@ FILES = ("manifest.json", "model.onnx", "genai_config.json", "pipeline.json", "v
 
 
 def drawn(good: Path, folder: Path, seed: int) -> str:
-    """The bundle with a file of which a few bytes are others."""
+    """The bundle with a file in which a few bytes changed."""
     file, content = FILES[seed % len(FILES)], (good / FILES[seed % len(FILES)]).read_bytes()
     (folder / file).write_bytes(mutated(content, random.Random(seed)))
     try:
@@ -309,13 +309,13 @@ def drawn(good: Path, folder: Path, seed: int) -> str:
         (folder / file).write_bytes(content)
 
 
-def test_a_few_drawn_bytes(good: Path, tmp_path: Path) -> None:
+def test_a_few_random_bytes(good: Path, tmp_path: Path) -> None:
     folder = spoiled(good, tmp_path / "genai", unlisted)
     counts = Counter(drawn(good, folder, seed) for seed in range(120))
     assert sum(count for what, count in counts.items() if not what.endswith("accepted")) > 40
 
 
 @pytest.mark.slow
-def test_many_drawn_bytes(good: Path, tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
+def test_many_random_bytes(good: Path, tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
     folder = spoiled(good, tmp_path / "genai", unlisted)
     record_counts(Counter(drawn(good, folder, seed) for seed in range(1000, 1000 + DRAWN)), record_property)

@@ -1,4 +1,4 @@
-"""`check` of bundles in which a few bytes are others: refused, or harmless; never a traceback."""
+"""`check` of bundles with a few changed bytes: refused, or harmless; never a traceback."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FILES = ("manifest.json", "model.onnx", "genai_config.json", "tokenizer.json", D
 
 
 def drawn(bundle: Path, seed: int) -> str:
-    """A file with a few other bytes; with every second seed in a manifest that lists them."""
+    """A file with a few random bytes, which the manifest lists for every second seed."""
     file = FILES[seed % len(FILES)]
     kept = {name: (bundle / name).read_bytes() for name in (file, "manifest.json")}
     content = mutated(kept[file], random.Random(seed))
@@ -44,12 +44,12 @@ def drawn(bundle: Path, seed: int) -> str:
 
 
 @pytest.mark.seconds
-def test_a_few_drawn_bytes(bundle: Path) -> None:
+def test_a_few_random_bytes(bundle: Path) -> None:
     counts = Counter(drawn(bundle, seed) for seed in range(150))
     assert not [what for what in counts if what.endswith("as it was: accepted") and "manifest.json" not in what]
 
 
 @pytest.mark.slow
-def test_many_drawn_bytes(bundle: Path) -> None:
+def test_many_random_bytes(bundle: Path) -> None:
     counts = Counter(drawn(bundle, seed) for seed in range(1000, 1000 + DRAWN))
     assert not [what for what in counts if what.endswith("as it was: accepted") and "manifest.json" not in what]

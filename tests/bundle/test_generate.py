@@ -1,4 +1,4 @@
-"""`qwen3vl-onnx run` on bundles of both runtimes whose answers numpy knows."""
+"""`qwen3vl-onnx run` on bundles of both runtimes whose answers numpy computes."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_both_runtimes_answer_as_the_graphs_do(
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
-def test_a_file_that_is_no_image_is_an_image_error(runtime: str, bundles: dict[str, Path]) -> None:
+def test_a_file_that_is_not_an_image_is_an_image_error(runtime: str, bundles: dict[str, Path]) -> None:
     with pytest.raises(ImageError, match=r"manifest\.json cannot be read as an image"):
         ask(bundles[runtime], "What is it?", bundles[runtime] / "manifest.json")
 
@@ -94,16 +94,16 @@ def test_a_token_that_the_runtime_masks_is_refused(bundles: dict[str, Path], tmp
     config = json.loads(file.read_text())
     config["model"]["pad_token_id"] = STOPS[1]
     file.write_text(json.dumps(config))
-    with pytest.raises(PromptError, match=r"the text holds <\|endoftext\|>, which its runtime takes for padding"):
+    with pytest.raises(PromptError, match=r"the text contains <\|endoftext\|>, which the runtime treats as padding"):
         ask(folder, "What is <|endoftext|>?")
 
 
-def test_a_folder_that_is_no_bundle_is_named(tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match="is no bundle") as caught:
+def test_a_folder_that_is_not_a_bundle_is_named(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="is not a bundle") as caught:
         ask(tmp_path)
     assert "manifest.json" in str(caught.value.found)
     (tmp_path / "manifest.json").write_text("{}")
-    with pytest.raises(BundleError, match="is no bundle"):
+    with pytest.raises(BundleError, match="is not a bundle"):
         ask(tmp_path)
     (tmp_path / "manifest.json").write_text('{"target": "coreml"}')
     with pytest.raises(BundleError, match="cannot be run here") as caught:

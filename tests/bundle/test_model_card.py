@@ -1,4 +1,4 @@
-"""The model card: the hub reads its metadata, its program runs, it says nothing that a machine measured."""
+"""The model card: the hub reads its metadata, its program runs, it has no measurements."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ APACHE = License("apache-2.0", files=("LICENSE",))
 IMAGE = MINIATURE.parent / "heldout" / "pic002.png"
 
 
-def told(license: License = APACHE, **changes: Any) -> dict[str, Any]:
+def card_metadata(license: License = APACHE, **changes: Any) -> dict[str, Any]:
     """The metadata, as the hub reads it."""
     found: dict[str, Any] = yaml.safe_load(metadata(manifest(**changes), license))
     return found
@@ -46,32 +46,32 @@ def test_the_hub_reads_its_metadata() -> None:
     assert COMMIT in card.text
 
 
-def test_a_local_checkpoint_names_the_model_that_it_was_made_from() -> None:
+def test_a_local_checkpoint_names_its_base_model() -> None:
     local = {"repository": None, "revision": None}
-    assert "base_model" not in told(checkpoint=local)
-    assert told(License(base=("Qwen/A",)), checkpoint=local)["base_model"] == "Qwen/A"
-    assert told(License(base=("Qwen/A", "Qwen/B")), checkpoint=local)["base_model"] == ["Qwen/A", "Qwen/B"]
-    assert told(License(base=("Qwen/A",)))["base_model"] == "Org/Tiny-VL"
+    assert "base_model" not in card_metadata(checkpoint=local)
+    assert card_metadata(License(base=("Qwen/A",)), checkpoint=local)["base_model"] == "Qwen/A"
+    assert card_metadata(License(base=("Qwen/A", "Qwen/B")), checkpoint=local)["base_model"] == ["Qwen/A", "Qwen/B"]
+    assert card_metadata(License(base=("Qwen/A",)))["base_model"] == "Org/Tiny-VL"
 
 
 def test_other_weights_are_a_quantized_model() -> None:
-    assert "base_model_relation" not in told()
-    found = told(recipe={"precision": "int4"})
+    assert "base_model_relation" not in card_metadata()
+    found = card_metadata(recipe={"precision": "int4"})
     assert (found["base_model_relation"], found["quantization"]) == ("quantized", "int4")
     assert "int4" in found["tags"]
 
 
-def test_a_license_is_told_and_none_is_not_guessed() -> None:
+def test_a_license_is_stated_and_never_guessed() -> None:
     other = License("other", "tongyi", "https://example.org/license", files=("LICENSE", "NOTICE"))
-    found = told(other)
+    found = card_metadata(other)
     assert (found["license"], found["license_name"], found["license_link"]) == (
         "other",
         "tongyi",
         "https://example.org/license",
     )
-    assert "`tongyi`. Its files, as they came: `LICENSE`, `NOTICE`" in model_card(manifest(), other)
-    assert "license" not in told(License())
-    assert "does not say under which license" in model_card(manifest(), License())
+    assert "`tongyi`. Unchanged files of the checkpoint: `LICENSE`, `NOTICE`" in model_card(manifest(), other)
+    assert "license" not in card_metadata(License())
+    assert "does not state a license" in model_card(manifest(), License())
 
 
 @pytest.mark.parametrize("target", [*PACKAGING, "a runtime nobody has written about"])
@@ -81,16 +81,16 @@ def test_every_target_has_a_card_with_its_limits(target: str) -> None:
         assert limit in text
     assert "4096 tokens" in text
     assert "evidence/report.md" in text
-    assert all(len(one.splitlines()) == 1 for one in limits(manifest(target=target)))
+    assert all(len(limit.splitlines()) == 1 for limit in limits(manifest(target=target)))
     assert f"library_name: {notes(target).library}" in text
 
 
 def test_cache_ports_are_counted() -> None:
     text = model_card(manifest(), APACHE)
-    assert "| `model.onnx` | `inputs_embeds` [batch, seq, 8]<br>`past_key_values.0.key` and 2 like it |" in text
+    assert "| `model.onnx` | `inputs_embeds` [batch, seq, 8]<br>`past_key_values.0.key` and 2 similar |" in text
 
 
-def test_the_same_manifest_gives_the_same_card_and_no_figure_of_a_machine() -> None:
+def test_the_same_manifest_gives_the_same_card_without_measurements() -> None:
     text = model_card(manifest(), APACHE)
     assert text == model_card(manifest(), APACHE)
     assert not re.search(r"\d(e-0\d| s\b| MB| GB)|20\d\d-\d\d", text)
@@ -100,7 +100,7 @@ def test_the_same_manifest_gives_the_same_card_and_no_figure_of_a_machine() -> N
 @pytest.mark.parametrize(
     "name", ["<script>x</script>", "a\n---\nb: c", "[x](http://y)", "`code`", "\x1b[2J", "x" * 9999]
 )
-def test_a_name_is_no_markup(name: str) -> None:
+def test_a_name_is_not_markup(name: str) -> None:
     changes = {"name": name, "repository": None, "revision": None}
     text = model_card(manifest(checkpoint=changes), License("other", name))
     head, body = text.split("\n---\n", 1)
@@ -147,7 +147,7 @@ def test_a_card_names_the_license(tmp_path: Path) -> None:
         "---\nlicense: mit\n---\n" + "x" * 2_000_000,
     ],
 )
-def test_a_card_that_says_nothing_is_no_error(tmp_path: Path, text: str | bytes) -> None:
+def test_a_card_without_metadata_is_not_an_error(tmp_path: Path, text: str | bytes) -> None:
     assert card(tmp_path / "a", text) == License()
 
 
@@ -165,10 +165,10 @@ def test_the_program_of_the_card_answers(bundle: Callable[[str], Path]) -> None:
     folder = bundle("genai")
     shutil.copyfile(IMAGE, folder / "image.png")
     (program,) = re.findall(r"```python\n(.*?)```", model_card(manifest(), APACHE), re.DOTALL)
-    asked = program.replace("What is this?", "Read the number.")
-    done = subprocess.run([sys.executable, "-c", asked], cwd=folder, capture_output=True, text=True, check=False)
+    changed = program.replace("What is this?", "Read the number.")
+    done = subprocess.run([sys.executable, "-c", changed], cwd=folder, capture_output=True, text=True, check=False)
     answers = (json.loads(line) for line in (IMAGE.parent / "cases.jsonl").read_text().splitlines())
-    (expected,) = (one["answer"] for one in answers if one["images"] == [IMAGE.name])
+    (expected,) = (each["answer"] for each in answers if each["images"] == [IMAGE.name])
     assert done.stdout.strip() == expected, done.stderr
 
 
@@ -177,6 +177,6 @@ def test_the_command_of_the_card_answers(bundle: Callable[[str], Path]) -> None:
     folder = bundle("onnxruntime")
     shutil.copyfile(IMAGE, folder / "image.png")
     (command,) = notes("onnxruntime").run
-    asked = command.replace("What is this?", "Read the number.").replace("python", sys.executable, 1)
-    done = subprocess.run(asked, shell=True, cwd=folder, capture_output=True, text=True, check=False)
+    changed = command.replace("What is this?", "Read the number.").replace("python", sys.executable, 1)
+    done = subprocess.run(changed, shell=True, cwd=folder, capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "28", done.stderr

@@ -1,4 +1,4 @@
-"""`pack`: the same bytes in any folder, for any user; whole or absent; what was changed is not packed."""
+"""`pack`: the same bytes in any folder, for any user; complete or absent; changed files are refused."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MEMORY = 250 * 10**6  # bytes; what is packed below is larger
 
 
 def invoke(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(one) for one in arguments])
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 def digest(path: Path) -> str:
@@ -42,8 +42,10 @@ def test_it_prints_what_sha256sum_takes(tmp_path: Path, monkeypatch: pytest.Monk
     assert [name for _, name in lines] == ["Tiny-fp32-genai.tar", "Tiny-fp32-genai-evidence.tar"]
     assert [sha256 for sha256, _ in lines] == [digest(tmp_path / name) for _, name in lines]
     payload = json.loads(invoke("pack", tmp_path / "genai", "--output", "again.tar", "--json").stdout)
-    assert [one["sha256"] for one in payload["archives"]] == [sha256 for sha256, _ in lines]
-    assert [one["size"] for one in payload["archives"]] == [(tmp_path / name).stat().st_size for _, name in lines]
+    assert [archive["sha256"] for archive in payload["archives"]] == [sha256 for sha256, _ in lines]
+    assert [archive["size"] for archive in payload["archives"]] == [
+        (tmp_path / name).stat().st_size for _, name in lines
+    ]
 
 
 def test_two_packs_of_different_folders_and_times_are_one(tmp_path: Path) -> None:
@@ -72,10 +74,10 @@ def test_another_umask_and_locale_change_nothing(tmp_path: Path) -> None:
     assert done.stdout.startswith(here.sha256), done.stderr
 
 
-def test_what_is_unpacked_is_the_bundle(tmp_path: Path) -> None:
+def test_unpacking_gives_the_bundle(tmp_path: Path) -> None:
     folder = small_bundle(tmp_path / "genai")
-    for one in pack(folder, tmp_path / "x.tar"):
-        with tarfile.open(one.path) as archive:
+    for archive_path in pack(folder, tmp_path / "x.tar"):
+        with tarfile.open(archive_path.path) as archive:
             for entry in archive:
                 assert (entry.mtime, entry.uid, entry.gid, entry.uname, entry.gname) == (0, 0, 0, "", "")
                 assert (entry.mode, entry.isfile()) == (0o644, True)
@@ -123,7 +125,7 @@ def test_a_disk_that_is_full_leaves_nothing(tmp_path: Path, monkeypatch: pytest.
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_a_folder_that_is_a_file_is_told(tmp_path: Path) -> None:
+def test_a_file_in_place_of_the_folder_is_reported(tmp_path: Path) -> None:
     folder = small_bundle(tmp_path / "genai")
     (tmp_path / "file").write_text("x")
     assert invoke("pack", folder, "--output", tmp_path / "file" / "x.tar").exit_code == OutputError.exit_code
@@ -140,7 +142,7 @@ def test_a_link_in_the_way_is_replaced_and_not_followed(tmp_path: Path) -> None:
 
 
 def grown(folder: Path, size: int) -> Path:
-    """With a data file of that many bytes behind the weight, which take no room on the disk."""
+    """Extend the data file by that many bytes, as a sparse file."""
     os.truncate(folder / DATA, size)
     with (folder / DATA).open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
@@ -153,7 +155,7 @@ def grown(folder: Path, size: int) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [400 * 10**6, 2**31 + 12345, 2**33 + 1])
 def test_memory_does_not_grow_with_the_bundle(tmp_path: Path, size: int) -> None:
-    """The last is past 8 GB, where tar needs another header. The archive goes to a device that keeps nothing."""
+    """The last file starts past 8 GB, where tar needs a PAX header. The archive goes to /dev/null."""
     folder = grown(small_bundle(tmp_path / "genai"), size)
     program = (
         "import sys\n"

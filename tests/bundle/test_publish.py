@@ -1,4 +1,4 @@
-"""`publish` against a hub on this machine: what is sent, what is not sent twice, what is refused."""
+"""`publish` to a local hub: what is sent, what is not sent twice, what is refused."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def bundle(tmp_path: Path) -> Path:
 
 
 def invoke(*arguments: object) -> Result:
-    return CliRunner().invoke(app, ["publish", *(str(one) for one in arguments)])
+    return CliRunner().invoke(app, ["publish", *(str(argument) for argument in arguments)])
 
 
 def names(folder: Path) -> list[str]:
@@ -69,9 +69,9 @@ def test_a_dry_run_lists_and_sends_nothing(hub: UploadHub, bundle: Path) -> None
     assert result.exit_code == 0, result.output
     for name in names(bundle):
         assert name in result.stdout
-    assert "it is made" in result.stdout
+    assert "creates the repository" in result.stdout
     payload = json.loads(invoke(bundle, REPO, "--dry-run", "--json").stdout)
-    sizes = {one["file"]: one["size"] for one in payload["files"]}
+    sizes = {file["file"]: file["size"] for file in payload["files"]}
     assert sizes == {name: (bundle / name).stat().st_size for name in names(bundle)}
     assert payload["bytes to send"] == sum(sizes.values())
     assert {request.method for request in hub.requests} <= {"GET", "HEAD"}
@@ -91,7 +91,7 @@ def test_the_repository_is_the_bundle(hub: UploadHub, bundle: Path) -> None:
     assert hub.cards == [(bundle / "README.md").read_text()]
 
 
-def test_what_is_downloaded_again_passes(hub: UploadHub, bundle: Path, tmp_path: Path) -> None:
+def test_a_downloaded_copy_passes(hub: UploadHub, bundle: Path, tmp_path: Path) -> None:
     from huggingface_hub import HfApi
 
     assert invoke(bundle, REPO).exit_code == 0
@@ -110,13 +110,13 @@ def test_the_same_again_sends_nothing_and_another_only_what_differs(hub: UploadH
     graph(bundle / "model.onnx", seed=1)
     relisted(bundle)
     dry = json.loads(invoke(bundle, REPO, "--dry-run", "--json").stdout)
-    assert {one["file"] for one in dry["files"] if one["state"] != "same"} == {DATA, "manifest.json"}
+    assert {file["file"] for file in dry["files"] if file["state"] != "same"} == {DATA, "manifest.json"}
     assert invoke(bundle, REPO).exit_code == 0
     assert hub.put[len(sent) :] == [digest(bundle / DATA)]
     assert hub.commits[-1][1] == ["manifest.json", DATA]
 
 
-def test_a_branch_is_made_and_a_repository_may_be_private(hub: UploadHub, bundle: Path) -> None:
+def test_a_branch_is_created_and_a_repository_may_be_private(hub: UploadHub, bundle: Path) -> None:
     result = invoke(bundle, REPO, "--revision", "v1", "--private", "--no-evidence")
     assert result.exit_code == 0, result.output
     assert hub.repositories[REPO].names == {"main", "v1"}
@@ -124,7 +124,7 @@ def test_a_branch_is_made_and_a_repository_may_be_private(hub: UploadHub, bundle
     assert not [name for name in names(hub.repositories[REPO].folder) if name.startswith("evidence")]
 
 
-def test_other_files_are_told_and_removed_only_if_asked(hub: UploadHub, bundle: Path) -> None:
+def test_other_files_are_listed_and_removed_only_if_requested(hub: UploadHub, bundle: Path) -> None:
     repository = hub.make(REPO)
     (repository.folder / "old.onnx").write_bytes(b"of an earlier bundle")
     result = invoke(bundle, REPO)
@@ -136,7 +136,7 @@ def test_other_files_are_told_and_removed_only_if_asked(hub: UploadHub, bundle: 
     assert check(repository.folder).target == "genai"
 
 
-def test_what_is_refused_leaves_the_repository_as_it_was(hub: UploadHub, bundle: Path) -> None:
+def test_a_refused_upload_leaves_the_repository_unchanged(hub: UploadHub, bundle: Path) -> None:
     hub.refuse = {digest(bundle / DATA)}
     error = failure(invoke(bundle, REPO, "--json"), 28)
     assert DATA in error["what"] + error["found"]
@@ -150,7 +150,7 @@ def test_what_is_refused_leaves_the_repository_as_it_was(hub: UploadHub, bundle:
 
 @pytest.mark.seconds
 def test_a_sender_that_is_killed_goes_on_where_it_was(hub: UploadHub, bundle: Path, tmp_path: Path) -> None:
-    """Each object that was whole is not sent again."""
+    """Each complete object is not sent again."""
     environment = {
         **os.environ,
         "HF_ENDPOINT": hub.url,
@@ -173,16 +173,16 @@ def test_a_sender_that_is_killed_goes_on_where_it_was(hub: UploadHub, bundle: Pa
     process[0].communicate(timeout=120)
     assert process[0].returncode == -9
     assert not hub.commits
-    whole, sent = set(hub.objects), len(hub.put)
-    assert whole
+    complete, sent = set(hub.objects), len(hub.put)
+    assert complete
     hub.on_put = lambda oid: None
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert not whole & set(hub.put[sent:])
+    assert not complete & set(hub.put[sent:])
     assert check(hub.repositories[REPO].folder).manifest == check(bundle).manifest
 
 
-def test_without_a_token_that_may_write_nothing_is_made(
+def test_without_write_permission_nothing_is_created(
     hub: UploadHub, bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_of_nobody")
@@ -191,7 +191,7 @@ def test_without_a_token_that_may_write_nothing_is_made(
     assert not hub.repositories
 
 
-def test_a_repository_that_moved_on_is_told(hub: UploadHub, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_repository_that_moved_on_is_reported(hub: UploadHub, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     repository = hub.make(REPO)
 
     def meanwhile(oid: str) -> None:
@@ -203,11 +203,11 @@ def test_a_repository_that_moved_on_is_told(hub: UploadHub, bundle: Path, monkey
 
 
 @pytest.mark.parametrize("name", ["no name", "a/b/c", "../x", ""])
-def test_a_name_that_is_none_is_told(hub: UploadHub, bundle: Path, name: str) -> None:
+def test_an_invalid_name_is_reported(hub: UploadHub, bundle: Path, name: str) -> None:
     assert "name" in failure(invoke(bundle, name, "--json"), 28)["what"]
 
 
-def test_a_hub_that_is_gone_is_told(hub: UploadHub, bundle: Path) -> None:
+def test_an_unreachable_hub_is_reported(hub: UploadHub, bundle: Path) -> None:
     hub.close()
     assert "same command" in failure(invoke(bundle, REPO, "--json"), 28)["next"]
 

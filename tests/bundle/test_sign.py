@@ -1,4 +1,4 @@
-"""A signature is of these files and this key, needs no network, and is not needed."""
+"""Signatures: of these files and this key, without network, optional."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def signed(tmp_path: Path, keys: tuple[Path, Path]) -> Path:
 
 
 def invoke(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(one) for one in arguments])
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 def refused(*arguments: object, code: int = 27) -> dict[str, Any]:
@@ -67,7 +67,7 @@ def refused(*arguments: object, code: int = 27) -> dict[str, Any]:
     return found
 
 
-def test_what_was_signed_holds_with_its_key(signed: Path, keys: tuple[Path, Path]) -> None:
+def test_a_signature_passes_with_its_key(signed: Path, keys: tuple[Path, Path]) -> None:
     done = invoke("check", signed, "--key", keys[1], "--json")
     assert json.loads(done.stdout)["signature"] == "holds"
     assert json.loads(invoke("check", signed, "--json").stdout)["signature"] == "not checked"
@@ -93,19 +93,19 @@ def test_another_tool_verifies_it(signed: Path, keys: tuple[Path, Path]) -> None
     assert done.returncode == 0, done.stderr
 
 
-def test_the_signature_says_nothing_of_this_machine(signed: Path, tmp_path: Path) -> None:
+def test_the_signature_has_nothing_of_this_machine(signed: Path, tmp_path: Path) -> None:
     import base64
 
-    told = json.loads((signed / "model.sig").read_text())
-    payload = base64.b64decode(told["dsseEnvelope"]["payload"]).decode()
+    signature = json.loads((signed / "model.sig").read_text())
+    payload = base64.b64decode(signature["dsseEnvelope"]["payload"]).decode()
     assert str(tmp_path) not in payload
-    listed = {one["name"] for one in json.loads(payload)["predicate"]["resources"]}
+    listed = {resource["name"] for resource in json.loads(payload)["predicate"]["resources"]}
     assert {"manifest.json", "model.onnx", DATA} <= listed
     assert not [name for name in listed if name.startswith("evidence")]
 
 
-def test_a_bundle_that_someone_made_consistent_again_is_told(signed: Path, keys: tuple[Path, Path]) -> None:
-    """Other weights, and a manifest that names them: only a signature tells."""
+def test_a_bundle_that_was_changed_consistently_is_refused(signed: Path, keys: tuple[Path, Path]) -> None:
+    """Different weights, and a manifest that lists them: only a signature detects it."""
     graph(signed / "model.onnx", seed=1)
     relisted(signed)
     assert invoke("check", signed).exit_code == 0
@@ -114,7 +114,7 @@ def test_a_bundle_that_someone_made_consistent_again_is_told(signed: Path, keys:
     assert "manifest.json" in error["found"]
 
 
-def test_a_file_that_the_signature_lacks_is_told(signed: Path, keys: tuple[Path, Path]) -> None:
+def test_a_file_that_is_not_signed_is_refused(signed: Path, keys: tuple[Path, Path]) -> None:
     (signed / "more.txt").write_text("x")
     relisted(signed)
     assert "more.txt" in refused("check", signed, "--key", keys[1])["found"]
@@ -166,7 +166,7 @@ def test_keys_of_another_kind_are_refused(signed: Path, keys: tuple[Path, Path],
             assert "openssl" in error["next"], name
 
 
-def test_what_is_broken_is_not_signed(tmp_path: Path, keys: tuple[Path, Path]) -> None:
+def test_a_broken_bundle_is_not_signed(tmp_path: Path, keys: tuple[Path, Path]) -> None:
     folder = small_bundle(tmp_path / "genai")
     edit_manifest(folder, lambda content: content.update(opset=19))
     refused("sign", folder, "--key", keys[0], code=21)

@@ -1,4 +1,4 @@
-"""One table of several bundles, from what their verifications wrote. No torch."""
+"""The table of several bundles, from their verification reports. No torch."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from tests.helpers.runtimes import require
 
 
 def verified(folder: Path, target: str, **facts: object) -> Path:
-    """A bundle for `target` whose report says `facts`; what is `not_run` says why there are no tokens."""
+    """A bundle for `target` whose report has `facts`; `not_run` has the reason why there are no tokens."""
     small_bundle(folder)
     edit_manifest(folder, lambda content: content.update(target=target))
     why = facts.pop("not_run", None)
-    told = {"tokens": why} if isinstance(why, str) else {}
+    not_run_places = {"tokens": why} if isinstance(why, str) else {}
     gates = (Gate("decoder prefill", "text", 2e-6, 1e-4),)
     write(
-        Report(target, "Tiny", gates, dict(facts), told, (Exhibit("text", "case", "Hello"),)),
+        Report(target, "Tiny", gates, dict(facts), not_run_places, (Exhibit("text", "case", "Hello"),)),
         folder / "evidence",
         Context(),
     )
@@ -55,7 +55,7 @@ def test_each_bundle_has_a_row_from_its_evidence(output: Path) -> None:
     assert (genai.cases, genai.tokens, genai.equal) == (12, 700, 699)
     assert (genai.task, genai.played) == ("40/41 (PyTorch 41/41)", "run")
     manifest = json.loads((output / "8-bundle" / "genai" / "manifest.json").read_text())
-    assert genai.bytes == sum(one["size"] for one in manifest["files"].values())
+    assert genai.bytes == sum(file["size"] for file in manifest["files"].values())
     assert (openvino.tokens, openvino.task, openvino.verdict) == (0, None, "partial")
     assert openvino.played.startswith("not run here, because openvino is not installed")
     for shown in (as_text(*table.renderables([genai, openvino])), table.markdown([genai, openvino])):
@@ -63,7 +63,7 @@ def test_each_bundle_has_a_row_from_its_evidence(output: Path) -> None:
         assert "not run here, because" in " ".join(shown.split())
 
 
-def test_tokens_of_what_is_not_exact_are_its_twins(tmp_path: Path) -> None:
+def test_tokens_of_an_inexact_bundle_are_its_fp32_copys(tmp_path: Path) -> None:
     tokens = {"cases": 3, "compared": 192, "equal": 192}
     bundle = verified(tmp_path / "int4", "openvino", tokens=tokens)
     path = bundle / "evidence" / "parity.json"
@@ -71,7 +71,7 @@ def test_tokens_of_what_is_not_exact_are_its_twins(tmp_path: Path) -> None:
     path.write_text(json.dumps({**parity, "facts": {**parity["facts"], "quality": {}}}))
     (row,) = table.rows([bundle])
     assert row.twin
-    assert "192 / 192, its fp32 twin" in table.markdown([row])
+    assert "192 / 192, its fp32 copy" in table.markdown([row])
 
 
 def test_the_command_takes_bundles_and_output_folders(output: Path, tmp_path: Path) -> None:
@@ -86,8 +86,8 @@ def test_the_command_takes_bundles_and_output_folders(output: Path, tmp_path: Pa
     assert (output / "evidence" / "bundles.md").read_text().count("\n") == 4
 
 
-def test_what_is_no_bundle_or_was_never_verified_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match="holds no bundles"):
+def test_a_folder_without_a_verified_bundle_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="contains no bundles"):
         table.bundles_in([tmp_path])
     bundle = small_bundle(tmp_path / "genai")
     (bundle / "evidence" / "parity.json").unlink()

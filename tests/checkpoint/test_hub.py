@@ -115,7 +115,7 @@ def test_other_bytes_than_the_hub_names_are_refused(
     content = (repository.folder / file).read_bytes()
     repository.replace[file] = content[:-2] + bytes([content[-2] ^ 1]) + content[-1:]
     source = resolve(parse_source(REPO))
-    with pytest.raises(DownloadError, match=f"{file} is not what the hub says") as caught:
+    with pytest.raises(DownloadError, match=f"{file} differs from the file at the hub") as caught:
         fetch_into(source, out)
     repository.replace.clear()
     removed = str(caught.value.next).split()[1]

@@ -27,7 +27,7 @@ SOURCE_FILE = re.compile(rb"/[\w.-]+/[\w./-]*\.py\b")
 
 
 def test_a_small_checkpoint_in_another_process(built: Built, checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
-    """Other hash seed, threads, locale and path of the checkpoint; graphs of one target, weights and settings."""
+    """Different hash seed, threads, locale and checkpoint path; graphs of one target, weights and settings."""
     recipe = replace(load_recipe("fp32"), targets=(Target("genai", "fused"),))
     expected = artifacts(built(checkpoint(SMALLEST), recipe).parent)
     moved = Path(shutil.copytree(checkpoint(SMALLEST), tmp_path / "moved here"))
@@ -54,7 +54,7 @@ def test_nothing_of_the_machine_is_in_the_artifacts(miniature_built: Path) -> No
 
 
 @pytest.mark.slow
-def test_the_whole_miniature_from_another_checkout_and_environment(whole: Path, tmp_path: Path) -> None:
+def test_the_miniature_from_another_checkout_and_environment(whole: Path, tmp_path: Path) -> None:
     """Graphs, data, settings and manifest, to the last byte."""
     root = checkout(tmp_path / "another checkout")
     executable = environment(tmp_path / "another environment")

@@ -75,7 +75,7 @@ Shim = Callable[[str], dict[str, str]]
 
 @dataclass(frozen=True)
 class Disk:
-    """A small one of the test's own.
+    """A small disk for the test.
 
     Args:
         mount: where it is, for those who are in its namespace.
@@ -98,7 +98,7 @@ class Disk:
 
 @pytest.fixture
 def unwritten(miniature_built: Path, tmp_path: Path) -> Path:
-    """An output folder whose graphs are whole, and whose weights are still to be written."""
+    """An output folder with complete graphs and without weights."""
     output = copied(miniature_built.parent, tmp_path / "out")
     for folder in ("5-quantize", "6-configure"):
         shutil.rmtree(output / folder)
@@ -126,7 +126,7 @@ def shim(tmp_path: Path) -> Shim:
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Disk]:
-    """40 MB, gone with the process that holds its namespace."""
+    """40 MB, removed with the process that owns its namespace."""
     mount = tmp_path / "disk"
     mount.mkdir()
     if shutil.which("unshare") is None:
@@ -140,8 +140,8 @@ def disk(tmp_path: Path) -> Iterator[Disk]:
     )
     with holder:
         assert holder.stdout is not None
-        if (said := holder.stdout.readline().strip()) != "mounted":
-            pytest.skip(f"no mount in a namespace of its own on this machine: {said}")
+        if (reply := holder.stdout.readline().strip()) != "mounted":
+            pytest.skip(f"no mount in a namespace of its own on this machine: {reply}")
         inside = ("nsenter", "-t", str(holder.pid), "-U", "-m", "--preserve-credentials")
         yield Disk(mount, inside, Path(f"/proc/{holder.pid}/root") / mount.relative_to("/"))
 
@@ -152,39 +152,42 @@ def build(
     inside: tuple[str, ...] = (),
     checkpoint: Path = MINIATURE,
 ) -> subprocess.CompletedProcess[str]:
-    """`build --until configure --json`, perhaps `inside` a namespace."""
-    asked = ("-m", "builder", "build", checkpoint, "--until", "configure", "--json", "--output", output)
+    """`build --until configure --json`, optionally `inside` a namespace."""
+    arguments = ("-m", "builder", "build", checkpoint, "--until", "configure", "--json", "--output", output)
     executable, *rest = (*inside, sys.executable)
-    return python(*rest, *asked, executable=executable, cwd=Path("/"), settings=settings)
+    return python(*rest, *arguments, executable=executable, cwd=Path("/"), settings=settings)
 
 
 def refused(done: subprocess.CompletedProcess[str], kind: type[OutputError | CheckpointError]) -> dict[str, Any]:
-    """What an error of this kind said: on stderr in words, on stdout for programs, and through its exit code."""
+    """The error's report: on stderr in words, on stdout as JSON, and its exit code."""
     assert done.returncode == kind.exit_code, done.stdout + done.stderr
-    said: dict[str, Any] = json.loads(done.stdout)
-    assert (said["error"], said["ok"]) == (kind.__name__, False)
-    assert said["next"]
-    assert f"error: {said['what']}" in done.stderr
+    reported: dict[str, Any] = json.loads(done.stdout)
+    assert (reported["error"], reported["ok"]) == (kind.__name__, False)
+    assert reported["next"]
+    assert f"error: {reported['what']}" in done.stderr
     assert "Traceback" not in done.stderr
-    return said
+    return reported
 
 
 def states(done: subprocess.CompletedProcess[str]) -> dict[str, str]:
-    """Stage → what it took, of a build that went well."""
+    """Stage → state, of a successful build."""
     assert done.returncode == 0, done.stdout + done.stderr
-    return {one["stage"]: one["state"] for one in json.loads(done.stdout)["stages"]}
+    return {stage["stage"]: stage["state"] for stage in json.loads(done.stdout)["stages"]}
 
 
 def resumed(done: subprocess.CompletedProcess[str]) -> None:
-    """It went on from the last whole stage."""
-    whole = dict.fromkeys(("fetch", "patch", "export", "optimize"), "cached")
-    assert states(done) == {**whole, "quantize": "run", "configure": "run"}
+    """It resumed after the last complete stage."""
+    complete = dict.fromkeys(("fetch", "patch", "export", "optimize"), "cached")
+    assert states(done) == {**complete, "quantize": "run", "configure": "run"}
 
 
 def test_a_file_that_may_not_grow_further(unwritten: Path, half: int, shim: Shim, miniature_built: Path) -> None:
     before = artifacts(unwritten)
-    said = refused(build(unwritten, shim(LIMITED.format(limit=half))), OutputError)
-    assert (said["what"], said["found"]) == (f"the output folder {unwritten} cannot be written", "File too large")
+    reported = refused(build(unwritten, shim(LIMITED.format(limit=half))), OutputError)
+    assert (reported["what"], reported["found"]) == (
+        f"the output folder {unwritten} cannot be written",
+        "File too large",
+    )
     assert artifacts(unwritten) == before  # nothing of the stage, under any name
     assert not list(unwritten.glob("5-quantize*"))
     resumed(build(unwritten))
@@ -192,13 +195,13 @@ def test_a_file_that_may_not_grow_further(unwritten: Path, half: int, shim: Shim
 
 
 def test_a_disk_that_fills_up_meanwhile(unwritten: Path, disk: Disk, shim: Shim, miniature_built: Path) -> None:
-    """There was room when the build began. The space comes back, and with more of it the build goes on."""
+    """The disk had space when the build began. The space is freed, and with more of it the build resumes."""
     copied(unwritten, disk.seen / "out")
     output, used = disk.seen / "out", disk.used
     filled = MEANWHILE + FILLED.format(disk=disk.mount, left=4 * MEGABYTE)
-    said = refused(build(disk.mount / "out", shim(filled), disk.inside), OutputError)
-    assert said["found"] == "No space left on device"
-    assert "free some space" in said["next"]
+    reported = refused(build(disk.mount / "out", shim(filled), disk.inside), OutputError)
+    assert reported["found"] == "No space left on device"
+    assert "free some space" in reported["next"]
     assert not list(output.glob("5-quantize*"))
     (disk.seen / "filler").unlink()
     assert disk.used < used + MEGABYTE
@@ -211,9 +214,9 @@ def test_a_disk_that_is_read_only(unwritten: Path, disk: Disk, miniature_built: 
     copied(unwritten, disk.seen / "out")
     before = artifacts(disk.seen)
     disk.remount("ro")
-    said = refused(build(disk.mount / place, inside=disk.inside), OutputError)
-    assert said["what"] == f"the output folder {disk.mount / place} cannot be written"
-    assert said["found"] == "Read-only file system"
+    reported = refused(build(disk.mount / place, inside=disk.inside), OutputError)
+    assert reported["what"] == f"the output folder {disk.mount / place} cannot be written"
+    assert reported["found"] == "Read-only file system"
     assert artifacts(disk.seen) == before
     disk.remount("rw")
     if place == "out":
@@ -224,7 +227,7 @@ def test_a_disk_that_is_read_only(unwritten: Path, disk: Disk, miniature_built: 
 def test_a_second_build_into_the_same_folder(
     unwritten: Path, shim: Shim, tmp_path: Path, miniature_built: Path
 ) -> None:
-    """It says so and leaves the first one, which is writing weights, alone."""
+    """It reports so and leaves the first build, which is writing weights, alone."""
     waiting = shim(MEANWHILE + WAITING.format(folder=tmp_path))
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(build, unwritten, waiting)
@@ -233,18 +236,18 @@ def test_a_second_build_into_the_same_folder(
                 assert not first.done(), first.result().stderr
                 time.sleep(0.01)
             there = sorted(unwritten.rglob("*"))
-            said = refused(build(unwritten), OutputError)
+            reported = refused(build(unwritten), OutputError)
             assert sorted(unwritten.rglob("*")) == there
         finally:
             (tmp_path / "go").touch()
         resumed(first.result())
-    assert said["what"] == f"another build is writing to {unwritten}"
-    assert "wait for it to end" in said["next"]
+    assert reported["what"] == f"another build is writing to {unwritten}"
+    assert "wait until it ends" in reported["next"]
     assert artifacts(unwritten) == artifacts(miniature_built.parent)
 
 
 def test_a_kill_in_the_middle_of_a_data_file(unwritten: Path, half: int, shim: Shim, miniature_built: Path) -> None:
-    """SIGKILL with the byte behind `half`: no cleaning up, and no folder that looks whole."""
+    """SIGKILL at the byte after `half`: no cleanup, and no folder that looks complete."""
     done = build(unwritten, shim(LIMITED.format(limit=half) + KILLED))
     assert done.returncode == -signal.SIGKILL, done.stdout + done.stderr
     part = unwritten / "5-quantize.part" / "genai"
@@ -262,10 +265,10 @@ def test_a_shard_that_is_cut_while_it_is_read(
     checkpoint = Path(shutil.copytree(MINIATURE, tmp_path / "moved" / MINIATURE.name))
     before = (checkpoint / SHARD).stat()
     cut = MEANWHILE + CUT.format(file=checkpoint / SHARD)
-    said = refused(build(unwritten, shim(cut), checkpoint=checkpoint), CheckpointError)
-    assert said["what"] == f"{checkpoint / SHARD} was cut short while it was read"
-    assert said["expected"]
-    assert said["found"] == f"{before.st_size // 2} bytes"
+    reported = refused(build(unwritten, shim(cut), checkpoint=checkpoint), CheckpointError)
+    assert reported["what"] == f"{checkpoint / SHARD} was cut short while it was read"
+    assert reported["expected"]
+    assert reported["found"] == f"{before.st_size // 2} bytes"
     assert not (unwritten / "5-quantize").exists()
     assert not list(unwritten.rglob("*.data"))
     shutil.copyfile(MINIATURE / SHARD, checkpoint / SHARD)

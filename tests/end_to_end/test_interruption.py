@@ -1,4 +1,4 @@
-"""`qwen3vl-onnx build`, killed and started again: what is whole stays, and the end is the same bytes.
+"""`qwen3vl-onnx build`, killed and restarted: complete stages stay, and the result is the same bytes.
 
 The process is killed with SIGKILL at a chosen call to the operating system, which an audit hook sees, so that every
 stage, however short, is hit where it is meant to be hit.
@@ -23,8 +23,8 @@ from tests.helpers.processes import ROOT, artifacts, copied, python
 pytestmark = pytest.mark.torch
 
 NAMES = tuple(stage.name for stage in STAGES)
-# `half`: one file of the stage is there, and more are to come. `whole`: all are, and the folder is not yet renamed.
-Moment = Literal["half", "whole"]
+# `half`: one file of the stage is there, and more are to come. `complete`: all are, and the folder is not yet renamed.
+Moment = Literal["half", "complete"]
 # What the fixture `miniature_built` is built from, as the command line says it.
 CONFIGURED = (str(MINIATURE), "--until", "configure")
 # Python imports a module of this name when it starts.
@@ -41,8 +41,8 @@ def hook(event, arguments):
     global seen
     if event not in ("open", "os.link", "os.rename") or not isinstance(arguments[0], str | os.PathLike):
         return
-    paths = [os.fspath(one) for one in arguments[:2] if isinstance(one, str | os.PathLike)]
-    if MOMENT == "whole":
+    paths = [os.fspath(argument) for argument in arguments[:2] if isinstance(argument, str | os.PathLike)]
+    if MOMENT == "complete":
         hit = event == "os.rename" and paths[0] == PART
     else:
         seen += any(path.startswith(PART + "/") for path in paths if isinstance(path, str))
@@ -61,7 +61,7 @@ def build(output: Path, *options: str, settings: Mapping[str, str] | None = None
 
 
 def killed(output: Path, stage: str, moment: Moment, *options: str) -> None:
-    """A build that dies in `stage`, and leaves of it a `.part` and nothing else."""
+    """A build that is killed in `stage`, and leaves only its `.part`."""
     shim = output.parent / "shim"
     shim.mkdir(exist_ok=True)
     (shim / "sitecustomize.py").write_text(SITECUSTOMIZE)
@@ -71,18 +71,18 @@ def killed(output: Path, stage: str, moment: Moment, *options: str) -> None:
     done = build(output, *options, settings=settings)
     assert done.returncode == -signal.SIGKILL, done.stdout + done.stderr
     assert any(file.is_file() for file in part.rglob("*"))
-    assert (part / "stage.json").exists() is (moment == "whole")
+    assert (part / "stage.json").exists() is (moment == "complete")
     assert not folder.exists()
 
 
 def states(done: CompletedProcess[str]) -> Mapping[str, str]:
-    """Stage → `cached` or `run`, as the command told."""
+    """Stage → `cached` or `run`, as the command reported."""
     assert done.returncode == 0, done.stderr
     lines = [line.split() for line in done.stderr.splitlines() if line[:1].isdigit()]
     return {words[0].partition("-")[2]: words[1].rstrip(":") for words in lines}
 
 
-def test_a_second_build_runs_nothing_and_says_so(miniature_built: Path, tmp_path: Path) -> None:
+def test_a_second_build_runs_nothing_and_reports_it(miniature_built: Path, tmp_path: Path) -> None:
     output = copied(miniature_built.parent, tmp_path / "out")
     before = {file: file.stat().st_mtime_ns for file in output.rglob("*") if file.name not in ("build.json", ".lock")}
     done = build(output, *CONFIGURED)
@@ -93,13 +93,13 @@ def test_a_second_build_runs_nothing_and_says_so(miniature_built: Path, tmp_path
 
 
 def test_kills_in_the_short_stages(miniature_built: Path, tmp_path: Path) -> None:
-    """`fetch`, `quantize` and `configure`, each killed twice; the stages between them stay as they are."""
+    """`fetch`, `quantize` and `configure`, each killed twice; the stages between them stay unchanged."""
     output = copied(miniature_built.parent, tmp_path / "out")
     for folder in ("1-fetch", "5-quantize", "6-configure"):
         shutil.rmtree(output / folder)
     for stage in ("fetch", "quantize", "configure"):
         killed(output, stage, "half", *CONFIGURED)
-        killed(output, stage, "whole", *CONFIGURED)
+        killed(output, stage, "complete", *CONFIGURED)
     done = build(output, *CONFIGURED)
     assert states(done) == {**dict.fromkeys(NAMES[:5], "cached"), "configure": "run"}
     assert not list(output.glob("*.part"))
@@ -107,9 +107,9 @@ def test_kills_in_the_short_stages(miniature_built: Path, tmp_path: Path) -> Non
 
 
 def test_a_kill_between_the_two_renames_of_a_rerun(miniature_built: Path, tmp_path: Path) -> None:
-    """The old folder is aside, the new one is not in place: the old one comes back."""
+    """The old folder is renamed, the new folder is not in place: the old folder is restored."""
     output = copied(miniature_built.parent, tmp_path / "out")
-    killed(output, "configure", "whole", *CONFIGURED, "--force", "configure")
+    killed(output, "configure", "complete", *CONFIGURED, "--force", "configure")
     assert (output / "6-configure.old").is_dir()
     assert states(build(output, *CONFIGURED)) == dict.fromkeys(NAMES[:6], "cached")
     assert not (output / "6-configure.old").exists()
@@ -122,7 +122,7 @@ def test_a_build_that_is_killed_in_every_stage(whole: Path, tmp_path: Path) -> N
     for stage in NAMES:
         killed(output, stage, "half")
         if stage != "verify":  # the longest; its second half would be like any other's
-            killed(output, stage, "whole")
+            killed(output, stage, "complete")
     done = build(output)
     assert states(done) == {**dict.fromkeys(NAMES[:7], "cached"), "bundle": "run"}
     assert not list(output.glob("*.part"))

@@ -28,7 +28,7 @@ SIZES: Mapping[str, Mapping[str, Any]] = {
         "vision": {"hidden_size": 384, "intermediate_size": 1536, "depth": 8},
     },
 }
-# One target, and blocks that are small beside either size. What a control does to it comes first.
+# One target, and blocks that are small next to either size. What a control does to it comes first.
 DRIVER = """
 import sys
 from dataclasses import replace
@@ -64,7 +64,7 @@ def drive(checkpoint: Path, output: Path, until: str, before: str = "") -> None:
 def peaks(output: Path) -> dict[str, int]:
     """Stage → bytes."""
     records = sorted(output.glob("*/stage.json"))
-    return {one.parent.name: json.loads(one.read_text())["cost"]["peak_rss"] for one in records}
+    return {record.parent.name: json.loads(record.read_text())["cost"]["peak_rss"] for record in records}
 
 
 def grown(small: Path, large: Path) -> list[str]:
@@ -81,7 +81,7 @@ def written(output: Path) -> int:
 
 @pytest.fixture(scope="module")
 def outputs(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
-    """Each size, built; its checkpoint lies beside it. What needs torch and what does not run in a process each."""
+    """Each size, built next to its checkpoint, with a process for stages that need torch and one for the others."""
     folder = tmp_path_factory.mktemp("memory")
     made = {}
     for name, size in SIZES.items():
@@ -100,8 +100,8 @@ def test_no_stage_needs_more_for_a_larger_checkpoint(outputs: Mapping[str, Path]
     assert grown(*outputs.values()) == []
 
 
-def test_a_build_that_holds_what_it_reads_would_be_noticed(outputs: Mapping[str, Path], tmp_path: Path) -> None:
-    """The same driver, its weights written again, every block that is read kept."""
+def test_a_build_that_keeps_what_it_reads_is_detected(outputs: Mapping[str, Path], tmp_path: Path) -> None:
+    """The same driver, writing the weights again and keeping every block that it reads."""
     for name, output in outputs.items():
         shutil.copytree(output, tmp_path / name)
         for stage in ("5-quantize", "6-configure"):

@@ -1,4 +1,4 @@
-"""What is installed, without the checkout: the wheel, and the base install that has no torch."""
+"""Installed without the checkout: the wheel, and the base install without torch."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A `site-packages` with the declared dependencies and theirs, and nothing of an extra: links to this one's."""
+    """A `site-packages` with links to the declared dependencies and theirs, without extras."""
     folder = tmp_path_factory.mktemp("base")
     for found in required(map(Requirement, PROJECT["dependencies"])):
         for name in {file.parts[0] for file in found.files or ()} - {"..", "__pycache__"}:
@@ -57,10 +57,10 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def required(asked: Iterable[Requirement]) -> list[Distribution]:
-    """The installed distributions that the requirements lead to."""
+def required(requirements: Iterable[Requirement]) -> list[Distribution]:
+    """The installed distributions that the requirements resolve to."""
     found: dict[str, Distribution] = {}
-    waiting = [(one, extra) for one in asked for extra in ("", *one.extras)]
+    waiting = [(each, extra) for each in requirements for extra in ("", *each.extras)]
     seen = set()
     while waiting:
         requirement, extra = waiting.pop()
@@ -69,15 +69,15 @@ def required(asked: Iterable[Requirement]) -> list[Distribution]:
             continue
         seen.add((name, extra))
         found[name] = distribution(name)
-        for one in map(Requirement, found[name].requires or ()):
-            if one.marker is None or one.marker.evaluate({"extra": extra}):
-                bare = Requirement(str(one).partition(";")[0])
+        for needed in map(Requirement, found[name].requires or ()):
+            if needed.marker is None or needed.marker.evaluate({"extra": extra}):
+                bare = Requirement(str(needed).partition(";")[0])
                 waiting += [(bare, each) for each in ("", *bare.extras)]
     return list(found.values())
 
 
 def without_extra(base: Path, *arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """`qwen3vl-onnx` where only the base install is: -S leaves this environment's packages out."""
+    """`qwen3vl-onnx` with the base install only: -S excludes this environment's packages."""
     return python("-S", "-m", "builder", *arguments, cwd=cwd, settings={"PYTHONPATH": f"{ROOT}{os.pathsep}{base}"})
 
 
@@ -87,7 +87,7 @@ def question() -> Case:
     return next(case for case in cases if case.images == (IMAGE,))
 
 
-def test_the_base_install_is_small_and_whole(base: Path) -> None:
+def test_the_base_install_is_small_and_complete(base: Path) -> None:
     names = {entry.name for entry in base.iterdir()}
     assert not names & {"torch", "transformers", "onnxscript", "pytest", "builder"}
     assert {"onnxruntime", "onnxruntime_genai", "onnx", "typer"} <= names
@@ -111,11 +111,11 @@ def test_a_bundle_runs_without_torch(base: Path, bundle: Callable[[str], Path], 
     ],
     ids=lambda arguments: arguments[0],
 )
-def test_what_needs_torch_says_how_to_get_it(
+def test_commands_that_need_torch_report_how_to_install_it(
     base: Path, bundle: Callable[[str], Path], arguments: list[str], tmp_path: Path
 ) -> None:
     folder = str(bundle("genai"))
-    done = without_extra(base, *(one.replace("{bundle}", folder) for one in arguments), cwd=tmp_path)
+    done = without_extra(base, *(argument.replace("{bundle}", folder) for argument in arguments), cwd=tmp_path)
     assert done.returncode == 22, done.stderr
     assert 'pip install "qwen3vl-onnx[build]"' in done.stderr
     assert "Traceback" not in done.stderr
@@ -132,7 +132,7 @@ def test_fetch_and_explain_do_without_torch(base: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_wheel_holds_the_packages_and_their_data(wheel: Path) -> None:
+def test_the_wheel_contains_the_packages_and_their_data(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
     expected = {
@@ -147,8 +147,8 @@ def test_the_wheel_holds_the_packages_and_their_data(wheel: Path) -> None:
 
 
 @pytest.mark.slow
-def test_its_packages_are_ours_also_beside_the_runtimes_own_tools(installed: Path, tmp_path: Path) -> None:
-    """onnxruntime-genai brings a `builder.py`, and puts its folder on the path."""
+def test_its_packages_are_ours_also_next_to_the_runtimes_own_tools(installed: Path, tmp_path: Path) -> None:
+    """onnxruntime-genai has a `builder.py`, and puts its folder on the path."""
     program = (
         "import onnxruntime_genai.models, builder.stages.engine.execute, patches; "
         "print(builder.__file__); print(patches.__file__)"
@@ -163,7 +163,7 @@ def test_its_packages_are_ours_also_beside_the_runtimes_own_tools(installed: Pat
 @pytest.mark.torch
 def test_the_wheel_builds_the_miniature_and_answers(installed: Path, whole: Path, tmp_path: Path) -> None:
     command = installed / "bin" / "qwen3vl-onnx"
-    built = told(command, "build", "--until", "configure", "--json", cwd=tmp_path)
+    built = reported(command, "build", "--until", "configure", "--json", cwd=tmp_path)
     output = tmp_path / "outputs" / "miniature-fp32"
     assert Path(built["output"]) == output.relative_to(tmp_path)
     record = json.loads((output / "1-fetch" / "checkpoint.json").read_text(encoding="utf-8"))
@@ -172,13 +172,13 @@ def test_the_wheel_builds_the_miniature_and_answers(installed: Path, whole: Path
     assert artifacts(output) == expected
     case = question()
     for target in TARGETS:
-        asked = ("--prompt", case.prompt, "--image", IMAGE)
-        answered = told(command, "run", whole / "8-bundle" / target, *asked, "--json", cwd=tmp_path)
+        arguments = ("--prompt", case.prompt, "--image", IMAGE)
+        answered = reported(command, "run", whole / "8-bundle" / target, *arguments, "--json", cwd=tmp_path)
         assert answered["text"] == case.answer
 
 
-def told(command: Path, *arguments: object, cwd: Path) -> dict[str, Any]:
-    """What the installed command prints with --json, after a good end."""
+def reported(command: Path, *arguments: object, cwd: Path) -> dict[str, Any]:
+    """JSON output of the installed command, which must succeed."""
     settings = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(
         [str(command), *map(str, arguments)], cwd=cwd, env=settings, capture_output=True, text=True, check=False

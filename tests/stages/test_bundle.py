@@ -1,4 +1,4 @@
-"""The stage `bundle`: a folder that tells what is in it and what it was made from."""
+"""The stage `bundle`: a folder whose manifest describes its files and sources."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ TARGETS = {"genai": "fused", "onnxruntime": "eager"}
 
 @pytest.fixture(scope="module")
 def bundled(miniature_built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The bundles of the miniature, with a report that no verification wrote."""
+    """The bundles of the miniature, with a report that was not written by a verification."""
     folder = tmp_path_factory.mktemp("bundled")
     copied(miniature_built.parent, folder / "output")
     build = build_in(folder)
@@ -70,7 +70,7 @@ def test_every_file_is_listed_with_its_bytes(bundled: Path, target: str) -> None
 
 
 @pytest.mark.parametrize(("target", "attention"), TARGETS.items())
-def test_it_tells_what_it_was_made_from(bundled: Path, target: str, attention: str) -> None:
+def test_the_manifest_describes_the_sources(bundled: Path, target: str, attention: str) -> None:
     found = manifest(bundled, target)
     assert (found["target"], found["attention"]) == (target, attention)
     assert found["recipe"] == {
@@ -85,11 +85,11 @@ def test_it_tells_what_it_was_made_from(bundled: Path, target: str, attention: s
     weights = found["checkpoint"]["files"]["model.safetensors"]
     assert weights["sha256"] == sha256(MINIATURE / "model.safetensors")
     assert set(found["patches"]) == set(SETS[attention])
-    assert all(len(one["digest"]) == 12 for one in found["patches"].values())
+    assert all(len(patch["digest"]) == 12 for patch in found["patches"].values())
 
 
 def test_every_file_of_the_checkpoint_is_listed_with_its_bytes(bundled: Path) -> None:
-    """The digests of the weights were taken when they were written, those of the rest when they were fetched."""
+    """Weights are hashed when they are written, other files when they are fetched."""
     for target in TARGETS:
         files = manifest(bundled, target)["checkpoint"]["files"]
         assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(files)
@@ -108,8 +108,8 @@ def test_no_weight_is_read_again(bundled: Path, target: str, monkeypatch: pytest
 
     monkeypatch.setattr(bundle, "sha256", noted)
     build, folder = build_in(bundled), bundled / "out" / target
-    (asked,) = [one for one in build.recipe.targets if one.runtime == target]
-    assert bundle.manifest(build, asked, folder) == manifest(bundled, target)
+    (configured,) = [each for each in build.recipe.targets if each.runtime == target]
+    assert bundle.manifest(build, configured, folder) == manifest(bundled, target)
     data = {file.name for file in folder.glob("*.data")}
     assert data == {"model.onnx.data", "vision_encoder.onnx.data"}
     assert set(hashed) == {file.name for file in folder.iterdir() if file.is_file()} - data - {"manifest.json"}
@@ -117,7 +117,7 @@ def test_no_weight_is_read_again(bundled: Path, target: str, monkeypatch: pytest
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_tied_embeddings_are_read_from_the_decoders_file(bundled: Path, target: str) -> None:
-    """In plain ONNX Runtime, from the bundle as it lies there."""
+    """In plain ONNX Runtime, from the bundle in place."""
     import numpy as np
     import onnxruntime
 
@@ -141,12 +141,16 @@ def test_its_graphs_are_described_as_they_are(bundled: Path, target: str) -> Non
     for name, described in graphs.items():
         model = onnx.load(str(bundled / "out" / target / name), load_external_data=False)
         for side in ("input", "output"):
-            assert [one["name"] for one in described[f"{side}s"]] == [port.name for port in getattr(model.graph, side)]
-        assert {node.op_type for node in model.graph.node} <= {one.rpartition(":")[2] for one in described["operators"]}
+            assert [entry["name"] for entry in described[f"{side}s"]] == [
+                port.name for port in getattr(model.graph, side)
+            ]
+        assert {node.op_type for node in model.graph.node} <= {
+            kind.rpartition(":")[2] for kind in described["operators"]
+        }
 
 
 @pytest.mark.parametrize(("target", "attention"), TARGETS.items())
-def test_the_evidence_lies_beside_it(bundled: Path, target: str, attention: str) -> None:
+def test_evidence_is_in_the_bundle(bundled: Path, target: str, attention: str) -> None:
     evidence = bundled / "out" / target / "evidence"
     report = bundled / "output" / "7-verify" / target
     assert (evidence / "parity.json").samefile(report / "parity.json")

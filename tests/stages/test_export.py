@@ -1,4 +1,4 @@
-"""The traced graphs: no weights read, nothing of the example left, every initializer accounted for."""
+"""Traced graphs: no weights read, no constants of the example inputs, every initializer bound."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TARGETS = [Target("genai", "fused"), Target("onnxruntime", "eager")]
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    """One text and two vision layers; its weights are gone once it is open."""
+    """One text and two vision layers; its weights are removed once it is open."""
     folder = tmp_path_factory.mktemp("one") / "layer"
     write_checkpoint(folder, text={"num_hidden_layers": 1}, vision={"depth": 2}, deepstack=(0,))
     opened = open_checkpoint(folder)

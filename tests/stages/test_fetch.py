@@ -1,4 +1,4 @@
-"""What CHECKPOINT may be, and the stage `fetch` on a local folder."""
+"""Values of CHECKPOINT, and the stage `fetch` on a local folder."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SHARD = "model-00001-of-00003.safetensors"
 
 @pytest.fixture
 def out(tmp_path: Path) -> Path:
-    """Where the stage writes."""
+    """The stage's output folder."""
     return tmp_path / "1-fetch"
 
 
@@ -81,7 +81,7 @@ def test_neither_folder_nor_hub_id(text: str) -> None:
 
 @pytest.mark.parametrize("rehash", [False, True])
 def test_local_folder_is_used_in_place(sharded: Path, out: Path, rehash: bool) -> None:
-    """Weights are read to tell them apart by their bytes only where that is asked for."""
+    """Weights are hashed only if requested."""
     before = {path: path.stat().st_mtime_ns for path in sharded.iterdir()}
     facts = fetch_into(parse_source(str(sharded)), out, rehash=rehash)
     checkpoint = open_fetched(out)
@@ -100,7 +100,7 @@ def test_local_folder_is_used_in_place(sharded: Path, out: Path, rehash: bool) -
     assert facts["bytes"] == sum((sharded / file).stat().st_size for file in checkpoint.files)
 
 
-def test_fetched_says_how_to_go_on_when_the_folder_is_gone(sharded: Path, out: Path) -> None:
+def test_a_removed_folder_is_an_error_with_advice(sharded: Path, out: Path) -> None:
     fetch_into(parse_source(str(sharded)), out)
     shutil.rmtree(sharded)
     with pytest.raises(CheckpointError, match="gone") as caught:
@@ -120,7 +120,7 @@ def test_a_folder_that_was_moved_is_the_same_checkpoint(sharded: Path, out: Path
 
 
 def test_a_folder_of_another_name_is_another_checkpoint(sharded: Path, tmp_path: Path) -> None:
-    """The name stands in the manifest."""
+    """The name is in the manifest."""
     first = fingerprint(sharded)
     renamed = fingerprint(Path(shutil.move(sharded, tmp_path / "renamed")))
     assert {name for name in first if first[name] != renamed[name]} == {"checkpoint name"}
@@ -131,7 +131,7 @@ def test_resolve_leaves_a_folder_alone(sharded: Path) -> None:
 
 
 def flip_last_byte(path: Path) -> None:
-    """Other bytes under the same size, time and header."""
+    """Change bytes, but not size, time and header."""
     stat = path.stat()
     with path.open("r+b") as file:
         file.seek(-1, os.SEEK_END)
@@ -141,7 +141,7 @@ def flip_last_byte(path: Path) -> None:
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
 
-def test_fingerprints_tell_states_of_a_folder_apart(sharded: Path) -> None:
+def test_fingerprints_distinguish_states_of_a_folder(sharded: Path) -> None:
     first = fingerprint(sharded)
     assert fingerprint(sharded) == first
     assert not any(str(sharded) in mark for mark in first.values())
@@ -213,7 +213,7 @@ def rename_into(path: Path) -> None:
         pytest.param(True, flip_last_byte, ["sha256"], id="other bytes of the same size and time"),
     ],
 )
-def test_weights_that_changed_are_told_by_what_differs(
+def test_changed_weights_are_reported_with_the_difference(
     sharded: Path, out: Path, rehash: bool, change: Callable[[Path], None], differs: list[str]
 ) -> None:
     build = Build(parse_source(str(sharded)), load_recipe(), out.parent)

@@ -1,4 +1,4 @@
-"""optimize: the passes of a target in a row, and what it refuses."""
+"""optimize: the passes of a target in order, and what it refuses."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ layer (float[batch, seq, 8] x) => (float[batch, seq, 9] y) {
 
 
 def decoder(text: str = LAYER, *domains: str) -> BoundGraph:
-    """As it is traced: its last weight is the head."""
+    """As traced: its last weight is the head."""
     return bound_to(bound_graph(text, WEIGHTS, ["com.microsoft", *domains]), top=LM_HEAD)
 
 
@@ -89,8 +89,8 @@ def test_the_plain_target_keeps_to_standard_operators() -> None:
     np.testing.assert_allclose(run(optimized, WEIGHTS, x=x), before, rtol=1e-5, atol=1e-5)
 
 
-def test_a_listed_pass_that_matches_nowhere_is_an_error_that_says_why() -> None:
-    """The weight is read as it is stored, too: folding it would change the other reader."""
+def test_a_listed_pass_that_matches_nowhere_is_an_error_with_the_reason() -> None:
+    """The weight has another reader, which folding would change."""
     text = LAYER.replace(
         "stream = Add(sum, again)", "other = MatMul(again, up) third = MatMul(other, down) stream = Add(sum, third)"
     )
@@ -101,7 +101,7 @@ def test_a_listed_pass_that_matches_nowhere_is_an_error_that_says_why() -> None:
     assert caught.value.next is not None
 
 
-def test_a_decoder_without_a_head_is_an_error_that_says_what_there_is() -> None:
+def test_a_decoder_without_a_head_is_an_error_with_the_candidates() -> None:
     with pytest.raises(PassError) as caught:
         optimize(bound_graph(LAYER, WEIGHTS), PLAIN, "model")
     assert "gemm_head matched nowhere in onnxruntime/model.onnx" in caught.value.what

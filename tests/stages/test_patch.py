@@ -30,7 +30,7 @@ def file(toy: Toy, tmp_path: Path) -> Path:
     """Release 1.0.0 installed and LAYER recorded on it."""
     toy.install("1.0.0", FIRST)
     file = tmp_path / "verified.toml"
-    assert [one.new for one in stage.record([LAYER], file)] == [True]
+    assert [recorded.new for recorded in stage.record([LAYER], file)] == [True]
     return file
 
 
@@ -40,7 +40,7 @@ def wrong(original: Any) -> Any:
 
 
 def checked(one: Patch) -> Patch:
-    """The patch with a check that applies this very patch."""
+    """The patch with a check that applies this patch."""
     from patches.registry import applied
 
     def check() -> None:
@@ -53,25 +53,25 @@ def checked(one: Patch) -> Patch:
     return changed
 
 
-def test_status_says_verified_unknown_and_missing(file: Path, toy: Toy) -> None:
-    (said,) = stage.status([LAYER], file)
-    assert (said.state, said.release, said.verified, said.digest) == (
+def test_status_is_verified_unknown_or_missing(file: Path, toy: Toy) -> None:
+    (state,) = stage.status([LAYER], file)
+    assert (state.state, state.release, state.verified, state.digest) == (
         "verified",
         "1.0.0",
         ("1.0.0",),
         digest(LAYER),
     )
-    assert (said.name, said.target, said.why, said.remove_when) == (
+    assert (state.name, state.target, state.why, state.remove_when) == (
         LAYER.name,
         LAYER.target,
         LAYER.why,
         LAYER.remove_when,
     )
     toy.install("2.0.0", SECOND)
-    assert [one.state for one in stage.status([LAYER], file)] == ["unknown"]
+    assert [status.state for status in stage.status([LAYER], file)] == ["unknown"]
     toy.install("3.0.0", RENAMED)
-    (said,) = stage.status([LAYER], file)
-    assert (said.state, said.digest, said.release) == ("missing", "", "3.0.0")
+    (state,) = stage.status([LAYER], file)
+    assert (state.state, state.digest, state.release) == ("missing", "", "3.0.0")
 
 
 def test_the_diff_goes_from_upstream_to_the_replacement(file: Path, toy: Toy) -> None:
@@ -89,24 +89,24 @@ def test_the_diff_goes_from_upstream_to_the_replacement(file: Path, toy: Toy) ->
 def test_record_adds_a_release_after_its_check_and_keeps_the_others(file: Path, toy: Toy) -> None:
     first = digest(LAYER)
     toy.install("2.0.0", SECOND)
-    (said,) = stage.record([LAYER], file)
-    assert (said.name, said.release, said.digest, said.new) == ("layer", "2.0.0", digest(LAYER), True)
+    (recorded,) = stage.record([LAYER], file)
+    assert (recorded.name, recorded.release, recorded.digest, recorded.new) == ("layer", "2.0.0", digest(LAYER), True)
     data = verified.read(file)
     assert data.digests == {"layer": {"1.0.0": first, "2.0.0": digest(LAYER)}}
     assert set(data.lines) == {"1.0.0", "2.0.0"}
-    assert [one.state for one in stage.status([LAYER], file)] == ["verified"]
+    assert [status.state for status in stage.status([LAYER], file)] == ["verified"]
 
 
 def test_recording_again_checks_again_and_leaves_the_bytes(file: Path) -> None:
     before, ran = file.read_bytes(), []
     watched = patch(check=lambda: ran.append(1))
-    assert [one.new for one in stage.record([watched], file)] == [False]
+    assert [recorded.new for recorded in stage.record([watched], file)] == [False]
     assert (file.read_bytes(), ran) == (before, [1])
 
 
 def test_a_known_source_under_a_new_release_is_written_down(file: Path, toy: Toy) -> None:
     toy.install("1.9.0", FIRST)
-    assert [one.new for one in stage.record([LAYER], file)] == [False]
+    assert [recorded.new for recorded in stage.record([LAYER], file)] == [False]
     assert verified.read(file).releases("layer") == ("1.0.0", "1.9.0")
 
 
@@ -145,7 +145,7 @@ def test_a_patch_that_its_check_never_runs_is_not_recorded(file: Path) -> None:
     assert "installed and never ran" in str(caught.value.found)
 
 
-def test_record_drops_patches_that_are_gone_and_digests_that_cannot_match(file: Path, toy: Toy) -> None:
+def test_record_drops_removed_patches_and_digests_that_cannot_match(file: Path, toy: Toy) -> None:
     toy.install("2.0.0", SECOND)
     wider = patch(covers=(*LAYER.covers, f"{PACKAGE}.model:apply"))
     stage.record([wider], file)
@@ -166,11 +166,11 @@ def test_record_refuses_to_run_without_assertions() -> None:
     code = "from builder.stages.patch import record; record(())"
     done = subprocess.run([sys.executable, "-O", "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert "PatchError: checks are assertions" in done.stderr
+    assert "PatchError: the checks are assertions" in done.stderr
 
 
 def build(tmp_path: Path, *attentions: str) -> Build:
-    """A build whose recipe has one target for each attention; the stage reads nothing else."""
+    """A build whose recipe has one target per attention; the stage reads nothing else."""
     targets = tuple(Target("genai", cast(Attention, attention)) for attention in attentions)
     return Build(cast(Any, None), replace(load_recipe(), targets=targets), tmp_path)
 
@@ -216,7 +216,9 @@ def test_the_stage_writes_the_same_bytes_again(tmp_path: Path) -> None:
 def test_the_stage_stops_at_a_source_that_was_never_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     patches = own.all_patches()
     strange = replace(own.patch("text_rotary"), target="transformers.vision_utils:get_vision_cu_seqlens")
-    monkeypatch.setattr(own, "all_patches", lambda: tuple(strange if p.name == strange.name else p for p in patches))
+    monkeypatch.setattr(
+        own, "all_patches", lambda: tuple(strange if each.name == strange.name else each for each in patches)
+    )
     with pytest.raises(PatchError, match="text_rotary: not verified"):
         stage.run(build(tmp_path, "eager"), tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -226,5 +228,5 @@ def test_the_stage_stops_at_a_source_that_was_never_verified(tmp_path: Path, mon
 def test_every_equivalence_check_passes_and_the_record_is_complete(tmp_path: Path) -> None:
     file = tmp_path / "verified.toml"
     file.write_bytes(verified.FILE.read_bytes())
-    assert all(not one.new for one in stage.record(file=file))
+    assert all(not recorded.new for recorded in stage.record(file=file))
     assert file.read_bytes() == verified.FILE.read_bytes()

@@ -1,4 +1,4 @@
-"""quantize: the filled graph holds the checkpoint's numbers, equal data is one file, every tensor is used."""
+"""quantize: the filled graph has the checkpoint's values, equal data is one file, every tensor is used."""
 
 from __future__ import annotations
 
@@ -25,7 +25,6 @@ from builder.graph.data_files import data_path, fill
 from builder.graph.external_data import DIGESTS, DataFile, padded
 from builder.graph.passes.fold_weight_transposes import fold_weight_transposes
 from builder.graph.passes.gemm_head import gemm_head
-from builder.graph.passes.result import PassResult
 from builder.stages import fetch, quantize
 from builder.stages.engine.build import Build
 from builder.targets.graphs import components
@@ -57,17 +56,17 @@ def source(tmp_path: Path, miniature: Path) -> Checkpoint:
 
 
 def checkpoint_of(folder: Path, tensors: Mapping[str, Array], miniature: Path) -> Checkpoint:
-    """A checkpoint of these tensors alone."""
+    """A checkpoint with only these tensors."""
     folder.mkdir()
     save_file(dict(tensors), folder / "model.safetensors")
     return replace(open_checkpoint(miniature), folder=folder, tensors=index_tensors(folder, ["model.safetensors"]))
 
 
 def weights_as_outputs(bindings: Sequence[Binding]) -> BoundGraph:
-    """A graph of no inputs that hands out each of its initializers."""
+    """A graph without inputs that returns each of its initializers."""
     weights = [
-        ir.Value(name=one.initializer, shape=ir.Shape(one.stored_shape), type=ir.TensorType(ir.DataType.FLOAT))
-        for one in bindings
+        ir.Value(name=binding.initializer, shape=ir.Shape(binding.stored_shape), type=ir.TensorType(ir.DataType.FLOAT))
+        for binding in bindings
     ]
     nodes = [ir.node("Identity", [weight], name=f"copy_{weight.name}") for weight in weights]
     for node, weight in zip(nodes, weights, strict=True):
@@ -85,7 +84,7 @@ def read_back(path: Path) -> dict[str, Array]:
 
 
 def filled(source: Checkpoint, *targets: Mapping[Path, Sequence[Binding]]) -> Mapping[Path, DataFile]:
-    """The data files of targets whose graphs hand out these bindings."""
+    """The data files of targets whose graphs return these bindings."""
     graphs = [{path: weights_as_outputs(bindings) for path, bindings in target.items()} for target in targets]
     return fill(graphs, source)[0]
 
@@ -104,7 +103,7 @@ def test_onnxruntime_reads_the_checkpoints_numbers(source: Checkpoint, tmp_path:
     for name, array in want.items():
         np.testing.assert_array_equal(got[name], array.astype(np.float32))
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"model.onnx", "model.onnx.data"}
-    assert {data: one.sha256 for data, one in files.items()} == {
+    assert {path: data.sha256 for path, data in files.items()} == {
         data_path(path): sha256(tmp_path / "out" / "model.onnx.data")
     }
 
@@ -125,7 +124,7 @@ def test_the_pair_runs_from_wherever_it_is_moved_to(source: Checkpoint, tmp_path
 
 @pytest.mark.parametrize("reverse", [False, True], ids=["named alike", "in another order"])
 def test_equal_data_of_two_targets_is_one_file(source: Checkpoint, tmp_path: Path, reverse: bool) -> None:
-    """Initializers may be called differently: their order is the checkpoint's."""
+    """Initializers may have different names: their order is the checkpoint's."""
     names = ("z", "y", "x", "w") if reverse else ("a", "b", "c", "d")
     renamed = [replace(binding, initializer=f"model.{name}") for name, binding in zip(names, BINDINGS, strict=True)]
     first, second = (tmp_path / runtime / "model.onnx" for runtime in ("genai", "onnxruntime"))
@@ -156,13 +155,13 @@ def test_other_data_of_another_target_is_a_file_of_its_own(
     np.testing.assert_array_equal(read_back(one)["a_out"], TENSORS["plain"].astype(np.float32))
 
 
-def test_what_two_graphs_of_a_target_read_lies_in_the_last_ones_file(source: Checkpoint, tmp_path: Path) -> None:
-    """The middle one has nothing of its own, and no file."""
+def test_a_tensor_shared_by_two_graphs_is_in_the_last_graphs_file(source: Checkpoint, tmp_path: Path) -> None:
+    """The middle graph has no tensors of its own, and no file."""
     parts = {"vision": BINDINGS[:2], "embeddings": BINDINGS[2:3], "model": (BINDINGS[0], *BINDINGS[2:])}
     files = filled(source, {tmp_path / "out" / f"{name}.onnx": bindings for name, bindings in parts.items()})
     assert {path.name for path in files} == {"vision.onnx.data", "model.onnx.data"}
     assert {path.name for path in (tmp_path / "out").glob("*.data")} == {path.name for path in files}
-    assert [len(one.placements) for _, one in sorted(files.items())] == [3, 1]
+    assert [len(data.placements) for _, data in sorted(files.items())] == [3, 1]
     for name, bindings in parts.items():
         got = read_back(tmp_path / "out" / f"{name}.onnx")
         for binding in bindings:
@@ -187,7 +186,7 @@ HEAD = """model (float[seq, 8] x) => (float[seq, 12] logits) {
         pytest.param(True, fold_weight_transposes, {"embeddings.onnx.data", "model.onnx.data"}, id="tied, turned"),
     ],
 )
-def test_a_tied_head_lies_on_the_disk_once(
+def test_a_tied_head_is_stored_once(
     tmp_path: Path, miniature: Path, tied: bool, write: Callable[[BoundGraph], PassResult], files: set[str]
 ) -> None:
     tensors = {EMBEDDINGS: drawn(12, 8).astype(ml_dtypes.bfloat16)}
@@ -211,7 +210,7 @@ def test_a_tied_head_lies_on_the_disk_once(
 
 @pytest.fixture
 def build(checkpoint: Callable[[str], Path], tmp_path: Path) -> Build:
-    """Untied, in two shards; `optimize` has left graphs that share out every tensor, the same ones a target."""
+    """Untied, in two shards; the graphs of `optimize` use every tensor, the same for each target."""
     copy = Path(shutil.copytree(checkpoint("untied"), tmp_path / "untied"))
     prepared = Build(parse_source(str(copy)), BOTH, tmp_path / "out")
     fetched(prepared)
@@ -221,7 +220,7 @@ def build(checkpoint: Callable[[str], Path], tmp_path: Path) -> Build:
 
 
 def fetched(build: Build) -> None:
-    """The stage before."""
+    """The stage `optimize`."""
     build.folder("fetch").mkdir(parents=True, exist_ok=True)
     fetch.run(build, build.folder("fetch"))
 
@@ -257,7 +256,7 @@ def test_the_stage_writes_every_tensor_once_for_all_targets(build: Build, tmp_pa
 
 @pytest.mark.parametrize("forged", [False, True], ids=["at another time", "of the same time"])
 def test_a_shard_that_changed_since_it_was_fetched_is_an_error(build: Build, tmp_path: Path, forged: bool) -> None:
-    """Under the same size. Its time tells; where that is forged, its digest, if `--rehash` took one before."""
+    """The size is the same. Its time differs; where that is forged, its digest, if taken with `--rehash`."""
     shard = sorted(build.checkpoint.folder.glob("*.safetensors"))[1]
     fetched(replace(build, rehash=forged))
     before = shard.stat()

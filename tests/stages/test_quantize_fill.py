@@ -39,7 +39,7 @@ TENSORS: dict[str, Array] = {
     NORM: 1 + drawn(64) / 10,
 }
 # Initializer → tensor. All but the table and the norm are bound the other way round.
-BOUND = {f"a.{one}.weight": f"{ATTENTION}{one}_proj.weight" for one in "qkv"}
+BOUND = {f"a.{letter}.weight": f"{ATTENTION}{letter}_proj.weight" for letter in "qkv"}
 BOUND |= {"head": EMBEDDINGS, "norm": NORM, "table": EMBEDDINGS}
 LOOKUP = "embeddings (int64[batch, seq] ids) => (float[batch, seq, 64] e) { e = Gather(table, ids) }"
 DECODER = """
@@ -65,11 +65,11 @@ def source(tmp_path: Path, miniature: Path) -> Checkpoint:
 
 
 def graph(text: str) -> BoundGraph:
-    """`text`, what it reads bound to the checkpoint."""
+    """`text`, with its inputs bound to the checkpoint."""
     read = {name: tensor for name, tensor in BOUND.items() if name in text}
     weights = {name: TENSORS[tensor] for name, tensor in read.items()}
     bound = turned(text, weights, *(set(read) - {"norm", "table"}))
-    return BoundGraph(bound.model, {n: replace(one, tensor=read[n]) for n, one in bound.bindings.items()})
+    return BoundGraph(bound.model, {n: replace(binding, tensor=read[n]) for n, binding in bound.bindings.items()})
 
 
 def graphs(folder: Path) -> dict[Path, BoundGraph]:
@@ -85,11 +85,11 @@ def written(folder: Path, source: Checkpoint, storages: Mapping[str, WeightForma
         path: quantize.stored(path, bound, precision, storages, frozenset()) for path, bound in graphs(folder).items()
     }
     files, _ = fill([stored], source)
-    return {path.name: one for path, one in files.items()}
+    return {path.name: data for path, data in files.items()}
 
 
 def answers(folder: Path, dtype: type = np.float32) -> dict[str, Array]:
-    """All outputs of both graphs, the one fed to the other."""
+    """All outputs of both graphs, the first fed to the second."""
     ids = np.array([[3, 39, 0, 17]])
     found: dict[str, Array] = {}
     feed: dict[str, Array] = {"ids": ids}
@@ -103,14 +103,14 @@ def answers(folder: Path, dtype: type = np.float32) -> dict[str, Array]:
 
 
 def expected(storages: Mapping[str, WeightFormat]) -> dict[str, Array]:
-    """The same in numpy, on dequantized matrices."""
+    """The same in numpy, with dequantized matrices."""
     have = {
         name: dequantize(quantize_rows(array, storages[name].blocks)) if name in storages else array
         for name, array in TENSORS.items()
     }
     e = have[EMBEDDINGS][[[3, 39, 0, 17]]]
     normed = e * have[NORM]
-    q, k, v = (normed @ have[f"{ATTENTION}{one}_proj.weight"].T for one in "qkv")
+    q, k, v = (normed @ have[f"{ATTENTION}{letter}_proj.weight"].T for letter in "qkv")
     return {"e": e, "logits": q @ have[EMBEDDINGS].T, "k_out": k, "v_out": v}
 
 
@@ -130,17 +130,17 @@ def test_onnxruntime_computes_with_the_dequantized_matrices(
     narrow = precision == "fp16"
     got = answers(tmp_path, np.float16 if narrow else np.float32)
     assert_near(got, expected(storages), 0.02 if narrow else 1e-4)
-    assert {name: one.sha256 for name, one in files.items()} == {name: sha256(tmp_path / name) for name in files}
-    told = data_bytes(source.tensors.values(), Stored(storages, precision))
+    assert {name: data.sha256 for name, data in files.items()} == {name: sha256(tmp_path / name) for name in files}
+    estimated = data_bytes(source.tensors.values(), Stored(storages, precision))
     if EMBEDDINGS in storages:  # one file: the rows that are looked up are those of the head
         assert list(files) == ["model.onnx.data"]
     else:  # here, the head is turned; builder/graph/passes/gemm_head.py keeps it as it is
-        told += padded(TENSORS[EMBEDDINGS].size * ITEMS[precision])
-    assert sum((tmp_path / name).stat().st_size for name in files) == told
+        estimated += padded(TENSORS[EMBEDDINGS].size * ITEMS[precision])
+    assert sum((tmp_path / name).stat().st_size for name in files) == estimated
 
 
 def test_the_comparison_notices_rounding(source: Checkpoint, tmp_path: Path) -> None:
-    """A control: unquantized weights are not what the quantized graph computes with."""
+    """A control: the quantized graph does not compute with unquantized weights."""
     storages = resolve(EVERYTHING, source.tensors)
     written(tmp_path, source, storages)
     with pytest.raises(AssertionError):
@@ -162,16 +162,16 @@ def test_a_weight_that_is_read_in_another_way_is_refused_with_the_rule_that_keep
     bound = graph(
         DECODER.replace("MatMul(normed, a.k.weight)", "MatMul(normed, fixed)").replace("{", "{ fixed = Neg(a.k.weight)")
     )
-    with pytest.raises(PassError, match=r"a rule names a weight of model\.onnx") as caught:
+    with pytest.raises(PassError, match=r"a rule selects a weight of model\.onnx") as caught:
         quantize.stored(tmp_path / "model.onnx", bound, "fp32", resolve(EVERYTHING, source.tensors), frozenset())
     assert "reads a.k.weight in a way" in str(caught.value.found)
     assert 'store = "keep"' in str(caught.value.next)
 
 
-def test_a_matrix_that_a_rule_names_and_no_graph_quantizes_is_an_error(source: Checkpoint, tmp_path: Path) -> None:
+def test_a_selected_matrix_that_is_not_quantized_is_an_error(source: Checkpoint, tmp_path: Path) -> None:
     storages = resolve(EVERYTHING, source.tensors)
-    left = {name: one for name, one in storages.items() if not name.endswith("k_proj.weight")}
-    stored = [quantize.stored(path, one, "fp32", left, frozenset()) for path, one in graphs(tmp_path).items()]
+    left = {name: storage for name, storage in storages.items() if not name.endswith("k_proj.weight")}
+    stored = [quantize.stored(path, graph, "fp32", left, frozenset()) for path, graph in graphs(tmp_path).items()]
     quantize._check_complete(source, "genai", stored, left)
     with pytest.raises(WeightError, match="1 matrices were not quantized for the target genai") as caught:
         quantize._check_complete(source, "genai", stored, storages)

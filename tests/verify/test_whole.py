@@ -70,7 +70,7 @@ def test_the_whole_suite_is_every_case_and_the_held_out_set(miniature: Path, tmp
 
 
 def test_a_folder_without_a_manifest_is_no_bundle(tmp_path: Path, miniature: Path) -> None:
-    with pytest.raises(BundleError, match="is no bundle"):
+    with pytest.raises(BundleError, match="is not a bundle"):
         whole.verify_bundle(tmp_path, open_checkpoint(miniature))
     code, payload = command(tmp_path, miniature)
     assert (code, payload["error"]) == (21, "BundleError")

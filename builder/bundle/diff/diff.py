@@ -1,10 +1,8 @@
-"""`qwen3vl-onnx diff A B`: what differs between two bundles.
+"""Find what differs between two bundles (`qwen3vl-onnx diff A B`).
 
-In: two bundles' folders. Out: a `Difference`, as JSON; `builder.bundle.diff.render` writes it for people. Guaranteed:
-what an
-earlier release wrote can be compared too; weights are compared by their bytes, never by what a manifest says of them,
-and are not taken into memory; measured figures are shown and make no difference: they come from a machine, not from
-the bundle.
+Bundles of earlier releases can be compared too. Weights are compared by their bytes, in blocks, not by what a manifest
+declares. Measurements are shown but do not count as a difference: they depend on the machine.
+`builder.bundle.diff.render` formats the result.
 """
 
 from __future__ import annotations
@@ -32,24 +30,25 @@ from builder.util.files import sha256
 from builder.util.json_files import read_json
 from builder.util.progress import progress
 
-LISTED = ("files", "graphs")  # of a manifest: compared by what they list
+LISTED = ("files", "graphs")  # keys of a manifest that are compared file by file
 GRAPHS = (".onnx", ".data", ".onnx_data")
-DERIVED = ("README.md", "bom.cdx.json")  # from the manifest: they differ where something else does
-TEXT = 2**20  # bytes of a file whose lines are compared
-MOST = 1000  # changes of one file that are told
+DERIVED = ("README.md", "bom.cdx.json")  # written from the manifest: they differ only with it
+MAX_TEXT = 2**20  # bytes of a file whose lines are compared
+MAX_CHANGES = 1000  # that are listed per file
 
 
 @dataclass(frozen=True)
 class Difference:
-    """What differs; pairs are (in the one, in the other), None where it is not there.
+    """Differences between two bundles; pairs are (first, second), None where absent.
 
     Args:
-        facts: what a manifest says but for its lists: checkpoint, recipe, versions, patches.
-        graphs: of both, by file; only those that differ.
-        weights: that are in both and differ; `compared` says how many were in both.
-        settings: file → key → values, of JSON files.
-        files: other files → what differs.
-        quality: place → the worst figure measured; makes no difference.
+        facts: of the manifests: checkpoint, recipe, versions, patches.
+        graphs: file → change, of graphs in both that differ.
+        weights: weights in both that differ.
+        compared: number of weights in both.
+        settings: JSON file → key → values.
+        files: other file → what differs.
+        quality: place → worst measured value; not counted as a difference.
     """
 
     bundles: tuple[str, str]
@@ -66,16 +65,16 @@ class Difference:
         return not (self.facts or self.graphs or self.weights or self.settings or self.files)
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the difference for JSON."""
         weights = [
-            {"graph": one.graph, "initializer": one.name, "sha256": list(one.digests)}
-            | {"largest": _plain(one.largest), "rms": _plain(one.rms)}
-            for one in self.weights
+            {"graph": weight.graph, "initializer": weight.name, "sha256": list(weight.digests)}
+            | {"largest": _plain(weight.largest), "rms": _plain(weight.rms)}
+            for weight in self.weights
         ]
         graphs = {
-            name: {kind: _pairs(getattr(one, kind)) for kind in ("opsets", "operators", "ports", "initializers")}
-            | {"constants": one.constants, "other": one.other}
-            for name, one in self.graphs.items()
+            name: {kind: _pairs(getattr(graph, kind)) for kind in ("opsets", "operators", "ports", "initializers")}
+            | {"constants": graph.constants, "other": graph.other}
+            for name, graph in self.graphs.items()
         }
         return {
             "equal": self.equal,
@@ -83,26 +82,26 @@ class Difference:
             "facts": _pairs(self.facts),
             "graphs": graphs,
             "weights": {"compared": self.compared, "different": weights},
-            "settings": {name: _pairs(one) for name, one in self.settings.items()},
+            "settings": {name: _pairs(values) for name, values in self.settings.items()},
             "files": dict(self.files),
             "quality": _pairs(self.quality),
         }
 
 
-def diff(one: Path, other: Path) -> Difference:
-    """What differs between the bundles in two folders.
+def diff(first: Path, second: Path) -> Difference:
+    """Compare the bundles in two folders.
 
     Raises:
-        BundleError, UnsafeError: one is no bundle, or not whole; sizes are compared, digests are not.
+        BundleError, UnsafeError: a folder is not a complete bundle (sizes are checked, digests are not).
     """
-    a, b = open_content(one), open_content(other)
+    a, b = open_content(first), open_content(second)
     for content in (a, b):
         check_settings(content)
         _check_places(content)
     graphs, weights, compared = _graphs(a, b)
     settings, files = _files(a, b)
     found = Difference(
-        bundles=(str(one), str(other)),
+        bundles=(str(first), str(second)),
         facts=differing(*(dict(flat(_facts(content))) for content in (a, b))),
         graphs=graphs,
         weights=weights,
@@ -115,7 +114,7 @@ def diff(one: Path, other: Path) -> Difference:
 
 
 def flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """`a.b[0]` → value, for every value of a JSON document; an empty list or object is a value."""
+    """Yield (`a.b[0]`, value) for every value of a JSON document, empty lists and objects included."""
     if isinstance(value, dict) and value:
         for key, inner in value.items():
             yield from flat(inner, f"{path}.{key}" if path else str(key))
@@ -127,7 +126,7 @@ def flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _quality(a: Content, b: Content) -> dict[str, Pair]:
-    """The verdict, and each place's worst figure, of both verifications; None where there is none."""
+    """Pair the verdicts, and each place's worst measured value, of both verifications."""
     found: list[dict[str, Any]] = []
     for content in (a, b):
         parity = read_parity(content.folder)
@@ -137,9 +136,9 @@ def _quality(a: Content, b: Content) -> dict[str, Pair]:
 
 
 def _unexplained(a: Content, b: Content) -> dict[str, str]:
-    """Files of other bytes in which no difference was found."""
+    """List files whose bytes differ although their contents are equal."""
     names = sorted(name for name in {*a.files} & {*b.files} if a.files[name] != b.files[name])
-    return dict.fromkeys(names, "other bytes; the same content, laid out otherwise")
+    return dict.fromkeys(names, "different bytes, same content in a different layout")
 
 
 def _facts(content: Content) -> dict[str, Any]:
@@ -167,8 +166,8 @@ def _graphs(a: Content, b: Content) -> tuple[dict[str, GraphChange], tuple[Weigh
         changes |= {name: change} if change.any else {}
         compared += len(found)
         with progress(f"weights of {name}", total=len(found)) as advance:
-            for one, compare in found:
-                with readable(f"{name}: {one}"):
+            for weight, compare in found:
+                with readable(f"{name}: {weight}"):
                     different = compare()
                 weights += [different] if different else []
                 advance()
@@ -178,20 +177,20 @@ def _graphs(a: Content, b: Content) -> tuple[dict[str, GraphChange], tuple[Weigh
 def _comparisons(
     graph: str, models: list[ModelProto], folders: list[Path]
 ) -> Iterator[tuple[str, Callable[[], WeightChange | None]]]:
-    """Name → what compares it: matrices that are quantized in both graphs, and all other weights of both."""
+    """Yield each weight's name and comparison: matrices quantized in both graphs, then other shared weights."""
     quantized = [matrices(model, folder) for model, folder in zip(models, folders, strict=True)]
-    whole = shared_matrices(*quantized)
-    for name, pair in whole.items():
+    shared = shared_matrices(*quantized)
+    for name, pair in shared.items():
         yield name, partial(compare_matrices, graph, name, *pair)
-    parts = {part.tensor.name for pair in whole.values() for matrix in pair for part in matrix.parts}
-    one, other = (initializers(model) for model in models)
-    for name in sorted(({*one} & {*other}) - parts):
-        sides = Initializer(one[name], folders[0]), Initializer(other[name], folders[1])
+    parts = {part.tensor.name for pair in shared.values() for matrix in pair for part in matrix.parts}
+    first, second = (initializers(model) for model in models)
+    for name in sorted(({*first} & {*second}) - parts):
+        sides = Initializer(first[name], folders[0]), Initializer(second[name], folders[1])
         yield name, partial(compare_weights, graph, name, *sides)
 
 
 def _files(a: Content, b: Content) -> tuple[dict[str, Mapping[str, Pair]], dict[str, str]]:
-    """JSON files by key; others by what can be said of them. Graphs and their data have been compared."""
+    """Compare JSON files by key and other files by line or size; graphs and their data are compared elsewhere."""
     settings: dict[str, Mapping[str, Pair]] = {}
     files: dict[str, str] = {}
     for name in sorted({*a.files} | {*b.files}):
@@ -207,19 +206,19 @@ def _files(a: Content, b: Content) -> tuple[dict[str, Mapping[str, Pair]], dict[
     return settings, files
 
 
-def _json_change(one: Path, other: Path) -> dict[str, Pair]:
-    found = differing(*(dict(flat(read_json(path))) for path in (one, other)))
+def _json_change(first: Path, second: Path) -> dict[str, Pair]:
+    found = differing(*(dict(flat(read_json(path))) for path in (first, second)))
     if not found:
-        return {"": ("the same values", "in another order or layout")}
-    kept = dict(list(found.items())[:MOST])
-    return kept | ({"…": (f"{len(found) - MOST} more", "")} if len(found) > MOST else {})
+        return {"": ("the same values", "in a different order or layout")}
+    kept = dict(list(found.items())[:MAX_CHANGES])
+    return kept | ({"…": (f"{len(found) - MAX_CHANGES} more", "")} if len(found) > MAX_CHANGES else {})
 
 
-def _text_change(one: Path, other: Path) -> str:
-    sizes = [path.stat().st_size for path in (one, other)]
-    if max(sizes) > TEXT:
+def _text_change(first: Path, second: Path) -> str:
+    sizes = [path.stat().st_size for path in (first, second)]
+    if max(sizes) > MAX_TEXT:
         return f"{sizes[0]:,} bytes → {sizes[1]:,} bytes"
-    a, b = (path.read_bytes().decode("utf-8", "replace").splitlines() for path in (one, other))
+    a, b = (path.read_bytes().decode("utf-8", "replace").splitlines() for path in (first, second))
     marks = [line[:1] for line in list(difflib.unified_diff(a, b, lineterm="", n=0))[2:]]
     return f"{marks.count('+')} lines added, {marks.count('-')} removed"
 

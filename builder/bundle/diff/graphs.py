@@ -1,6 +1,6 @@
-"""In: two graphs. Out: what differs in operators, opsets, ports, and initializers' shapes and types: a `GraphChange`.
+"""Compare two graphs: operators, opsets, ports, and shapes and types of initializers.
 
-Guaranteed: no weight is read; operators of subgraphs count; the order of nodes and their names do not.
+No weight is read. Subgraphs count; the order of nodes and their names do not.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from onnx import GraphProto, ModelProto, TensorProto
 from builder.graph.introspection import dtype, every_graph, operator, opsets, ports
 
 _UNNAMED = re.compile(r"constant_\d+")
-Pair = tuple[Any, Any]  # (in the one, in the other); None where it is not there
+Pair = tuple[Any, Any]  # (first, second); None where absent
 
 
 @dataclass(frozen=True)
 class GraphChange:
-    """What differs between two graphs; each name → what it is in the one and in the other.
+    """Differences between two graphs; each maps a name to a pair.
 
     Args:
         opsets: domain → version.
-        operators: operator → how many.
-        ports: `inputs: name` → type and axes; where only their order differs, `inputs` → names.
+        operators: operator → count.
+        ports: `inputs: name` → type and axes; where only the order differs, `inputs` → names.
         initializers: name → type and shape.
-        constants: how many unnamed ones the other graph lacks; None where they are the same.
-        other: what else the file says, of which no more is told: names of nodes, edges, attributes.
+        constants: number of unnamed constants that are not in the other graph; None where they are equal.
+        other: whether anything else differs: names of nodes, edges, attributes.
     """
 
     opsets: Mapping[str, Pair]
@@ -45,31 +45,31 @@ class GraphChange:
         return bool(named or self.constants or self.other)
 
 
-def compare_graphs(one: ModelProto, other: ModelProto) -> GraphChange:
-    """What differs; external data is not looked at, nor where it lies."""
+def compare_graphs(first: ModelProto, second: ModelProto) -> GraphChange:
+    """Compare two graphs, ignoring external data and its location."""
     return GraphChange(
-        opsets=differing(opsets(one), opsets(other)),
-        operators=differing(_operators(one), _operators(other)),
-        ports=differing(_ports(one.graph), _ports(other.graph)),
-        initializers=differing(*(_described(model) for model in (one, other))),
-        constants=_apart(_constants(one), _constants(other)),
-        other=_skeleton(one) != _skeleton(other),
+        opsets=differing(opsets(first), opsets(second)),
+        operators=differing(_operators(first), _operators(second)),
+        ports=differing(_ports(first.graph), _ports(second.graph)),
+        initializers=differing(*(_described(model) for model in (first, second))),
+        constants=_unshared(_constants(first), _constants(second)),
+        other=_skeleton(first) != _skeleton(second),
     )
 
 
-def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Pair]:
-    """Keys whose values are not equal, sorted."""
-    pairs = {key: (one.get(key), other.get(key)) for key in sorted({*one, *other})}
+def differing(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Pair]:
+    """Return the keys whose values differ, sorted, with both values."""
+    pairs = {key: (first.get(key), second.get(key)) for key in sorted({*first, *second})}
     return {key: (a, b) for key, (a, b) in pairs.items() if a != b or type(a) is not type(b)}
 
 
 def initializers(model: ModelProto) -> dict[str, TensorProto]:
-    """By name; those of subgraphs too, and none that only has a number: see `builder.stages.optimize`."""
+    """Map names to initializers, of subgraphs too, without numbered constants (see `builder.stages.optimize`)."""
     return {tensor.name: tensor for tensor in _tensors(model.graph) if not _UNNAMED.fullmatch(tensor.name)}
 
 
 def _constants(model: ModelProto) -> Counter[bytes]:
-    """What has a number for a name is told apart by its value."""
+    """Count the numbered constants by value, as their names carry no meaning."""
     found: Counter[bytes] = Counter()
     for tensor in _tensors(model.graph):
         if _UNNAMED.fullmatch(tensor.name):
@@ -80,8 +80,8 @@ def _constants(model: ModelProto) -> Counter[bytes]:
     return found
 
 
-def _apart(one: Counter[bytes], other: Counter[bytes]) -> Pair | None:
-    return ((one - other).total(), (other - one).total()) if one != other else None
+def _unshared(first: Counter[bytes], second: Counter[bytes]) -> Pair | None:
+    return ((first - second).total(), (second - first).total()) if first != second else None
 
 
 def _operators(model: ModelProto) -> Counter[str]:
@@ -89,8 +89,7 @@ def _operators(model: ModelProto) -> Counter[str]:
 
 
 def _described(model: ModelProto) -> dict[str, str]:
-    found = initializers(model)
-    return {name: f"{dtype(one.data_type)} {list(one.dims)}" for name, one in found.items()}
+    return {name: f"{dtype(tensor.data_type)} {list(tensor.dims)}" for name, tensor in initializers(model).items()}
 
 
 def _ports(graph: GraphProto) -> dict[str, str]:
@@ -103,7 +102,7 @@ def _ports(graph: GraphProto) -> dict[str, str]:
 
 
 def _skeleton(model: ModelProto) -> bytes:
-    """The file but for its named weights, and for who wrote it."""
+    """Serialize the graph without the data of its named weights and without its producer."""
     bare = ModelProto()
     bare.CopyFrom(model)
     for tensor in initializers(bare).values():
@@ -116,5 +115,5 @@ def _skeleton(model: ModelProto) -> bytes:
 
 
 def _tensors(graph: GraphProto) -> Iterator[TensorProto]:
-    for one in every_graph(graph):
-        yield from one.initializer
+    for subgraph in every_graph(graph):
+        yield from subgraph.initializer

@@ -1,7 +1,6 @@
-"""In: a `Difference`. Out: tables for a terminal, or Markdown for a pull request.
+"""Render a `Difference` as tables for a terminal, or as Markdown for a pull request.
 
-Guaranteed: both say the same; only what differs is shown, and what was compared is counted; a list that is too long
-says how much is left out (`--json` has it); names are shown as text, in Markdown as code.
+Only differences are listed. Long lists are cut, with a count of the omitted rows (`--json` has all). Names are escaped.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ GRAPH = {"opsets": "opset", "operators": "operator", "ports": "port", "initializ
 
 @dataclass(frozen=True)
 class Section:
-    """A table of what differs."""
+    """A table of differences."""
 
     title: str
     columns: tuple[str, ...]
@@ -33,7 +32,7 @@ class Section:
 
 
 def renderables(found: Difference) -> Iterator[RenderableType]:
-    """For the console."""
+    """Yield the headline and tables for the console."""
     yield headline(found)
     for section in sections(found):
         rows = ([cut(clean(cell), CELL) for cell in row] for row in section.rows[:ROWS])
@@ -43,7 +42,7 @@ def renderables(found: Difference) -> Iterator[RenderableType]:
 
 
 def markdown(found: Difference) -> str:
-    """For a pull request."""
+    """Return Markdown for a pull request."""
     lines = [f"### {headline(found)}", "", f"{code(found.bundles[0])} → {code(found.bundles[1])}", ""]
     for section in sections(found):
         lines += [
@@ -59,7 +58,7 @@ def markdown(found: Difference) -> str:
 
 
 def headline(found: Difference) -> str:
-    """What it comes down to, in one sentence."""
+    """Summarize the difference in one sentence."""
     if found.equal:
         return f"The bundles are equal; {found.compared:,} weights compared."
     parts = {
@@ -69,12 +68,12 @@ def headline(found: Difference) -> str:
         "settings": sum(map(len, found.settings.values())),
         "other files": len(found.files),
     }
-    told = ", ".join(f"{count:,} {what}" for what, count in parts.items() if count)
-    return f"The bundles differ in {told}; {found.compared:,} weights compared."
+    counts = ", ".join(f"{count:,} {what}" for what, count in parts.items() if count)
+    return f"The bundles differ in {counts}; {found.compared:,} weights compared."
 
 
 def sections(found: Difference) -> tuple[Section, ...]:
-    """A table of every kind in which they differ, and of what was measured."""
+    """Return a table for each kind of difference, and for the measurements."""
     sides = ("first", "second")
     tables = [
         Section("Built from and with", ("fact", *sides), _rows(found.facts)),
@@ -83,16 +82,16 @@ def sections(found: Difference) -> tuple[Section, ...]:
         Section(
             "Settings",
             ("file", "key", *sides),
-            tuple((name, *row) for name, one in found.settings.items() for row in _rows(one)),
+            tuple((name, *row) for name, pairs in found.settings.items() for row in _rows(pairs)),
         ),
         Section("Other files", ("file", "what"), tuple(found.files.items())),
-        Section("Measured (makes no difference)", ("place", *sides), _rows(found.quality)),
+        Section("Measured (not counted as a difference)", ("place", *sides), _rows(found.quality)),
     ]
-    return tuple(one for one in tables if one.rows)
+    return tuple(table for table in tables if table.rows)
 
 
 def _rows(pairs: Mapping[str, Pair]) -> tuple[tuple[str, ...], ...]:
-    return tuple((name, _said(a), _said(b)) for name, (a, b) in pairs.items())
+    return tuple((name, _text(a), _text(b)) for name, (a, b) in pairs.items())
 
 
 def _graph_rows(graphs: Mapping[str, GraphChange]) -> tuple[tuple[str, ...], ...]:
@@ -102,23 +101,23 @@ def _graph_rows(graphs: Mapping[str, GraphChange]) -> tuple[tuple[str, ...], ...
 def _change_rows(name: str, change: GraphChange) -> Iterable[tuple[str, ...]]:
     for kind, word in GRAPH.items():
         for what, (a, b) in getattr(change, kind).items():
-            yield name, f"{word} {what}", _said(a), _said(b)
+            yield name, f"{word} {what}", _text(a), _text(b)
     if change.constants:
-        yield name, "unnamed constants", *(f"{count} that the other lacks" for count in change.constants)
+        yield name, "unnamed constants", *(f"{count} not in the other" for count in change.constants)
     elif change.other and not (change.operators or change.ports or change.opsets or change.initializers):
-        yield name, "nodes", "the same operators", "joined, named or set otherwise"
+        yield name, "nodes", "the same operators", "different edges, names or attributes"
 
 
 def _weight_rows(found: Difference) -> tuple[tuple[str, ...], ...]:
-    worst = sorted(found.weights, key=lambda one: -math.inf if one.largest is None else -one.largest)
-    return tuple((one.graph, one.name, _error(one.largest), _error(one.rms)) for one in worst)
+    worst = sorted(found.weights, key=lambda change: -math.inf if change.largest is None else -change.largest)
+    return tuple((change.graph, change.name, _error(change.largest), _error(change.rms)) for change in worst)
 
 
 def _error(value: float | None) -> str:
     return "not comparable" if value is None else figure(value)
 
 
-def _said(value: Any) -> str:
+def _text(value: Any) -> str:
     if value is None:
         return "–"
     if isinstance(value, float):

@@ -1,8 +1,7 @@
-"""In: an initializer of two graphs, and the files that its values lie in. Out: whether the bytes are equal, and how far
-apart the values are where they are not: a `WeightChange`.
+"""Compare an initializer of two graphs by its bytes and, where they differ, measure how far the values are apart.
 
-Guaranteed: at most `COUNT` values of each are in memory; an error is taken in float64, in the first one's standard
-deviations, as `builder.verify.report.gates` does.
+At most `COUNT` values of each are in memory. Errors are computed in float64, relative to the standard deviation of the
+first, as in `builder.verify.report.gates`.
 """
 
 from __future__ import annotations
@@ -21,13 +20,14 @@ Values = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class WeightChange:
-    """Two weights of one name, or equal ones of two.
+    """A weight that differs between two graphs.
 
     Args:
-        graph, name: whose initializer, or quantized matrix.
-        digests: SHA-256 of the bytes, in hex; of a quantized matrix those of its levels.
-        largest: the largest absolute difference over the first one's standard deviation.
-        rms: the root mean square of the differences over that of the first one's values.
+        graph: file of the graph.
+        name: of the initializer or quantized matrix.
+        digests: SHA-256 of the bytes, in hex; for a quantized matrix, of its codes.
+        largest: largest absolute difference over the standard deviation of the first; None if not comparable.
+        rms: RMS of the differences over the RMS of the first; None if not comparable.
     """
 
     graph: str
@@ -37,33 +37,38 @@ class WeightChange:
     rms: float | None
 
 
-def compare_weights(graph: str, name: str, one: Initializer, other: Initializer) -> WeightChange | None:
-    """How they differ; None where type, shape and bytes are equal."""
-    same = (one.tensor.data_type, list(one.tensor.dims)) == (other.tensor.data_type, list(other.tensor.dims))
-    digests = one.digest(), other.digest()
+def compare_weights(graph: str, name: str, first: Initializer, second: Initializer) -> WeightChange | None:
+    """Return how the initializers differ; None where type, shape and bytes are equal."""
+    same = (first.tensor.data_type, list(first.tensor.dims)) == (second.tensor.data_type, list(second.tensor.dims))
+    digests = first.digest(), second.digest()
     if same and digests[0] == digests[1]:
         return None
-    if list(one.tensor.dims) != list(other.tensor.dims) or one.packed or other.packed:
+    if list(first.tensor.dims) != list(second.tensor.dims) or first.packed or second.packed:
         return WeightChange(graph, name, digests, None, None)
-    return WeightChange(graph, name, digests, *errors(zip(one.values(), other.values(), strict=True)))
+    return WeightChange(graph, name, digests, *errors(zip(first.values(), second.values(), strict=True)))
 
 
 def errors(pairs: Iterable[tuple[Values, Values]]) -> tuple[float, float]:
-    """(largest, rms); infinite where a value is not finite on one side only, or differs from no spread at all.
+    """Return (largest, rms) as in `WeightChange`.
+
+    Infinite where a value is not finite on one side only, or where constant values differ.
 
     Args:
-        pairs: values of the one and of the other, piece by piece.
+        pairs: blocks of values, (first, second).
     """
     count, total, squares, largest, difference = 0, 0.0, 0.0, 0.0, 0.0
     for a, b in pairs:
         with np.errstate(all="ignore"):
-            apart = np.abs(a - b)
-        apart[(a == b) | (np.isnan(a) & np.isnan(b))] = 0
-        if not np.isfinite(apart).all():
+            distance = np.abs(a - b)
+        distance[(a == b) | (np.isnan(a) & np.isnan(b))] = 0
+        if not np.isfinite(distance).all():
             return math.inf, math.inf
         known = a[np.isfinite(a)]
         count, total, squares = count + known.size, total + known.sum(), squares + np.square(known).sum()
-        largest, difference = max(largest, float(apart.max(initial=0))), difference + float(np.square(apart).sum())
+        largest, difference = (
+            max(largest, float(distance.max(initial=0))),
+            difference + float(np.square(distance).sum()),
+        )
     if count == 0 or difference == 0:
         return 0.0, 0.0
     variance = squares / count - (total / count) ** 2

@@ -1,7 +1,6 @@
-"""What a stage is, which stages there are, and what they may read.
+"""Define the stages of the pipeline, what each may read, and `Build`, which every `run(build, out)` receives.
 
-In: a checkpoint's source, a recipe, an output folder. Out: a `Build`, which is what every `run(build, out)`
-gets. Guaranteed: nothing here does any work; `builder.stages.engine.execute` decides what runs.
+`builder.stages.engine.execute` decides which stages run.
 """
 
 from __future__ import annotations
@@ -22,19 +21,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Stage:
-    """One step of the pipeline: a function from frozen inputs to a folder.
+    """A step of the pipeline: a function from frozen inputs to a folder.
 
     Args:
-        name: also the module (`builder.<name>`, unless `module` says otherwise) whose `run(build, out)` does
-            the work, writing under `out` only, and returns facts (JSON) for the record. A fact called
-            `report` is text that `build` prints.
+        name: also names the module `builder.stages.<name>` (unless `module` is given), whose `run(build, out)` writes
+            under `out` only and returns facts (JSON) for the record. `build` prints the fact `report`.
         inputs: earlier stages, `"source"` (the checkpoint's files), `"config"` (its architecture), `"calibration"` or
-            `"heldout"` (the cases beside it).
-        fields: of the recipe that it reads.
+            `"heldout"` (the cases next to it).
+        fields: recipe fields that it reads.
         packages: distributions whose version can change its result.
-        files: patterns of files that it reads rather than imports, see `builder.stages.engine.cache_key.code_digests`.
-        runs_bundles: whether it runs the bundles in their runtimes: their versions can change its result, too.
-        shared: whether another build's folder of the same key will do: it says nothing of the checkpoint's weights.
+        files: patterns of files that it reads and does not import, see `builder.stages.engine.cache_key.code_digests`.
+        runs_bundles: whether it runs bundles, so that the versions of their runtimes can change its result.
+        shared: whether another build's folder with the same key can be linked, as it does not depend on weights.
     """
 
     name: str
@@ -48,11 +46,11 @@ class Stage:
 
     @property
     def module_name(self) -> str:
-        """Dotted name of the module that does the work."""
+        """Dotted name of the module with `run`."""
         return self.module or f"builder.stages.{self.name}"
 
     def run(self, build: Build, out: Path) -> Mapping[str, object]:
-        """Do the work; imports the module, and what it needs, only now."""
+        """Import the module, which can be slow, and run it."""
         facts: Mapping[str, object] = importlib.import_module(self.module_name).run(build, out)
         return facts
 
@@ -89,15 +87,15 @@ STAGES: tuple[Stage, ...] = (
 
 @dataclass(frozen=True)
 class Build:
-    """All that a stage may read.
+    """Everything that a stage may read.
 
     Args:
-        source: where the checkpoint comes from, its revision settled.
+        source: where the checkpoint comes from, with its revision resolved.
         recipe: what to build.
-        output: folder that takes one folder a stage.
-        rehash: compare a local checkpoint by all its bytes, not by size and time.
-        memory: bytes that verification may use; None for all that this process may have.
-        requested: the user's CHECKPOINT, where it is not `source`: an unpinned hub id, say.
+        output: folder for the stages' folders.
+        rehash: whether a local checkpoint is compared by all its bytes instead of by size and time.
+        memory: bytes that verification may use; None for this process's limit.
+        requested: the user's CHECKPOINT where it differs from `source`, such as an unpinned hub id.
         stages: the pipeline, in order.
     """
 
@@ -110,15 +108,15 @@ class Build:
     stages: tuple[Stage, ...] = STAGES
 
     def folder(self, stage: str) -> Path:
-        """Where a stage's artifacts lie when it is whole, e.g. `…/3-export`."""
-        number = next(n for n, one in enumerate(self.stages, start=1) if one.name == stage)
+        """Return the folder of a complete stage, e.g. `…/3-export`."""
+        number = next(n for n, each in enumerate(self.stages, start=1) if each.name == stage)
         return self.output / f"{number}-{stage}"
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
-        """The checkpoint, opened once; one from the hub only after the stage `fetch`.
+        """The checkpoint, opened once; if it is from the hub, available after the stage `fetch`.
 
-        A local folder that was moved since it was fetched is the same checkpoint: no path enters a key.
+        A local folder may have moved since `fetch`: no path is part of a key.
 
         Raises:
             BuildError: see `builder.checkpoint.load.open_checkpoint`.

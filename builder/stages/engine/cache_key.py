@@ -1,9 +1,7 @@
-"""What a stage's result depends on, as a hash and in words.
+"""Hash what a stage's result depends on, and explain in words why two hashes differ.
 
-In: the recipe fields that a stage reads, its inputs' keys, its module's name, the files and packages it
-uses. Out: `Components`, their hash, and the sentences that tell two of them apart. Guaranteed: nothing of
-the stage is imported to find out, no path of the machine enters, and a change in any file that the module
-imports, however far down, changes the key.
+The key covers the recipe fields, the inputs' keys, packages, files read, and every module that the stage's module
+imports, however deep. Imports are parsed, not run. No path of the machine is part of it.
 """
 
 from __future__ import annotations
@@ -24,13 +22,13 @@ UNKNOWN = "?"
 
 @dataclass(frozen=True)
 class Components:
-    """Everything that a stage's result depends on.
+    """What a stage's result depends on.
 
     Args:
-        recipe: field name → value, as JSON has it.
-        inputs: stage, or fact of the checkpoint → key or digest; `UNKNOWN` before the checkpoint is fetched.
+        recipe: field → value, as JSON.
+        inputs: stage or property of the checkpoint → key or digest; `UNKNOWN` before the checkpoint is fetched.
         code: file (`builder/stages/export.py`) → SHA-256 of its bytes.
-        packages: distribution → version, or `MISSING`; runtime of a target → versions of what plays it.
+        packages: distribution → version, or `MISSING`; runtime of a target → its versions.
     """
 
     recipe: Mapping[str, object]
@@ -40,7 +38,7 @@ class Components:
 
     @property
     def key(self) -> str:
-        """SHA-256 of the canonical JSON; `UNKNOWN` where an input is."""
+        """SHA-256 of the canonical JSON, in hex; `UNKNOWN` if an input is."""
         if UNKNOWN in self.inputs.values():
             return UNKNOWN
         text = json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
@@ -48,41 +46,41 @@ class Components:
 
 
 def reasons(old: Components, new: Components) -> list[str]:
-    """What differs, in words, what the user changed first; empty when nothing does."""
-    said = [
+    """Describe what differs, the recipe first; empty if nothing does."""
+    changes = [
         f"recipe.{name} changed ({_words(before)} → {_words(after)})"
         for name, before, after in _differences(old.recipe, new.recipe)
     ]
     for name, before, after in _differences(old.inputs, new.inputs):
-        said.append(f"{name} not known before fetch" if after == UNKNOWN else _fate(name, before, after))
-    said += [f"{name} {before} → {after}" for name, before, after in _differences(old.packages, new.packages)]
-    said += [_fate(name, before, after) for name, before, after in _differences(old.code, new.code)]
-    return said
+        changes.append(f"{name} not known before fetch" if after == UNKNOWN else _change(name, before, after))
+    changes += [f"{name} {before} → {after}" for name, before, after in _differences(old.packages, new.packages)]
+    changes += [_change(name, before, after) for name, before, after in _differences(old.code, new.code)]
+    return changes
 
 
 def plain(value: object) -> object:
-    """A recipe field's value as JSON has it."""
+    """Convert a recipe field's value to JSON types."""
     if is_dataclass(value) and not isinstance(value, type):
-        return {name: plain(one) for name, one in asdict(value).items()}
+        return {name: plain(inner) for name, inner in asdict(value).items()}
     if isinstance(value, tuple | list):
-        return [plain(one) for one in value]
+        return [plain(inner) for inner in value]
     return value
 
 
 def code_digests(module: str, files: Iterable[str] = ()) -> dict[str, str]:
-    """Digests of a module, of all that it imports from its own and our packages, and of `files`.
+    """Hash a module, everything it imports from its own package, `builder` and `patches`, and `files`.
 
     Args:
         module: dotted name, e.g. `builder.stages.export`.
-        files: glob patterns of what the module reads rather than imports, each starting with the name of an
+        files: glob patterns of files that the module reads and does not import, each starting with the name of an
             importable package, e.g. `patches/*.toml`.
 
     Returns:
-        file, relative to the folder that holds its package → SHA-256 (hex).
+        file, relative to its package's parent folder → SHA-256 (hex).
 
     Raises:
-        ModuleNotFoundError: there is no such module.
-        ValueError: a pattern that matches no file of an installed package: it would leave the key without a word.
+        ModuleNotFoundError: the module does not exist.
+        ValueError: a pattern matches no file of an installed package, so that the key would silently miss it.
     """
     top, _, rest = module.partition(".")
     if _module_file(top, rest) is None:
@@ -115,9 +113,9 @@ def _closure(module: str, packages: frozenset[str]) -> dict[str, Path]:
 
 @lru_cache(maxsize=512)
 def imports(text: str, module: str, is_package: bool) -> tuple[str, ...]:
-    """Dotted names that a module's text may import, wherever in it; some may be no module but a function.
+    """Return the dotted names that a module may import, at any depth; some may be functions, not modules.
 
-    What stands under `if TYPE_CHECKING:` never runs and is left out.
+    Imports under `if TYPE_CHECKING:` never run and are left out.
     """
     found: list[str] = []
     for node in _running(ast.parse(text)):
@@ -153,7 +151,7 @@ def _package(top: str) -> Path:
 def _module_file(top: str, rest: str) -> Path | None:
     path = _package(top).joinpath(*rest.split(".")) if rest else _package(top)
     candidates = (path / "__init__.py", path.parent / f"{path.name}.py")
-    return next((one for one in candidates if one.is_file()), None)
+    return next((file for file in candidates if file.is_file()), None)
 
 
 def _matching(pattern: str) -> dict[str, Path]:
@@ -161,11 +159,11 @@ def _matching(pattern: str) -> dict[str, Path]:
     try:
         folder = _package(top)
     except ModuleNotFoundError:
-        # Nothing is lost: a package that is not installed shows up among `packages`.
+        # A package that is not installed is recorded in `packages`.
         return {}
-    found = {one.relative_to(folder.parent).as_posix(): one for one in folder.glob(rest) if one.is_file()}
+    found = {file.relative_to(folder.parent).as_posix(): file for file in folder.glob(rest) if file.is_file()}
     if not found:
-        raise ValueError(f"no file of the package {top} matches {pattern!r}, on which a stage key depends")
+        raise ValueError(f"a stage key depends on {pattern!r}, which matches no file of the package {top}")
     return found
 
 
@@ -175,13 +173,13 @@ def _differences(old: Mapping[str, object], new: Mapping[str, object]) -> Iterat
             yield name, old.get(name), new.get(name)
 
 
-def _fate(name: str, before: object, after: object) -> str:
-    return f"{name} {'added' if before is None else 'is gone' if after is None else 'changed'}"
+def _change(name: str, before: object, after: object) -> str:
+    return f"{name} {'added' if before is None else 'removed' if after is None else 'changed'}"
 
 
 def _words(value: object) -> str:
     if isinstance(value, Mapping):
-        return " ".join(str(one) for one in value.values())
+        return " ".join(map(str, value.values()))
     if isinstance(value, list):
-        return ", ".join(_words(one) for one in value)
+        return ", ".join(map(_words, value))
     return "unset" if value is None else str(value)

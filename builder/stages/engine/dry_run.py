@@ -1,8 +1,6 @@
-"""What a build would need and take, and whether this machine has it.
+"""Estimate the disk, memory and time of a build, and whether this machine has them.
 
-In: a `Build` and its steps (`builder.stages.engine.execute.plan`). Out: an `Estimate`, for people, for programs, or
-as a refusal.
-Guaranteed: no weight is read or fetched; nothing is written but a config and an index into the hub's cache.
+No weight is read or fetched; only a config and an index are written, to the hub's cache.
 """
 
 from __future__ import annotations
@@ -47,9 +45,9 @@ class Disk:
     """A disk that a build writes to.
 
     Args:
-        folder: where on it.
-        uses: what it takes, in bytes.
-        free: bytes that may be written, what an interrupted build left and this one removes included.
+        folder: a folder on it.
+        uses: use → bytes.
+        free: bytes available, counting leftovers of an interrupted build that this build removes.
     """
 
     folder: Path
@@ -58,7 +56,7 @@ class Disk:
 
     @property
     def needed(self) -> int:
-        """Bytes of all uses."""
+        """Total bytes of all uses."""
         return sum(self.uses.values())
 
     @property
@@ -68,16 +66,16 @@ class Disk:
 
 @dataclass(frozen=True)
 class Estimate:
-    """The figures of one build.
+    """Estimated costs of a build.
 
     Args:
-        steps: every stage, and what it costs (`NOTHING` where it is cached).
-        graphs: every graph whose weights would be written; none where they are on disk already.
-        download: file → bytes that are to be fetched from the hub.
-        disks: those that are written to.
+        steps: every stage with its cost (`NOTHING` if cached).
+        graphs: graphs whose weights would be written.
+        download: file → bytes to fetch from the hub.
+        disks: disks that are written to.
         memory: bytes that this process may use.
         mode: how `verify` would run.
-        command: what builds the same checkpoint.
+        command: command that builds the same checkpoint.
     """
 
     steps: tuple[tuple[Step, StageCost], ...]
@@ -90,26 +88,28 @@ class Estimate:
 
     @property
     def largest(self) -> tuple[Step, StageCost]:
-        """The stage that needs most memory."""
-        return max(self.steps, key=lambda one: one[1].memory)
+        """The stage with the largest memory use."""
+        return max(self.steps, key=lambda step: step[1].memory)
 
     @property
     def seconds(self) -> float:
-        """Of all stages; how long a download takes is not known."""
+        """Total of all stages, without the download."""
         return sum(cost.seconds for _, cost in self.steps)
 
     @property
     def fits(self) -> bool:
-        """Whether this machine has what is needed."""
+        """Whether this machine has enough memory and disk."""
         return self.largest[1].memory <= self.memory and not any(disk.short for disk in self.disks)
 
     def as_dict(self) -> dict[str, Any]:
-        """For programs: bytes and seconds."""
+        """Return the estimate for JSON, in bytes and seconds."""
         stages = [
             {"stage": step.stage.name, "state": step.state, "why": step.why, **asdict(cost)}
             for step, cost in self.steps
         ]
-        disks = [{"folder": str(one.folder), "needed": one.needed, "free": one.free, **one.uses} for one in self.disks]
+        disks = [
+            {"folder": str(disk.folder), "needed": disk.needed, "free": disk.free, **disk.uses} for disk in self.disks
+        ]
         return {
             "fits": self.fits,
             "stages": stages,
@@ -122,9 +122,10 @@ class Estimate:
         }
 
     def refuse(self) -> None:
-        """
+        """Raise unless the build fits.
+
         Raises:
-            ResourceError: the build does not fit: what is needed, what there is, and all figures.
+            ResourceError: with what is needed, what is available, and the estimate.
         """
         if self.fits:
             return
@@ -138,7 +139,7 @@ class Estimate:
             found.append(f"{size(self.memory)} of memory")
             advice.append(self._with_less_memory())
         raise ResourceError(
-            "this build needs more than this machine has, and was not started",
+            "this build needs more memory or disk than this machine has, and was not started",
             expected=", ".join(needed),
             found=", ".join(found),
             next="; ".join(advice),
@@ -153,10 +154,10 @@ class Estimate:
 
 
 def estimated(build: Build, steps: Sequence[Step]) -> Estimate:
-    """The figures of what `builder.stages.engine.execute.execute` would do.
+    """Estimate what `builder.stages.engine.execute.execute` would do.
 
     Raises:
-        BuildError: what the stage `fetch` would refuse, or the hub cannot be reached.
+        BuildError: the stage `fetch` would refuse the checkpoint, or the hub cannot be reached.
     """
     facts, memory = known(build, steps), machine.memory_limit()
     mode = verify_mode(facts, memory if build.memory is None else build.memory)
@@ -182,7 +183,7 @@ def estimated(build: Build, steps: Sequence[Step]) -> Estimate:
 
 
 def known(build: Build, steps: Sequence[Step]) -> Facts:
-    """What is known of the build's checkpoint before a weight is there."""
+    """Describe the build's checkpoint without its weights, from the hub's metadata if it is not downloaded."""
     fetched = any(step.stage.name == "fetch" and step.state == "cached" for step in steps)
     if fetched or build.source.folder is not None:
         return described(build.checkpoint)
@@ -191,7 +192,7 @@ def known(build: Build, steps: Sequence[Step]) -> Facts:
     missing = {file: remote.size or 0 for file, remote in remotes.items() if file not in here}
     config = read_json(folder / CONFIG)
     text, vision = read_architecture(config)
-    # A repository whose config does not say is taken to be what the published ones are.
+    # Published checkpoints are BF16: assumed where the config has no dtype.
     dtype = EXACT_IN.get(str(config.get("dtype") or config.get("torch_dtype")), ("BF16",))[0]
     tensors = {
         name: Tensor(name, "", dtype, shape, 0, math.prod(shape) * ITEM_BYTES[dtype])
@@ -201,13 +202,13 @@ def known(build: Build, steps: Sequence[Step]) -> Facts:
 
 
 def described(checkpoint: Checkpoint) -> Facts:
-    """The facts of a checkpoint on this disk."""
+    """Describe a local checkpoint."""
     files = {file: count for file, (count, _) in checkpoint.states.items()}
     return Facts(checkpoint.text, checkpoint.vision, checkpoint.tensors, files, {})
 
 
 def disks(uses: Mapping[Use, tuple[Path, int]], left: int) -> tuple[Disk, ...]:
-    """One entry a disk; `left` bytes come back to that of the output."""
+    """Group the uses by disk; `left` bytes are freed on the output's disk."""
     found: list[Disk] = []
     for use, (folder, count) in uses.items():
         shared = next((disk for disk in found if machine.same_disk(disk.folder, folder)), None)
@@ -219,13 +220,13 @@ def disks(uses: Mapping[Use, tuple[Path, int]], left: int) -> tuple[Disk, ...]:
 
 
 def left_over(output: Path) -> int:
-    """Bytes of what an interrupted build left, which the next one removes before it writes as much."""
+    """Count the bytes that an interrupted build left, which the next build removes."""
     freed = 0
     for part in output.glob("*.part"):
         links: defaultdict[tuple[int, int], int] = defaultdict(int)
         for stat in (file.lstat() for file in part.rglob("*") if file.is_file()):
             links[stat.st_dev, stat.st_ino] += 1
-            # A file that another folder links to stays.
+            # A file with links elsewhere keeps its space.
             if links[stat.st_dev, stat.st_ino] == stat.st_nlink:
                 freed += stat.st_size
     return freed

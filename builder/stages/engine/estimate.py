@@ -1,7 +1,6 @@
-"""What a build would write, hold in memory and take, from a checkpoint's config and tensor index alone.
+"""Estimate bytes, memory and time of each stage from a checkpoint's config and tensor index.
 
-No weight is read. Sizes of data files are exact; all other figures are an order of magnitude on the safe side (see
-`builder.stages.engine.measured`).
+Sizes of data files are exact; all else is an order of magnitude, on the safe side (`builder.stages.engine.measured`).
 """
 
 from __future__ import annotations
@@ -27,14 +26,14 @@ if TYPE_CHECKING:
     from builder.checkpoint.config import Text, Vision
 
 
-ITEMS = {"fp32": 4, "fp16": 2, "bf16": 2}  # and of one in a data file that no rule quantizes
-SIDE_BY_SIDE = re.compile(r"(?<=\.)(?:[qkv]_proj|gate_proj|up_proj)(?=\.)")
+ITEMS = {"fp32": 4, "fp16": 2, "bf16": 2}  # bytes per value
+FUSED = re.compile(r"(?<=\.)(?:[qkv]_proj|gate_proj|up_proj)(?=\.)")
 VISUAL = "model.visual."
 
 
 @dataclass(frozen=True)
 class Stored:
-    """How a recipe stores weights: what `builder.quantization.rules.resolve` gives, and the precision of all else."""
+    """Weight formats by tensor (`builder.quantization.rules.resolve`), and the precision of all other tensors."""
 
     storages: Mapping[str, WeightFormat] = field(default_factory=dict)
     precision: str = "fp32"
@@ -45,7 +44,7 @@ class Stored:
 
     @property
     def calibrated(self) -> bool:
-        return any(one.blocks.search == "gptq" for one in self.storages.values())
+        return any(storage.blocks.search == "gptq" for storage in self.storages.values())
 
 
 FP32 = Stored()
@@ -53,13 +52,13 @@ FP32 = Stored()
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of a checkpoint before a weight is read.
+    """A checkpoint's architecture and files, without its weights.
 
     Args:
         text, vision: see `builder.checkpoint.config`.
-        tensors: by name, exactly those of `builder.checkpoint.tensors.expected_tensors`; places in files do not matter.
-        files: every file that a build needs → bytes.
-        missing: those of them that are to be downloaded.
+        tensors: those of `builder.checkpoint.tensors.expected_tensors`, by name; offsets in files are not used.
+        files: file that a build needs → bytes.
+        missing: file to download → bytes.
     """
 
     text: Text
@@ -71,13 +70,13 @@ class Facts:
 
 @dataclass(frozen=True)
 class GraphBytes:
-    """One graph of one target.
+    """Sizes of a target's graph.
 
     Args:
-        graph: its file.
-        graph_bytes: of that file, about.
-        data: the data file that it reads.
-        data_bytes: of that file, exactly, where this graph brings it along; 0 where it is another's.
+        graph: name of the graph file.
+        graph_bytes: approximate size of that file.
+        data: name of its data file.
+        data_bytes: exact size of the data file; 0 if it is counted for another graph.
     """
 
     target: str
@@ -89,7 +88,7 @@ class GraphBytes:
 
 @dataclass(frozen=True)
 class StageCost:
-    """Bytes that a stage writes into the output folder, its peak of memory in bytes, and its seconds."""
+    """Bytes that a stage writes to the output folder, its peak memory in bytes, and its seconds."""
 
     written: int
     memory: int
@@ -97,7 +96,7 @@ class StageCost:
 
 
 def graph_bytes(facts: Facts, runtimes: Iterable[str], stored: Stored = FP32) -> tuple[GraphBytes, ...]:
-    """Every graph of every target; equal data files are on disk once, and count for the first target."""
+    """Estimate every graph of every target; equal data files are stored once, and counted for the first target."""
     vision = [name for name in facts.tensors if name.startswith(VISUAL)]
     elsewhere = {*vision} if facts.text.tied else {*vision, EMBEDDING_MATRIX}
     decoder = [name for name in facts.tensors if name not in elsewhere]
@@ -119,15 +118,15 @@ def graph_bytes(facts: Facts, runtimes: Iterable[str], stored: Stored = FP32) ->
 
 
 def data_bytes(tensors: Iterable[Tensor], stored: Stored = FP32) -> int:
-    """Bytes of the data file that holds these tensors (`builder.graph.external_data.layout`)."""
+    """Return the bytes of a data file with these tensors (`builder.graph.external_data.layout`)."""
     item, total = ITEMS[stored.precision], 0
     groups: dict[tuple[str, WeightFormat], tuple[int, int]] = {}
     for tensor in tensors:
         storage = stored.storages.get(tensor.name)
         if storage is None:
             total += padded(math.prod(tensor.shape) * item)
-        else:  # matrices that become one product lie together (builder/graph/passes/quantize_weights.py)
-            key = SIDE_BY_SIDE.sub("_", tensor.name), storage
+        else:  # fused matrices are stored together (builder/graph/passes/quantize_weights.py)
+            key = FUSED.sub("_", tensor.name), storage
             rows, columns = tensor.shape
             groups[key] = groups.get(key, (0, columns))[0] + rows, columns
     for (_, storage), (rows, columns) in groups.items():
@@ -138,14 +137,7 @@ def data_bytes(tensors: Iterable[Tensor], stored: Stored = FP32) -> int:
 
 
 def stage_cost(stage: str, facts: Facts, runtimes: Sequence[str], mode: Mode, stored: Stored = FP32) -> StageCost:
-    """What one run of a stage costs.
-
-    Args:
-        stage: its name.
-        runtimes: of the recipe's targets.
-        mode: how `verify` would run.
-        stored: how weights are stored.
-    """
+    """Estimate the cost of running a stage for the targets `runtimes`, if `verify` runs in `mode`."""
     rows = graph_bytes(facts, runtimes, stored)
     graphs, data = sum(row.graph_bytes for row in rows), sum(row.data_bytes for row in rows)
     weights = sum(math.prod(tensor.shape) for tensor in facts.tensors.values())
@@ -168,16 +160,16 @@ def stage_cost(stage: str, facts: Facts, runtimes: Sequence[str], mode: Mode, st
             small = (size for name, size in facts.files.items() if not name.endswith(".safetensors") and name != INDEX)
             written += len(runtimes) * sum(small)
         case "verify":
-            # The checkpoint that the bundle is, in fp32, while it is compared.
+            # The fp32 copy of the bundle, while it is compared.
             written += 0 if stored.exact else ITEM * weights
-            whole, sliced = verify_memory(facts)
-            memory, rate = (whole, measured.WHOLE_SECONDS) if mode == "whole" else (sliced, measured.SLICED_SECONDS)
+            complete, sliced = verify_memory(facts)
+            memory, rate = (complete, measured.WHOLE_SECONDS) if mode == "whole" else (sliced, measured.SLICED_SECONDS)
             seconds += len(runtimes) * (measured.VERIFY_SECONDS + rate * (ITEM * weights / 1e9))
     return StageCost(written, memory, seconds)
 
 
 def _quantize_memory(facts: Facts, stored: Stored) -> int:
-    """The strip that is transposed, and the blocks on their way to the disk; or a layer, and its inputs' Hessian."""
+    """Memory of a transposed strip and the queued blocks or, calibrated, of a layer and its inputs' Hessians."""
     layers = [tensor for name, tensor in facts.tensors.items() if name.startswith(LAYERS)]
     if stored.calibrated:
         columns = max(tensor.shape[1] for tensor in facts.tensors.values() if len(tensor.shape) == 2)

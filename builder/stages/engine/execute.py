@@ -1,8 +1,9 @@
-"""The build loop: which stages have to run, and why.
+"""Decide which stages have to run, and run them.
 
-In: a `Build` (checkpoint, recipe, output folder). Out: one folder a stage, `1-fetch` … `8-bundle`, each
-with a `stage.json`. Guaranteed: a stage runs when, and only when, something that its result depends on has
-changed, or it was forced; each run says why in words; a folder that bears a stage's name is whole.
+Each stage gets a folder, `1-fetch` … `8-bundle`, with its `stage.json`.
+
+Guarantees: a stage runs if and only if something that its result depends on changed, or it was forced; each run states
+its reason; a folder with a stage's name is complete.
 """
 
 from __future__ import annotations
@@ -44,9 +45,11 @@ _PERMISSION = frozenset({errno.EACCES, errno.EPERM})
 
 @dataclass(frozen=True)
 class Step:
-    """A stage, and whether it has to run: `why` is empty when it does not.
+    """A stage, and whether it has to run.
 
-    `link`: another build next to this one has the complete stage, in the folder `linkable`.
+    Args:
+        state: `link` where another output folder has the complete stage, in the folder `linkable`.
+        why: the reason, empty if cached.
     """
 
     stage: Stage
@@ -64,14 +67,14 @@ class Step:
 
 @dataclass(frozen=True)
 class Event:
-    """What the loop tells while it goes: a step begins (record None), or is over."""
+    """Progress of `execute`: a step begins (record None) or ended."""
 
     step: Step
     record: Record | None = None
 
 
 def plan(build: Build, until: str | None = None, force: Collection[str] = ()) -> list[Step]:
-    """What `execute` would do, in order; writes nothing and imports no stage."""
+    """List what `execute` would do, in order, without writing or importing a stage."""
     steps: dict[str, Step] = {}
     for stage in wanted(build, until):
         steps[stage.name] = _step(build, stage, steps, force, lambda: _planned_architecture(build, steps.get("fetch")))
@@ -84,20 +87,20 @@ def execute(
     force: Collection[str] = (),
     on_event: Callable[[Event], None] = lambda event: None,
 ) -> list[tuple[Step, Record]]:
-    """Run what has to run, up to and with `until`.
+    """Run the stages that have to run, up to and including `until`.
 
     Args:
         until: name of the last stage; None for all.
-        force: names of stages to run although nothing changed; what is made from them runs too.
-        on_event: called when a step begins and when it is over.
+        force: names of stages to run although nothing changed; stages that read them run too.
+        on_event: called when a step begins and when it ends.
 
     Returns:
-        each step with the record of its artifacts.
+        Each step with the record of its artifacts.
 
     Raises:
         OutputError: see `builder.stages.engine.output_folder.claimed`.
         MissingPackageError: a package that a stage needs is not installed (before any stage runs).
-        BuildError: whatever a stage raises; the folders of the stages before it stay.
+        BuildError: a stage failed; the folders of earlier stages are kept.
     """
     source = str(build.source)
     about = {"asked": build.requested or source, "checkpoint": source, "recipe": build.recipe.name}
@@ -111,7 +114,7 @@ def execute(
             step = _step(build, stage, steps, force, lambda: build.checkpoint.config_digest)
             on_event(Event(step))
             after = {name: done[name][1].started for name in stage.inputs if name in done}
-            record = step.record or _made(build, step, after)
+            record = step.record or _run(build, step, after)
             remove_part(build.folder(stage.name))
             done[stage.name] = step, record
             on_event(Event(step, record))
@@ -119,7 +122,7 @@ def execute(
 
 
 def wanted(build: Build, until: str | None) -> tuple[Stage, ...]:
-    """The stages up to and with `until`."""
+    """Return the stages up to and including `until`."""
     names = [stage.name for stage in build.stages]
     return build.stages[: names.index(until) + 1] if until else build.stages
 
@@ -140,15 +143,15 @@ def _step(
     if record is None:
         other = find_linkable(folder, components.key) if stage.shared and stage.name not in force else None
         if other is not None:
-            return Step(stage, "link", f"the same as in {other.parent.name}", components, linkable=other)
+            return Step(stage, "link", f"same as in {other.parent.name}", components, linkable=other)
         return Step(stage, "run", "first time", components)
     if stage.name in force:
         return Step(stage, "run", "forced", components)
     why = reasons(record.components, components)
     why += [
-        f"{name} made anew"
+        f"{name} was rebuilt"
         for name, step in earlier.items()
-        if name in stage.inputs and f"{name} changed" not in why and _anew(step, record.after.get(name))
+        if name in stage.inputs and f"{name} changed" not in why and _rebuilt(step, record.after.get(name))
     ]
     why += damage(folder, record)
     if not why:
@@ -157,7 +160,7 @@ def _step(
     return Step(stage, "run", ", ".join(shown), components)
 
 
-def _anew(step: Step, started: str | None) -> bool:
+def _rebuilt(step: Step, started: str | None) -> bool:
     return step.record is None or step.record.started != started
 
 
@@ -187,7 +190,7 @@ def _components(build: Build, stage: Stage, earlier: Mapping[str, Step], archite
 
 
 def _runtimes(build: Build) -> dict[str, str]:
-    """Target → what plays its bundle here, where that is more than packages that every stage may name."""
+    """Map each target to the versions of its runtime, or to `not here`, where packages alone do not identify it."""
     from builder.targets.runners.registry import RUNTIMES
 
     found: dict[str, str] = {}
@@ -200,7 +203,7 @@ def _runtimes(build: Build) -> dict[str, str]:
 
 
 def _planned_architecture(build: Build, fetch: Step | None) -> str:
-    """The config's digest; `UNKNOWN` where the stage `fetch` has yet to download it."""
+    """Return the config's digest; `UNKNOWN` until the stage `fetch` has downloaded it."""
     available = build.source.folder is not None or (fetch is not None and fetch.state == "cached")
     return build.checkpoint.config_digest if available else UNKNOWN
 
@@ -216,8 +219,8 @@ def _require_packages(steps: list[Step]) -> None:
             )
 
 
-def _made(build: Build, step: Step, after: Mapping[str, str]) -> Record:
-    """Run the stage in its `.part` folder and put that in place; where the disk is at fault, it gets its space back."""
+def _run(build: Build, step: Step, after: Mapping[str, str]) -> Record:
+    """Run the stage in its `.part` folder and rename it into place; remove it where the disk is at fault."""
     folder = build.folder(step.stage.name)
     started, meter = datetime.now(UTC).isoformat(timespec="microseconds"), Meter()
     try:
@@ -245,7 +248,7 @@ def _made(build: Build, step: Step, after: Mapping[str, str]) -> Record:
 
 
 def _of_the_output(error: OSError, output: Path) -> bool:
-    """Whether the output folder's disk, or its permissions, are to blame: files are written nowhere else."""
+    """Whether the output folder's disk or permissions caused the error: stages write nowhere else."""
     named = [os.path.abspath(os.fsdecode(name)) for name in (error.filename, error.filename2) if name]
     inside = any(Path(name).is_relative_to(os.path.abspath(output)) for name in named)
     return error.errno in _DISK or (error.errno in _PERMISSION and inside)

@@ -1,8 +1,7 @@
-"""The output folder: whose it is, who is writing in it, and what each stage left there.
+"""Manage the output folder: ownership, locking, and each stage's folder with its `Record` (`stage.json`).
 
-In: a folder. Out: `claimed()` for the time of a build, and one `Record` (`stage.json`) a stage. Guaranteed:
-a folder that holds something else is never written to, two builds never write to one folder at once, and a
-stage's folder is either the old one or the new one, whole, wherever the process is killed.
+Guarantees: a folder with other content is never written to; two builds never write to the same folder; wherever the
+process is killed, a stage's folder is the complete old one or the complete new one.
 """
 
 from __future__ import annotations
@@ -31,15 +30,15 @@ TOOL = "qwen3vl-onnx"
 
 @dataclass(frozen=True)
 class Record:
-    """What a stage was made from, what it found out, and what it cost.
+    """Inputs, results and cost of a stage's run.
 
     Args:
-        stage: its name.
+        stage: name of the stage.
         key: of `components`.
         components: see `builder.stages.engine.cache_key`.
-        after: input stage → the `started` of the run that it was made after.
+        after: input stage → `started` of the run whose result was read.
         facts: what the stage's `run` returned.
-        files: every artifact but `evidence/`, relative → size in bytes.
+        files: relative path → size in bytes, of every artifact but `evidence/`.
         started: UTC, ISO 8601 to the microsecond.
         cost: see `builder.util.cost`.
     """
@@ -55,10 +54,10 @@ class Record:
 
 
 def read_record(folder: Path) -> Record | None:
-    """The record in a stage's folder; None when the stage has never been made whole.
+    """Read the record in a stage's folder; None if there is no folder.
 
     Raises:
-        ValueError: there is a folder, and no record in it that can be read.
+        ValueError: the folder has no readable record.
     """
     if not folder.is_dir():
         return None
@@ -69,13 +68,13 @@ def read_record(folder: Path) -> Record | None:
 
 
 def write_record(folder: Path, record: Record) -> None:
-    """Write `stage.json`, readable."""
+    """Write `stage.json`, indented for readers."""
     text = json.dumps(asdict(record), indent=2, ensure_ascii=False)
     (folder / RECORD).write_text(text + "\n", encoding="utf-8")
 
 
 def find_linkable(folder: Path, key: str) -> Path | None:
-    """A complete folder of the same stage and key, of another build next to this one."""
+    """Find a complete folder of the same stage and key in another output folder next to this one."""
     for other in sorted(folder.parent.parent.glob(f"*/{folder.name}")):
         try:
             record = read_record(other)
@@ -87,7 +86,7 @@ def find_linkable(folder: Path, key: str) -> Path | None:
 
 
 def linked(folder: Path, fresh: Path) -> Mapping[str, object]:
-    """Links every artifact of the whole `folder` into `fresh`; returns its facts."""
+    """Link every artifact of the complete `folder` into `fresh`, and return its facts."""
     record = read_record(folder)
     assert record is not None
     for name in record.files:
@@ -96,7 +95,7 @@ def linked(folder: Path, fresh: Path) -> Mapping[str, object]:
 
 
 def sizes(folder: Path) -> dict[str, int]:
-    """Relative path → bytes of each artifact; `evidence/` may be rewritten later and is left out."""
+    """Map each artifact's relative path to its bytes, without `evidence/`, which may be rewritten later."""
     return {
         file.relative_to(folder).as_posix(): file.stat().st_size
         for file in sorted(folder.rglob("*"))
@@ -105,17 +104,17 @@ def sizes(folder: Path) -> dict[str, int]:
 
 
 def damage(folder: Path, record: Record) -> list[str]:
-    """Artifacts that are gone or have another size than when they were made, in words."""
-    found = sizes(folder)
+    """Describe the artifacts that are missing or whose size changed since they were written."""
+    present = sizes(folder)
     return [
-        f"{folder.name}/{name} {'is gone' if name not in found else 'changed'}"
+        f"{folder.name}/{name} {'missing' if name not in present else 'changed'}"
         for name, size in record.files.items()
-        if found.get(name) != size
+        if present.get(name) != size
     ]
 
 
 def part(folder: Path) -> Path:
-    """An empty folder beside `folder` to write into; what a killed run left there is removed."""
+    """Create an empty folder next to `folder` to write into, replacing what a killed run left."""
     remove_part(folder)
     fresh = _part(folder)
     fresh.mkdir(parents=True)
@@ -123,13 +122,13 @@ def part(folder: Path) -> Path:
 
 
 def remove_part(folder: Path) -> None:
-    """Remove what a run that was killed, or that failed, left beside `folder`."""
+    """Remove what a failed or killed run left next to `folder`."""
     if _part(folder).exists():
         shutil.rmtree(_part(folder))
 
 
 def put_in_place(fresh: Path, folder: Path) -> None:
-    """Rename the whole `.part` into place; the old folder goes only after that."""
+    """Rename the complete `.part` into place, then remove the old folder."""
     old = _old(folder)
     if folder.exists():
         folder.rename(old)
@@ -138,7 +137,7 @@ def put_in_place(fresh: Path, folder: Path) -> None:
 
 
 def recover(folder: Path) -> None:
-    """Finish or undo a `put_in_place` that was killed between its renames."""
+    """Finish or undo a `put_in_place` that was interrupted."""
     old = _old(folder)
     if not old.exists():
         return
@@ -150,14 +149,14 @@ def recover(folder: Path) -> None:
 
 @contextmanager
 def claimed(output: Path, about: Mapping[str, str]) -> Iterator[None]:
-    """Hold the output folder alone, made and marked as ours.
+    """Lock the output folder, creating and marking it.
 
     Args:
-        output: made when it is not there.
-        about: what is being built, for whoever opens `build.json`.
+        output: created if it does not exist.
+        about: what is being built, written to `build.json`.
 
     Raises:
-        OutputError: it holds something else, another build is writing to it, or it cannot be written.
+        OutputError: it has other content, another build is writing to it, or it cannot be written.
     """
     refuse_foreign(output)
     try:
@@ -166,7 +165,7 @@ def claimed(output: Path, about: Mapping[str, str]) -> Iterator[None]:
         lock.acquire(timeout=0)
     except Timeout:
         raise OutputError(
-            f"another build is writing to {output}", next="wait for it to end, or give another --output"
+            f"another build is writing to {output}", next="wait until it ends, or give another --output"
         ) from None
     except OSError as error:
         raise unwritable(output, error) from error
@@ -178,7 +177,7 @@ def claimed(output: Path, about: Mapping[str, str]) -> Iterator[None]:
 
 
 def refuse_foreign(output: Path) -> None:
-    """Raise `OutputError` unless the folder is absent, empty or one of ours; writes nothing."""
+    """Raise `OutputError` unless the folder is absent, empty or an output folder; write nothing."""
     try:
         entries = {entry.name for entry in output.iterdir()}
     except FileNotFoundError:
@@ -187,15 +186,15 @@ def refuse_foreign(output: Path) -> None:
         raise unwritable(output, error) from error
     if entries - {LOCK, MARKER + ".part"} and read_marker(output) is None:
         raise OutputError(
-            f"the output folder {output} holds something else",
-            expected=f"an empty folder, or one with a {MARKER} of an earlier build",
+            f"the output folder {output} has other content",
+            expected=f"an empty folder, or an earlier build's with its {MARKER}",
             found=", ".join(sorted(entries)[:5]) + (", …" if len(entries) > 5 else ""),
             next="give another --output",
         )
 
 
 def read_marker(output: Path) -> Mapping[str, str] | None:
-    """What `build.json` says, or None where it is not there or not ours."""
+    """Read `build.json`; None if it is missing or not written by this tool."""
     try:
         marker = json.loads((output / MARKER).read_bytes())
     except (OSError, ValueError):
@@ -212,11 +211,11 @@ def write_marker(output: Path, about: Mapping[str, str]) -> None:
 
 
 def unwritable(output: Path, error: OSError) -> OutputError:
-    """The same failure as the user's to mend."""
+    """Return the error as an `OutputError` that the user can resolve."""
     return OutputError(
         f"the output folder {output} cannot be written",
         found=error.strerror or str(error),
-        next="free some space, mend its permissions, or give another --output",
+        next="free some space, fix its permissions, or give another --output",
     )
 
 

@@ -1,6 +1,6 @@
-"""From a command's arguments to a frozen `Build`, or to a `Checkpoint`; refuses what it can within a second.
+"""Turn a command's arguments into a `Build` or a `Checkpoint`, refusing invalid ones within a second.
 
-Nothing is built or written; a reference from the hub is downloaded.
+Nothing is built or written; a reference checkpoint from the hub is downloaded.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ def prepared(
     settle_again: bool,
     memory: int | None = None,
 ) -> Build:
-    """The build that the arguments of `build` and `explain` describe; a local checkpoint is opened here, once.
+    """Return the build that the arguments of `build` and `explain` describe, with a local checkpoint opened.
 
     Args:
         checkpoint: a folder or a hub id; None for the embedded miniature.
         recipe: the name of a shipped recipe, or the path of a .toml file.
         output: None for `outputs/<checkpoint>-<recipe>`.
-        settle_again: resolve an unpinned id anew although an earlier build has.
+        settle_again: whether an unpinned id is resolved again although an earlier build resolved it.
         memory: see `Build`.
 
     Raises:
-        BuildError: an argument that no build can start from.
+        BuildError: an argument is invalid.
     """
     loaded = load_recipe(recipe)
     requested = _source(checkpoint)
@@ -55,10 +55,10 @@ def prepared(
 
 
 def reference_checkpoint(checkpoint: str | None) -> Checkpoint:
-    """The opened checkpoint to compare with, downloaded where it is the hub's; None for the embedded miniature.
+    """Open the checkpoint to compare with, downloading it from the hub; None for the embedded miniature.
 
     Raises:
-        BuildError: no such checkpoint.
+        BuildError: the checkpoint does not exist or is invalid.
     """
     from builder.checkpoint.hub import download
     from builder.checkpoint.load import open_checkpoint
@@ -73,7 +73,7 @@ def _source(checkpoint: str | None) -> Source:
 
 
 def _recorded(requested: Source, output: Path) -> Source:
-    """An unpinned hub id stays the commit that it was when its output folder was first built."""
+    """Keep an unpinned hub id at the commit that its output folder was first built from."""
     if requested.repo is None or requested.pinned:
         return requested
     marker = read_marker(output)

@@ -1,4 +1,4 @@
-"""`diff`: equal bundles are equal, every kind of change is named, errors are figures, weights are streamed."""
+"""`diff`: equal bundles are equal, every kind of change is named, errors are measured, weights are streamed."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ def one(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def other(one: Path, tmp_path: Path) -> Path:
-    """A copy that a test may alter."""
+    """A copy that a test may change."""
     return Path(shutil.copytree(one, tmp_path / "other"))
 
 
 def invoke(*arguments: object) -> Result:
-    return CliRunner().invoke(app, ["diff", *(str(one) for one in arguments)])
+    return CliRunner().invoke(app, ["diff", *(str(argument) for argument in arguments)])
 
 
 def changed(folder: Path, change: Callable[[onnx.ModelProto], object]) -> None:
@@ -59,7 +59,7 @@ def test_equal_bundles_are_equal_whatever_was_measured(one: Path, tmp_path: Path
 
 
 def test_other_weights_have_an_error(one: Path, other: Path) -> None:
-    """Equal to what numpy says of the whole tensors."""
+    """Equal to numpy's errors of the complete tensors."""
     graph(other / "model.onnx", seed=1)
     relisted(other)
     found = diff(one, other)
@@ -85,7 +85,7 @@ def renamed(model: onnx.ModelProto) -> None:
 
 
 def joined(model: onnx.ModelProto) -> None:
-    """The same operators in another order."""
+    """The same operators in a different order."""
     model.graph.node[2].input[:] = reversed(model.graph.node[2].input)
 
 
@@ -125,15 +125,15 @@ def test_another_type_of_equal_values_has_no_error(one: Path, other: Path) -> No
     assert weight.digests[0] != weight.digests[1]
 
 
-def test_the_same_operators_joined_otherwise_are_told(one: Path, other: Path) -> None:
+def test_the_same_operators_with_different_edges_are_reported(one: Path, other: Path) -> None:
     changed(other, joined)
     found = diff(one, other)
     assert found.graphs["model.onnx"].other
-    assert "joined, named or set otherwise" in as_text(*renderables(found))
+    assert "different edges, names or attributes" in as_text(*renderables(found))
 
 
-def test_constants_without_a_name_are_told_apart_by_value(one: Path, other: Path) -> None:
-    """A pass that adds one renumbers the others."""
+def test_unnamed_constants_are_compared_by_value(one: Path, other: Path) -> None:
+    """A pass that adds a constant renumbers the others."""
 
     def constants(*values: int) -> Callable[[onnx.ModelProto], object]:
         return lambda model: model.graph.initializer.extend(
@@ -145,7 +145,7 @@ def test_constants_without_a_name_are_told_apart_by_value(one: Path, other: Path
     found = diff(one, other)
     assert found.graphs["model.onnx"].constants == (0, 1)
     assert found.weights == ()
-    assert "1 that the other lacks" in as_text(*renderables(found))
+    assert "1 not in the other" in as_text(*renderables(found))
 
 
 def test_settings_differ_by_key(one: Path, other: Path) -> None:
@@ -173,8 +173,8 @@ def test_facts_differ_by_key(one: Path, other: Path) -> None:
     assert "The bundles differ in 2 facts" in as_text(*renderables(found))
 
 
-def test_other_bytes_that_say_the_same_are_no_secret(one: Path, other: Path) -> None:
-    """Weights laid out otherwise in their file, a JSON file indented otherwise."""
+def test_different_bytes_of_equal_content_are_reported(one: Path, other: Path) -> None:
+    """Weights with a different layout in their file, a JSON file with a different indent."""
 
     def moved(model: onnx.ModelProto) -> None:
         for entry in model.graph.initializer[0].external_data:
@@ -188,10 +188,10 @@ def test_other_bytes_that_say_the_same_are_no_secret(one: Path, other: Path) -> 
     write_json(other / "tokenizer.json", json.loads((other / "tokenizer.json").read_text()))
     (one / "tokenizer.json").write_text(json.dumps(json.loads((one / "tokenizer.json").read_text())))
     relisted(one)
-    assert diff(one, other).settings == {"tokenizer.json": {"": ("the same values", "in another order or layout")}}
+    assert diff(one, other).settings == {"tokenizer.json": {"": ("the same values", "in a different order or layout")}}
 
 
-def test_markdown_and_text_and_json_say_the_same(one: Path, other: Path) -> None:
+def test_markdown_text_and_json_agree(one: Path, other: Path) -> None:
     graph(other / "model.onnx", seed=1)
     write_json(other / "x.json", {"<b>|`": "</code> @everyone"})
     write_json(one / "x.json", {"<b>|`": "\x1b[2J"})
@@ -199,19 +199,19 @@ def test_markdown_and_text_and_json_say_the_same(one: Path, other: Path) -> None
         relisted(folder)
     page = invoke(one, other, "--markdown")
     assert page.exit_code == 1
-    for said in ("### The bundles differ in", "#### Weights", "#### Settings", "| <code>model&#46;onnx</code> |"):
-        assert said in page.stdout
+    for text in ("### The bundles differ in", "#### Weights", "#### Settings", "| <code>model&#46;onnx</code> |"):
+        assert text in page.stdout
     assert "@everyone" not in page.stdout
     assert "\x1b" not in page.stdout + invoke(one, other).stdout
     titles = [section.title for section in sections(diff(one, other))]
-    assert titles == ["Weights", "Settings", "Measured (makes no difference)"]
+    assert titles == ["Weights", "Settings", "Measured (not counted as a difference)"]
     assert markdown(diff(one, other)) + "\n" == page.stdout
     payload = json.loads(invoke(one, other, "--json").stdout)
     assert (payload["ok"], payload["equal"], payload["weights"]["compared"]) == (True, False, 2)
     assert invoke(one, other, "--json", "--markdown").exit_code == 2
 
 
-def test_a_long_list_is_cut_and_says_so(one: Path, other: Path) -> None:
+def test_a_long_list_is_cut_with_a_count(one: Path, other: Path) -> None:
     write_json(other / "tokenizer.json", {"vocab": {str(n): n for n in range(5000)}})
     relisted(other)
     found = diff(one, other)
@@ -220,7 +220,7 @@ def test_a_long_list_is_cut_and_says_so(one: Path, other: Path) -> None:
     assert len(as_text(*renderables(found))) < 20_000
 
 
-def test_what_is_no_bundle_or_leads_out_is_refused(one: Path, other: Path, tmp_path: Path) -> None:
+def test_a_folder_without_a_bundle_or_with_outside_data_is_refused(one: Path, other: Path, tmp_path: Path) -> None:
     def above(model: onnx.ModelProto) -> None:
         model.graph.initializer[0].external_data[0].value = "../one/model.onnx.data"
 
@@ -232,7 +232,7 @@ def test_what_is_no_bundle_or_leads_out_is_refused(one: Path, other: Path, tmp_p
 @pytest.mark.parametrize(
     ("value", "expected"), [({"a": [], "b": {}}, {"a": [], "b": {}}), ([], {"": []}), (1, {"": 1})]
 )
-def test_flat_keeps_what_is_empty(value: Any, expected: dict[str, Any]) -> None:
+def test_flat_keeps_empty_values(value: Any, expected: dict[str, Any]) -> None:
     assert dict(flat(value)) == expected
 
 
@@ -240,8 +240,8 @@ FILES = ("model.onnx", "manifest.json", "genai_config.json", DATA)
 
 
 @pytest.mark.seconds
-def test_a_few_drawn_bytes_are_compared_or_refused(one: Path, other: Path) -> None:
-    """Whatever a file holds, in a manifest that lists it."""
+def test_a_few_random_bytes_are_compared_or_refused(one: Path, other: Path) -> None:
+    """Random bytes in any file, which the manifest lists."""
     counts: Counter[str] = Counter()
     for seed in range(160):
         name = FILES[seed % len(FILES)]

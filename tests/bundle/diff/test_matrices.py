@@ -1,4 +1,4 @@
-"""`diff` of quantized matrices: what an operator reads of them, in whatever bits, is compared."""
+"""`diff` of quantized matrices: compared as their operators read them, for all bits."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def rows(seed: int = 0) -> Rows:
 
 
 def model(values: Rows, blocks: Blocks, turned: bool = False, scale: float = 1.0) -> onnx.ModelProto:
-    """The product with a quantized matrix, whose parts are named as builds name them."""
+    """A matmul with a quantized matrix, with the names that builds give to its parts."""
     quantized = quantize(values, blocks)
     parts = packed_parts(quantized, blocks, "float32")
     parts["scales"] = np.multiply(parts["scales"], np.float32(scale), dtype=np.float32)
@@ -67,20 +67,20 @@ def changes(tmp_path: Path, one: onnx.ModelProto, other: onnx.ModelProto) -> tup
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_errors_are_those_of_what_is_multiplied_with(
+def test_errors_are_those_of_the_dequantized_matrices(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "COUNT", 5 * COLUMNS)  # rows come in pieces
     blocks = FORMATS[name]
     (found,) = changes(tmp_path, model(rows(), Blocks(4, 64)), model(rows(), blocks, turned=name == "turned"))
-    a, b = (dequantize(quantize(rows(), one)).astype(np.float64) for one in (Blocks(4, 64), blocks))
+    a, b = (dequantize(quantize(rows(), format)).astype(np.float64) for format in (Blocks(4, 64), blocks))
     assert (found.graph, found.name) == ("model.onnx", "w")
     assert found.largest == pytest.approx(np.abs(a - b).max() / a.std())
     assert found.rms == pytest.approx(np.sqrt(np.square(a - b).mean() / np.square(a).mean()))
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_the_same_matrix_is_no_change(tmp_path: Path, name: str) -> None:
+def test_equal_matrices_are_not_a_change(tmp_path: Path, name: str) -> None:
     one, other = (bundle(tmp_path / n, model(rows(), FORMATS[name], name == "turned")) for n in ("one", "other"))
     found = diff(one, other)
     assert found.equal
@@ -115,4 +115,4 @@ def test_parts_that_do_not_fit_are_compared_one_by_one(
     change(wrong)
     assert matrices(wrong, tmp_path) == {}
     found = changes(tmp_path, model(rows(), Blocks(4, 32)), wrong)
-    assert {one.name for one in found} == {"w.levels", "w.scales"}
+    assert {change.name for change in found} == {"w.levels", "w.scales"}

@@ -1,4 +1,4 @@
-"""Errors of weights: streamed in blocks, equal to what numpy says of the whole tensors."""
+"""Errors of weights: streamed in blocks, equal to numpy's errors of the complete tensors."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def errors(folder: Path, one: np.ndarray, other: np.ndarray) -> tuple[float | No
     return None if found is None else (found.largest, found.rms)
 
 
-def test_errors_of_several_blocks_are_those_of_the_whole(tmp_path: Path) -> None:
+def test_errors_in_blocks_equal_those_of_the_complete_tensor(tmp_path: Path) -> None:
     drawn = np.random.default_rng(0)
     a = drawn.standard_normal(2 * COUNT + 3, np.float32)
     b = a + np.float32(1e-3) * drawn.standard_normal(a.size, np.float32)
@@ -55,7 +55,7 @@ def test_values_that_are_not_finite_are_an_error_only_on_one_side(tmp_path: Path
     assert errors(tmp_path, np.zeros(3, np.float32), np.ones(3, np.float32)) == (math.inf, math.inf)
 
 
-def test_what_cannot_be_compared_is_no_figure(tmp_path: Path) -> None:
+def test_incomparable_weights_have_no_error(tmp_path: Path) -> None:
     assert errors(tmp_path, np.ones(3, np.float32), np.ones(4, np.float32)) == (None, None)
     four = np.ones(5, ml_dtypes.int4)
     assert errors(tmp_path, four, four.copy()) is None

@@ -1,4 +1,4 @@
-"""`build --dry-run`, and builds that are refused because they cannot fit."""
+"""`build --dry-run`, and builds that are refused because they do not fit."""
 
 from __future__ import annotations
 
@@ -82,11 +82,11 @@ def estimate(result: Result, code: int = 0) -> dict[str, Any]:
 
 
 def stage(figures: Mapping[str, Any], name: str) -> dict[str, Any]:
-    return next(one for one in figures["stages"] if one["stage"] == name)
+    return next(entry for entry in figures["stages"] if entry["stage"] == name)
 
 
 def sparse(folder: Path, miniature: Path) -> Path:
-    """A checkpoint of the real 2B's sizes whose weights are a hole in the file."""
+    """A checkpoint of the real 2B's sizes whose weights are a sparse file."""
     folder.mkdir()
     for file in miniature.iterdir():
         if file.suffix != ".safetensors":
@@ -130,7 +130,7 @@ def test_the_shape_of_the_json() -> None:
     assert set(figures) == {
         "fits", "stages", "graphs", "data_bytes", "download", "disks", "memory", "seconds",
     }  # fmt: skip
-    assert [one["stage"] for one in figures["stages"]] == NAMES[:5]
+    assert [entry["stage"] for entry in figures["stages"]] == NAMES[:5]
     assert set(figures["stages"][0]) == {"stage", "state", "why", "written", "memory", "seconds"}
     assert set(figures["graphs"][0]) == {"target", "graph", "graph_bytes", "data", "data_bytes"}
     assert figures["fits"] is True
@@ -138,13 +138,13 @@ def test_the_shape_of_the_json() -> None:
     assert figures["download"] == {"files": {}, "bytes": 0}
     (disk,) = figures["disks"]
     assert set(disk) == {"folder", "needed", "free", "output"}
-    assert disk["needed"] == disk["output"] == sum(one["written"] for one in figures["stages"])
-    assert figures["memory"]["needed"] == max(one["memory"] for one in figures["stages"])
+    assert disk["needed"] == disk["output"] == sum(entry["written"] for entry in figures["stages"])
+    assert figures["memory"]["needed"] == max(entry["memory"] for entry in figures["stages"])
     assert figures["memory"]["limit"] == machine.memory_limit()
 
 
 @pytest.mark.seconds
-def test_real_sizes_are_told_without_reading_a_weight_or_importing_torch(tmp_path: Path, miniature: Path) -> None:
+def test_real_sizes_are_estimated_without_reading_weights_or_importing_torch(tmp_path: Path, miniature: Path) -> None:
     if not Path("/proc/self/io").is_file():
         pytest.skip("no /proc")
     folder = sparse(tmp_path / "big", miniature)
@@ -161,10 +161,10 @@ def test_real_sizes_are_told_without_reading_a_weight_or_importing_torch(tmp_pat
     assert (folder / "model.safetensors").stat().st_blocks * 512 < 1_000_000
 
 
-def test_what_is_cached_costs_nothing() -> None:
+def test_a_cached_stage_costs_nothing() -> None:
     assert invoke("--until", "fetch").exit_code == 0
     figures = estimate(invoke("--dry-run", "--json"))
-    assert [one["state"] for one in figures["stages"]] == ["cached"] + ["run"] * 7
+    assert [entry["state"] for entry in figures["stages"]] == ["cached"] + ["run"] * 7
     assert stage(figures, "fetch")["written"] == stage(figures, "fetch")["memory"] == 0
     done = estimate(invoke("--dry-run", "--json", "--until", "fetch"))
     assert (done["graphs"], done["seconds"], done["memory"]["needed"]) == ([], 0, 0)
@@ -176,7 +176,7 @@ def test_data_files_on_disk_are_not_needed_again(
 ) -> None:
     arguments = (miniature, "--output", miniature_built.parent, "--dry-run", "--json")
     figures = estimate(invoke(*arguments))
-    assert [one["state"] for one in figures["stages"]] == ["cached"] * 6 + ["run"] * 2
+    assert [entry["state"] for entry in figures["stages"]] == ["cached"] * 6 + ["run"] * 2
     assert (figures["graphs"], figures["data_bytes"]) == ([], 0)
     assert figures["disks"][0]["needed"] < 1_000_000
     monkeypatch.setattr(machine, "free_disk", lambda path: 1_000_000)
@@ -226,7 +226,7 @@ def test_too_little_memory_for_verify_alone_leaves_the_build_without_it(monkeypa
     assert estimate(invoke("--dry-run", "--json", "--until", "configure"))["fits"] is True
 
 
-def test_too_little_memory_for_more_than_verify_has_no_way_round(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_memory_for_more_than_verify_has_no_workaround(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "memory_limit", lambda: 3 * 10**8)
     payload = json.loads(invoke("--json").stdout)
     assert (payload["exit_code"], payload["found"]) == (24, "300 MB of memory")
@@ -235,17 +235,17 @@ def test_too_little_memory_for_more_than_verify_has_no_way_round(monkeypatch: py
     assert not list(Path().iterdir())
 
 
-def test_verify_is_sliced_where_the_whole_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = estimate(invoke("--dry-run", "--json"))["memory"]
-    assert whole["verify"] == "whole"
-    monkeypatch.setattr(machine, "memory_limit", lambda: whole["needed"] - 1)
+def test_verify_is_layerwise_where_the_complete_model_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    complete = estimate(invoke("--dry-run", "--json"))["memory"]
+    assert complete["verify"] == "whole"
+    monkeypatch.setattr(machine, "memory_limit", lambda: complete["needed"] - 1)
     sliced = estimate(invoke("--dry-run", "--json"))
     assert sliced["fits"] is True
     assert sliced["memory"]["verify"] == "layerwise"
-    assert sliced["memory"]["needed"] < whole["needed"]
+    assert sliced["memory"]["needed"] < complete["needed"]
 
 
-def test_disk_and_memory_are_told_together(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_disk_and_memory_are_reported_together(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "free_disk", lambda path: 1)
     monkeypatch.setattr(machine, "memory_limit", lambda: 1)
     payload = json.loads(invoke("--json").stdout)
@@ -262,13 +262,15 @@ def test_a_build_with_nothing_to_run_needs_nothing(monkeypatch: pytest.MonkeyPat
     assert invoke("--until", "patch").exit_code == 24
 
 
-def test_one_disk_is_counted_once_and_two_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shared_disk_is_counted_once_and_two_disks_separately(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(machine, "free_disk", lambda path: 100)
     output, cache = tmp_path / "output", tmp_path / "cache"
     (both,) = disks({"output": (output, 60), "download": (cache, 70)}, 5)
     assert both == Disk(output, {"output": 60, "download": 70}, 105)
     assert (both.needed, both.short) == (130, True)
-    monkeypatch.setattr(machine, "same_disk", lambda one, other: False)
+    monkeypatch.setattr(machine, "same_disk", lambda first, other: False)
     first, second = disks({"output": (output, 60), "download": (cache, 70)}, 5)
     assert (first, second) == (Disk(output, {"output": 60}, 105), Disk(cache, {"download": 70}, 100))
     assert not first.short
@@ -278,7 +280,7 @@ def test_what_an_interrupted_build_left_is_free_again(tmp_path: Path) -> None:
     part = tmp_path / "5-quantize.part"
     (part / "genai").mkdir(parents=True)
     (part / "genai" / "model.onnx.data").write_bytes(bytes(1000))
-    (part / "twin").hardlink_to(part / "genai" / "model.onnx.data")
+    (part / "second link").hardlink_to(part / "genai" / "model.onnx.data")
     (tmp_path / "whole").write_bytes(bytes(300))
     (part / "of another folder").hardlink_to(tmp_path / "whole")
     assert left_over(tmp_path) == 1000

@@ -24,7 +24,7 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def hub(sharded: Path, tmp_path: Path) -> Iterator[tuple[HubServer, Mapping[str, str]]]:
-    """A hub with a checkpoint in three shards, and what makes a process use it."""
+    """A hub with a checkpoint in three shards, and the environment that makes a process use it."""
     with HubServer({"Org/Tiny": Repository(sharded)}) as server:
         yield (
             server,
@@ -37,7 +37,7 @@ def hub(sharded: Path, tmp_path: Path) -> Iterator[tuple[HubServer, Mapping[str,
         )
 
 
-def test_a_download_is_told_without_its_weights(
+def test_a_download_is_estimated_without_its_weights(
     hub: tuple[HubServer, Mapping[str, str]], sharded: Path, checkpoint: Callable[[str], Path]
 ) -> None:
     server, settings = hub
@@ -64,12 +64,12 @@ def test_what_was_downloaded_is_not_downloaded_again(hub: tuple[HubServer, Mappi
     server, settings = hub
     built = spawned("-m", "builder", "build", "Org/Tiny", "--until", "fetch", **settings)
     assert built.returncode == 0, built.stderr
-    asked = len(server.requests)
+    requests = len(server.requests)
     done = spawned("-m", "builder", "build", "Org/Tiny", "--dry-run", "--json", **settings)
     figures = json.loads(done.stdout)["estimate"]
     assert figures["download"] == {"files": {}, "bytes": 0}
     assert stage(figures, "fetch")["state"] == "cached"
-    assert len(server.requests) == asked
+    assert len(server.requests) == requests
     forced = spawned("-m", "builder", "build", "Org/Tiny", "--dry-run", "--json", "--force", "fetch", **settings)
     figures = json.loads(forced.stdout)["estimate"]
     assert figures["download"]["bytes"] == 0

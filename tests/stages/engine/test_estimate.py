@@ -1,4 +1,4 @@
-"""The figures of an estimate, against what was written and against the formulas by hand."""
+"""Estimates, against written files and against formulas by hand."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def of(folder: Path) -> Facts:
 
 
 def data(rows: tuple[GraphBytes, ...]) -> dict[str, int]:
-    """Bytes a data file of the first target."""
+    """Bytes per data file of the first target."""
     return {row.data: row.data_bytes for row in rows if row.data_bytes}
 
 
@@ -36,20 +36,20 @@ def pages(elements: int) -> int:
 
 
 def check_written(facts: Facts, configured: Path) -> None:
-    """Each data file has the size that was told, and there is no other one."""
+    """Each data file has the estimated size, and there are no others."""
     rows = graph_bytes(facts, RUNTIMES)
     for runtime in RUNTIMES:
         written = {file.name: file.stat().st_size for file in (configured / runtime).glob("*.data")}
         assert written == data(rows)
     first, second = (configured / runtime / "model.onnx.data" for runtime in RUNTIMES)
     assert first.samefile(second)
-    told = {f"{row.target}/{row.graph}": row.graph_bytes for row in rows if row.graph != "embeddings.onnx"}
-    for name, size in told.items():
+    estimated = {f"{row.target}/{row.graph}": row.graph_bytes for row in rows if row.graph != "embeddings.onnx"}
+    for name, size in estimated.items():
         assert size / 3 < (configured / name).stat().st_size <= size
 
 
 @pytest.mark.torch
-def test_data_files_have_exactly_the_size_that_was_told(miniature: Path, miniature_built: Path) -> None:
+def test_data_files_have_exactly_the_estimated_size(miniature: Path, miniature_built: Path) -> None:
     check_written(of(miniature), miniature_built)
 
 
@@ -69,7 +69,7 @@ def test_every_tensor_is_in_one_file_on_pages_of_its_own(
     sizes = data(graph_bytes(facts, RUNTIMES))
     wanted = files or {"vision_encoder", "model", "embeddings"}
     assert set(sizes) == {f"{name}.onnx.data" for name in wanted}
-    assert sum(sizes.values()) == sum(pages(math.prod(one.shape)) for one in facts.tensors.values())
+    assert sum(sizes.values()) == sum(pages(math.prod(tensor.shape)) for tensor in facts.tensors.values())
     embeddings = pages(facts.text.vocab * facts.text.hidden)
     assert sizes.get("embeddings.onnx.data", embeddings) == embeddings
 
@@ -91,18 +91,18 @@ def test_a_second_target_adds_no_weights(miniature: Path) -> None:
 
 def test_the_memory_of_verify_by_hand(checkpoint: Callable[[str], Path]) -> None:
     untied = open_checkpoint(checkpoint(UNTIED))
-    elements = sum(math.prod(one.shape) for one in untied.tensors.values())
+    elements = sum(math.prod(tensor.shape) for tensor in untied.tensors.values())
     # The head, 4096 rows of 64, is larger than a layer here.
     image = LARGEST_PIXELS + 16 * LARGEST_PATCHES * untied.vision.intermediate
     assert verify_memory(untied) == (VERIFY_MEMORY + image + 12 * elements, VERIFY_MEMORY + 8 * 4096 * 64)
-    layer = {name: one for name, one in untied.tensors.items() if ".layers.0." in name}
-    wide = {name: replace(one, shape=(*one.shape, 100)) for name, one in layer.items()}
-    largest = 100 * sum(math.prod(one.shape) for one in layer.values())
+    layer = {name: tensor for name, tensor in untied.tensors.items() if ".layers.0." in name}
+    wide = {name: replace(tensor, shape=(*tensor.shape, 100)) for name, tensor in layer.items()}
+    largest = 100 * sum(math.prod(tensor.shape) for tensor in layer.values())
     facts = replace(described(untied), tensors={**untied.tensors, **wide})
     assert verify_memory(facts)[1] == VERIFY_MEMORY + 8 * largest
 
 
-def test_verify_runs_whole_where_that_fits(miniature: Path) -> None:
+def test_verify_keeps_the_complete_model_where_it_fits(miniature: Path) -> None:
     facts = of(miniature)
     whole, sliced = verify_memory(facts)
     assert sliced < whole
@@ -113,7 +113,10 @@ def test_verify_runs_whole_where_that_fits(miniature: Path) -> None:
 
 def test_only_quantize_and_verify_depend_on_the_weights(miniature: Path) -> None:
     small = of(miniature)
-    tensors = {name: replace(one, nbytes=one.nbytes * 4, shape=(*one.shape, 4)) for name, one in small.tensors.items()}
+    tensors = {
+        name: replace(tensor, nbytes=tensor.nbytes * 4, shape=(*tensor.shape, 4))
+        for name, tensor in small.tensors.items()
+    }
     large = replace(small, tensors=tensors)
     for stage in ("fetch", "patch", "export", "optimize", "configure", "bundle"):
         assert stage_cost(stage, small, RUNTIMES, "whole") == stage_cost(stage, large, RUNTIMES, "whole")
@@ -121,7 +124,7 @@ def test_only_quantize_and_verify_depend_on_the_weights(miniature: Path) -> None
         assert stage_cost(stage, small, RUNTIMES, "whole").seconds < stage_cost(stage, large, RUNTIMES, "whole").seconds
 
 
-def test_quantize_holds_the_largest_matrix_that_it_turns_but_no_more_than_a_strip(miniature: Path) -> None:
+def test_quantize_keeps_the_largest_transposed_matrix_but_at_most_a_strip(miniature: Path) -> None:
     facts = of(miniature)
     name = "model.language_model.layers.0.mlp.gate_proj.weight"
 

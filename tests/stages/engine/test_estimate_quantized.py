@@ -1,4 +1,4 @@
-"""Estimates of what a recipe's rules store, against the layout of the parts that the passes bind."""
+"""Estimated sizes of quantized weights, against the layout of the parts that the passes bind."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def stored_as(checkpoint: Checkpoint | Facts, precision: str, *rules: Rule) -> S
 
 
 def side_by_side(name: str) -> str:
-    """What q, k and v of a layer have in common, written down apart from the estimate's pattern."""
+    """The common part of a layer's q, k and v names, independent of the estimate's pattern."""
     layer, _, last = name.rpartition("self_attn.")
-    if layer and last in {f"{one}_proj.weight" for one in "qkv"}:
+    if layer and last in {f"{letter}_proj.weight" for letter in "qkv"}:
         return f"{layer} attention"
     layer, _, last = name.rpartition("mlp.")
     if layer and last in {"gate_proj.weight", "up_proj.weight"}:
@@ -55,10 +55,10 @@ def bindings(tensors: Iterable[Tensor], stored: Stored) -> list[Binding]:
         else:
             groups.setdefault((side_by_side(tensor.name), storage), []).append(tensor)
     for (name, storage), members in groups.items():
-        shape = sum(one.shape[0] for one in members), members[0].shape[1]
+        shape = sum(tensor.shape[0] for tensor in members), members[0].shape[1]
         for part in parts(storage.blocks):
             dtype = scales if part == "scales" else "uint8"
-            below = tuple(one.name for one in members[1:])
+            below = tuple(tensor.name for tensor in members[1:])
             common = Binding(f"{name}.{part}", members[0].name, dtype, shape, below=below)
             found.append(replace(common, blocks=storage.blocks, part=part))
     return found
@@ -66,7 +66,7 @@ def bindings(tensors: Iterable[Tensor], stored: Stored) -> list[Binding]:
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", sorted(set(shipped()) - {"fp32-eager"}))
-def test_shipped_recipes_store_what_is_told(checkpoint: Callable[[str], Path], shape: str, name: str) -> None:
+def test_shipped_recipes_have_the_estimated_size(checkpoint: Callable[[str], Path], shape: str, name: str) -> None:
     opened = open_checkpoint(checkpoint(shape))
     recipe = load_recipe(name)
     stored = stored_as(opened, recipe.precision, *recipe.rules)
@@ -75,7 +75,7 @@ def test_shipped_recipes_store_what_is_told(checkpoint: Callable[[str], Path], s
 
 
 @pytest.mark.parametrize("precision", list(ITEMS))
-def test_what_is_written_has_the_size_that_was_told(
+def test_written_files_have_the_estimated_size(
     checkpoint: Callable[[str], Path], tmp_path: Path, precision: str
 ) -> None:
     opened = open_checkpoint(checkpoint("untied"))
@@ -92,18 +92,18 @@ def test_a_matrix_by_hand(precision: str) -> None:
     item = ITEMS[precision]
     storages = {tensor.name: WeightFormat(Blocks(4, 32, zero_points=True), 4)}
     levels, scales, zeros = 1000 * 256 // 2, 1000 * 8 * item, 1000 * 8 // 2
-    told = data_bytes([tensor], Stored(storages, precision))
-    assert told == padded(levels) + padded(scales) + padded(zeros)
+    estimated = data_bytes([tensor], Stored(storages, precision))
+    assert estimated == padded(levels) + padded(scales) + padded(zeros)
     assert data_bytes([tensor], Stored({}, precision)) == padded(1000 * 256 * item)
 
 
 def test_members_of_one_product_share_their_pages() -> None:
-    """Three matrices of a page and a bit together; apart where their formats differ."""
-    tensors = [Tensor(f"{LAYER}self_attn.{one}_proj.weight", "f", "F32", (40, 64), 0, 0) for one in "qkv"]
+    """Three matrices share just over a page; they are separate where their formats differ."""
+    tensors = [Tensor(f"{LAYER}self_attn.{letter}_proj.weight", "f", "F32", (40, 64), 0, 0) for letter in "qkv"]
     same, other = WeightFormat(Blocks(4, 64), 4), WeightFormat(Blocks(8, 64), 4)
-    together = data_bytes(tensors, Stored({one.name: same for one in tensors}))
+    together = data_bytes(tensors, Stored({tensor.name: same for tensor in tensors}))
     assert together == padded(3 * 40 * 32) + padded(3 * 40 * 4)
-    apart = data_bytes(tensors, Stored({one.name: other if ".q_" in one.name else same for one in tensors}))
+    apart = data_bytes(tensors, Stored({tensor.name: other if ".q_" in tensor.name else same for tensor in tensors}))
     assert apart == padded(2 * 40 * 32) + padded(2 * 40 * 4) + padded(40 * 64) + padded(40 * 4)
 
 
@@ -124,8 +124,8 @@ def test_fewer_bits_are_fewer_bytes_and_calibration_takes_longer(miniature: Path
     for name, recipe in {**recipes, "int4, searched": replace(recipes["int4"], rules=searched)}.items():
         stored = stored_as(facts, recipe.precision, *recipe.rules)
         costs[name] = stage_cost("quantize", facts, ["genai"], "whole", stored)
-        told = sum(row.data_bytes for row in graph_bytes(facts, ["genai"], stored))
-        assert told < costs[name].written
+        estimated = sum(row.data_bytes for row in graph_bytes(facts, ["genai"], stored))
+        assert estimated < costs[name].written
     written = [costs[name].written for name in recipes]
     assert written == sorted(written, reverse=True)
     assert costs["int4"].written == costs["int4, searched"].written
@@ -133,7 +133,7 @@ def test_fewer_bits_are_fewer_bytes_and_calibration_takes_longer(miniature: Path
     assert costs["int4"].memory > costs["int4, searched"].memory
 
 
-def test_what_is_not_exact_is_compared_with_a_checkpoint_that_is_written(miniature: Path) -> None:
+def test_an_inexact_build_writes_an_fp32_copy(miniature: Path) -> None:
     facts = of(miniature)
-    exact, half = (stage_cost("verify", facts, ["genai"], "whole", one) for one in (FP32, Stored({}, "fp16")))
-    assert half.written - exact.written == 4 * sum(one.nbytes for one in facts.tensors.values()) // 2
+    exact, half = (stage_cost("verify", facts, ["genai"], "whole", stored) for stored in (FP32, Stored({}, "fp16")))
+    assert half.written - exact.written == 4 * sum(tensor.nbytes for tensor in facts.tensors.values()) // 2

@@ -1,4 +1,4 @@
-"""The build loop on pipelines of the tests' own: which stages run, and why."""
+"""The build loop on toy pipelines: which stages run, and why."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_planning_writes_nothing_and_runs_nothing(build: Build) -> None:
     assert not build.output.exists()
 
 
-def test_the_record_says_what_was_made_from_what(build: Build) -> None:
+def test_the_record_has_all_inputs_and_artifacts(build: Build) -> None:
     _, second, _ = (record for _, record in execute(build))
     first = json.loads((build.folder("first") / "stage.json").read_text(encoding="utf-8"))
     assert first["facts"] == {"length": 4096}
@@ -122,7 +122,7 @@ def test_a_file_that_a_stage_reads_counts_too(build: Build, demo: Path) -> None:
     assert why(build)["first"] == "run: demo/pins.toml added"
     execute(build)
     (demo / "pins.toml").unlink()
-    assert why(build)["first"] == "run: demo/pins.toml is gone"
+    assert why(build)["first"] == "run: demo/pins.toml removed"
 
 
 def test_another_package_version_is_named(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,7 +131,7 @@ def test_another_package_version_is_named(build: Build, monkeypatch: pytest.Monk
     assert why(build)["first"] == f"run: numpy {installed('numpy')} → 99.0"
 
 
-def test_several_reasons_are_all_said_or_counted(build: Build, demo: Path) -> None:
+def test_several_reasons_are_listed_or_counted(build: Build, demo: Path) -> None:
     execute(build)
     for file in ("shared.py", "deepest.py", "first.py"):
         (demo / file).write_text("x = 1\n" + (demo / file).read_text(), encoding="utf-8")
@@ -141,22 +141,22 @@ def test_several_reasons_are_all_said_or_counted(build: Build, demo: Path) -> No
     assert text.endswith(", and 1 more")
 
 
-def test_forcing_reruns_a_stage_and_what_is_made_from_it(build: Build) -> None:
+def test_forcing_reruns_a_stage_and_its_readers(build: Build) -> None:
     execute(build)
     ran(build)
     assert why(build, force=["first"]) == {
         "first": "run: forced",
-        "second": "run: first made anew",
+        "second": "run: first was rebuilt",
         "third": "cached",
     }
     execute(build, until="first", force=["first"])
     assert ran(build) == ["first"]
-    assert why(build)["second"] == "run: first made anew"
+    assert why(build)["second"] == "run: first was rebuilt"
     execute(build)
     assert ran(build) == ["second"]
 
 
-def test_an_unreadable_record_is_no_record(build: Build) -> None:
+def test_a_stage_with_an_unreadable_record_runs(build: Build) -> None:
     execute(build)
     ran(build)
     (build.folder("third") / "stage.json").write_text('{"stage": "third"', encoding="utf-8")
@@ -167,19 +167,19 @@ def test_an_unreadable_record_is_no_record(build: Build) -> None:
     assert ran(build) == ["third"]
 
 
-def test_a_missing_or_cut_artifact_is_made_again_but_evidence_may_change(build: Build) -> None:
+def test_a_missing_or_truncated_artifact_is_rebuilt_but_evidence_may_change(build: Build) -> None:
     execute(build)
     (build.folder("first") / "evidence" / "times.txt").write_text("fast, and longer")
     assert why(build)["first"] == "cached"
     (build.folder("first") / "one.txt").write_text("cut")
     assert why(build)["first"] == "run: 1-first/one.txt changed"
     (build.folder("first") / "one.txt").unlink()
-    assert why(build)["first"] == "run: 1-first/one.txt is gone"
+    assert why(build)["first"] == "run: 1-first/one.txt missing"
     execute(build)
     assert (build.folder("first") / "one.txt").read_text() == "length 4096"
 
 
-def test_a_missing_package_is_told_before_anything_runs(build: Build) -> None:
+def test_a_missing_package_is_reported_before_anything_runs(build: Build) -> None:
     needy = replace(TABLE[2], packages=("no-such-distribution",))
     with pytest.raises(MissingPackageError, match=r"third needs no-such-distribution"):
         execute(replace(build, stages=(*TABLE[:2], needy)))
@@ -214,7 +214,7 @@ def test_imports_are_found_wherever_they_stand(demo: Path, text: str, found: lis
     assert "demo" not in sys.modules
 
 
-def test_the_closure_reaches_our_own_packages_and_takes_no_path(demo: Path) -> None:
+def test_the_closure_covers_our_packages_and_no_other_path(demo: Path) -> None:
     found = closure(demo, "from builder.targets.recipe_file import Recipe")
     ours = [name for name in found if name.startswith(("builder/", "patches/"))]
     assert {*found} - {*ours} == {"demo/__init__.py"}
@@ -236,7 +236,7 @@ def test_an_input_that_is_not_known_yet_makes_an_unknown_key() -> None:
     assert len(known.key) == 64
 
 
-def test_progress_is_shown_by_whoever_asked() -> None:
+def test_progress_is_shown_by_the_registered_display() -> None:
     seen: list[tuple[str, int | None, int]] = []
 
     class Shown:

@@ -1,4 +1,4 @@
-"""Output folders of the build loop: failures, kills, a full disk, and what is taken from the build beside."""
+"""Output folders of the build loop: failures, kills, a full disk, and stages linked from another build."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_a_folder_with_something_else_is_left_alone(build: Build) -> None:
     build.output.mkdir()
     (build.output / "thesis.doc").write_text("two years of work")
     (build.output / "build.json").write_text('{"tool": "another"}')
-    with pytest.raises(OutputError, match="holds something else") as caught:
+    with pytest.raises(OutputError, match="has other content") as caught:
         execute(build)
     assert "thesis.doc" in str(caught.value.found)
     assert sorted(file.name for file in build.output.iterdir()) == ["build.json", "thesis.doc"]
@@ -131,7 +131,7 @@ def test_an_output_that_cannot_be_a_folder_is_refused(build: Build, tmp_path: Pa
 
 @pytest.fixture
 def third_raises(demo: Path, tmp_path: Path) -> Callable[[str], None]:
-    """`third_raises(error)`: it does, half way, as long as there is a file `full`."""
+    """`third_raises(error)`: raise half way, as long as the file `full` exists."""
 
     def write(error: str) -> None:
         lines = (
@@ -164,7 +164,7 @@ def third_raises(demo: Path, tmp_path: Path) -> Callable[[str], None]:
 def test_what_the_disk_refuses_is_the_users_to_mend(
     build: Build, third_raises: Callable[[str], None], tmp_path: Path, error: str
 ) -> None:
-    """What the stage has written so far is removed; what is whole stays, and the next run goes on from there."""
+    """The stage's partial output is removed; complete stages stay, and the next run resumes after them."""
     third_raises(error)
     with pytest.raises(OutputError, match="cannot be written") as caught:
         execute(build)
@@ -181,12 +181,12 @@ def test_what_the_disk_refuses_is_the_users_to_mend(
     [
         "OSError(errno.EACCES, 'a reason', '/somewhere')",
         "OSError(errno.EPERM, 'a reason')",
-        "OSError(errno.EACCES, 'a reason', str(build.output) + '-beside')",
+        "OSError(errno.EACCES, 'a reason', str(build.output) + '-next')",
         "OSError(errno.EIO, 'a reason', str(out / 'large'))",
         "FileNotFoundError(errno.ENOENT, 'a reason', str(out / 'large'))",
     ],
 )
-def test_what_is_not_the_disks_fault_is_not_laid_on_it(
+def test_other_errors_are_not_attributed_to_the_disk(
     build: Build, third_raises: Callable[[str], None], error: str
 ) -> None:
     third_raises(error)
@@ -195,10 +195,10 @@ def test_what_is_not_the_disks_fault_is_not_laid_on_it(
     assert (build.output / "3-third.part" / "large").exists()
 
 
-def test_a_part_that_cannot_be_removed_either_hides_no_error(
+def test_a_part_that_cannot_be_removed_does_not_hide_the_error(
     build: Build, third_raises: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A disk that has become read-only."""
+    """A disk that became read-only."""
     third_raises("OSError(errno.EROFS, 'a reason')")
 
     def refuse(path: Path, ignore_errors: bool = False) -> None:
@@ -233,8 +233,8 @@ def test_a_second_build_into_the_same_folder_is_refused(build: Build) -> None:
 
 
 @pytest.fixture
-def beside(build: Build) -> Build:
-    """A build that another one, `outputs/one`, lies beside; their first stage says nothing of the checkpoint."""
+def neighbor(build: Build) -> Build:
+    """A build next to another, `outputs/one`; their first stage does not depend on the checkpoint."""
     stages = (replace(TABLE[0], shared=True), *TABLE[1:])
     one = replace(build, output=build.output.parent / "outputs" / "one", stages=stages)
     execute(one)
@@ -242,31 +242,31 @@ def beside(build: Build) -> Build:
     return replace(one, output=one.output.with_name("two"))
 
 
-def test_a_shared_stage_is_taken_from_the_build_beside(beside: Build) -> None:
-    """Its record says what the other one's did; every other stage runs."""
-    other = beside.output.with_name("one")
-    assert why(beside) == {
-        "first": "link: the same as in one",
+def test_a_shared_stage_is_linked_from_the_build_next_to_it(neighbor: Build) -> None:
+    """Its record equals the other build's; every other stage runs."""
+    other = neighbor.output.with_name("one")
+    assert why(neighbor) == {
+        "first": "link: same as in one",
         "second": "run: first time",
         "third": "run: first time",
     }
-    done = {step.stage.name: (step.state, record) for step, record in execute(beside)}
-    assert ran(beside) == ["second", "third"]
+    done = {step.stage.name: (step.state, record) for step, record in execute(neighbor)}
+    assert ran(neighbor) == ["second", "third"]
     state, record = done["first"]
     known = read_record(other / "1-first")
     assert known is not None
     assert (state, record.key, record.facts, record.files) == ("link", known.key, known.facts, known.files)
-    assert (beside.folder("first") / "one.txt").samefile(other / "1-first" / "one.txt")
+    assert (neighbor.folder("first") / "one.txt").samefile(other / "1-first" / "one.txt")
     evidence = "1-first/evidence/times.txt"  # of the run that there was
-    assert artifacts(beside) == {
-        name: content for name, content in artifacts(replace(beside, output=other)).items() if name != evidence
+    assert artifacts(neighbor) == {
+        name: content for name, content in artifacts(replace(neighbor, output=other)).items() if name != evidence
     }
-    assert set(why(beside).values()) == {"cached"}
+    assert set(why(neighbor).values()) == {"cached"}
 
 
 @pytest.mark.parametrize("spoiled", ["an artifact", "the record", "the marker", "the key", "no one"])
-def test_what_is_not_whole_or_not_the_same_is_not_taken(beside: Build, spoiled: str) -> None:
-    other = beside.output.with_name("one")
+def test_an_incomplete_or_different_stage_is_not_linked(neighbor: Build, spoiled: str) -> None:
+    other = neighbor.output.with_name("one")
     if spoiled == "an artifact":
         (other / "1-first" / "one.txt").write_text("cut")
     elif spoiled == "the record":
@@ -274,19 +274,19 @@ def test_what_is_not_whole_or_not_the_same_is_not_taken(beside: Build, spoiled: 
     elif spoiled == "the marker":
         (other / "build.json").unlink()
     elif spoiled == "the key":
-        beside = replace(beside, recipe=replace(beside.recipe, max_length=1))
-    assert why(beside)["first"] == ("run: first time" if spoiled != "no one" else "link: the same as in one")
+        neighbor = replace(neighbor, recipe=replace(neighbor.recipe, max_length=1))
+    assert why(neighbor)["first"] == ("run: first time" if spoiled != "no one" else "link: same as in one")
 
 
-def test_a_shared_stage_that_is_forced_runs(beside: Build) -> None:
-    execute(beside, force=["first"])
-    assert ran(beside) == ["first", "second", "third"]
+def test_a_shared_stage_that_is_forced_runs(neighbor: Build) -> None:
+    execute(neighbor, force=["first"])
+    assert ran(neighbor) == ["first", "second", "third"]
 
 
-def test_a_change_in_one_build_does_not_reach_the_one_beside(beside: Build) -> None:
-    """A stage that runs again makes new files; those that were linked stay as they are elsewhere."""
-    execute(beside)
-    longer = replace(beside, recipe=replace(beside.recipe, max_length=8192))
+def test_a_change_in_a_build_does_not_reach_the_build_next_to_it(neighbor: Build) -> None:
+    """A stage that runs again writes new files; linked files elsewhere stay unchanged."""
+    execute(neighbor)
+    longer = replace(neighbor, recipe=replace(neighbor.recipe, max_length=8192))
     execute(longer)
     assert (longer.folder("first") / "one.txt").read_text() == "length 8192"
-    assert (beside.output.with_name("one") / "1-first" / "one.txt").read_text() == "length 4096"
+    assert (neighbor.output.with_name("one") / "1-first" / "one.txt").read_text() == "length 4096"

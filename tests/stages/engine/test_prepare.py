@@ -1,4 +1,4 @@
-"""A build opens its checkpoint once, and notices when it changes after that."""
+"""A build opens its checkpoint once, and detects later changes."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_a_command_opens_a_local_folder_once(
 
 
 @pytest.mark.torch
-def test_exporting_opens_it_no_second_time(sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_exporting_does_not_open_it_again(sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = count_openings(monkeypatch)
     options = ("--output", tmp_path / "out", "--recipe", "int4-fast", "--until", "export")
     assert invoke("build", sharded, *options) == 0
@@ -66,7 +66,7 @@ def test_a_reference_is_opened_once_under_the_name_of_its_source(
     assert len(opened) == 2
 
 
-def test_a_relative_folder_is_recorded_with_its_whole_path(
+def test_a_relative_folder_is_recorded_with_its_absolute_path(
     sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(sharded.parent)
@@ -76,7 +76,7 @@ def test_a_relative_folder_is_recorded_with_its_whole_path(
 
 @pytest.mark.parametrize("file", ["model-00001-of-00003.safetensors", "config.json"])
 def test_a_file_that_changes_between_opening_and_fetch_is_an_error(sharded: Path, tmp_path: Path, file: str) -> None:
-    """Its tensors would be read at the places that the old header names."""
+    """Its tensors would be read at the old header's offsets."""
     build = build_of(sharded, tmp_path)
     os.utime(sharded / file, ns=(1, 1))
     with pytest.raises(CheckpointError, match=f"{file} changed since it was opened") as caught:

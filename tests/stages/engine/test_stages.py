@@ -1,4 +1,4 @@
-"""The eight stages: what each of them is made from."""
+"""The eight stages and their inputs."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def test_the_stages_are_in_order_and_each_input_comes_before() -> None:
         assert all(hasattr(load_recipe(), field) for field in stage.fields)
 
 
-def test_the_loop_is_no_part_of_a_stages_code() -> None:
-    """Else every word changed in the loop would export everything again."""
+def test_the_build_loop_is_not_part_of_a_stages_code() -> None:
+    """Otherwise every change in the build loop would rerun `export`."""
     for stage in STAGES:
         assert not {"builder/stages/engine/execute.py", "builder/stages/engine/build.py"} & set(
             code_digests(stage.module_name, stage.files)
@@ -46,31 +46,31 @@ def test_a_pattern_that_matches_nothing_is_an_error() -> None:
 @pytest.mark.parametrize(
     ("recipe", "name", "stage"), [("int4", "calibration", "quantize"), ("fp32", "heldout", "verify")]
 )
-def test_cases_beside_a_checkpoint_are_an_input_of_what_reads_them(
+def test_cases_next_to_a_checkpoint_are_an_input_of_stages_that_read_them(
     tmp_path: Path, recipe: str, name: str, stage: str
 ) -> None:
     checkpoint = Path(shutil.copytree(MINIATURE, tmp_path / "checkpoint"))
     build = Build(parse_source(str(checkpoint)), load_recipe(recipe), tmp_path / "out")
 
-    def told() -> str:
-        (step,) = [one for one in plan(build, None, []) if one.stage.name == stage]
+    def digest() -> str:
+        (step,) = [each for each in plan(build, None, []) if each.stage.name == stage]
         return step.components.inputs[name]
 
-    assert told() == "none"
+    assert digest() == "none"
     (tmp_path / name).mkdir()
     (tmp_path / name / "cases.jsonl").write_text("{}\n")
-    first = told()
+    first = digest()
     assert first != "none"
     (tmp_path / name / "one.png").write_bytes(b"an image")
-    second = told()
+    second = digest()
     assert second != first
     (tmp_path / name / "one.png").write_bytes(b"b image")
-    assert told() not in (first, second)
+    assert digest() not in (first, second)
 
 
-def test_calibration_is_no_input_where_nothing_is_calibrated(tmp_path: Path) -> None:
+def test_calibration_is_not_an_input_where_nothing_is_calibrated(tmp_path: Path) -> None:
     build = Build(parse_source(str(MINIATURE)), load_recipe("int4-fast"), tmp_path / "out")
-    (step,) = [one for one in plan(build, None, []) if one.stage.name == "quantize"]
+    (step,) = [each for each in plan(build, None, []) if each.stage.name == "quantize"]
     assert step.components.inputs["calibration"] == "not read"
 
 
@@ -78,13 +78,13 @@ def test_a_runtime_that_has_come_is_a_reason_to_verify_again(tmp_path: Path, mon
     build = Build(parse_source(str(MINIATURE)), load_recipe("int4-openvino"), tmp_path / "out")
     runtime = RUNTIMES["openvino"]
 
-    def told(**known: Any) -> cache_key.Components:
+    def components(**known: Any) -> cache_key.Components:
         monkeypatch.setattr(registry, "RUNTIMES", {"openvino": replace(runtime, **known)})
         found = {step.stage.name: step.components for step in plan(build)}
         assert not [name for name in found["bundle"].packages if name.startswith("runtime")]
         return found["verify"]
 
-    gone = told(missing=lambda: "it is not installed: see /some/path", versions=dict)
-    come = told(missing=lambda: None, versions=lambda: {"openvino": "9.9"})
+    gone = components(missing=lambda: "it is not installed: see /some/path", versions=dict)
+    come = components(missing=lambda: None, versions=lambda: {"openvino": "9.9"})
     assert cache_key.reasons(gone, come) == ["runtime of openvino not here → openvino 9.9"]
     assert cache_key.reasons(come, gone) == ["runtime of openvino openvino 9.9 → not here"]
