@@ -222,7 +222,7 @@ def test_what_a_case_asks_for_is_what_is_compared(miniature_built: Path, referen
     limits = {(gate.case.split(",")[0], gate.limit) for gate in report.gates if gate.limit and "grid" not in gate.case}
     assert limits == {("some", FP32), ("few", FP32 / 5), ("batch of two", FP32), ("near ties", 1.0)}
     assert report.facts["not checked"] == {"some": ["embeddings", "decoder", "tokens", "runtime"]}
-    assert "case some: not compared, by its own choice: embeddings, decoder, tokens, runtime" in shown(report)
+    assert "case some: not compared, as its file requests: embeddings, decoder, tokens, runtime" in shown(report)
 
 
 @pytest.mark.torch
