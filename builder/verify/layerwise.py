@@ -1,9 +1,7 @@
-"""Prove that a bundle equals PyTorch where neither fits in memory: layer by layer on both sides.
+"""Verify a bundle layer by layer, where the complete model does not fit in memory.
 
-In: a configured folder (or a bundle) and a streamed reference. Out: a `Report` with a gate for every layer.
-Guaranteed: PyTorch holds one layer at a time, ONNX Runtime one slice of a graph, in a process of its own; every node of
-every graph runs; the first layer whose residual stream leaves the tolerance is named; tokens in the bundle's own
-runtime are compared where its weights fit, and where not the report says so.
+PyTorch holds one layer at a time, and ONNX Runtime one slice of a graph in a separate process. Every node of every
+graph runs, with a gate on every layer. Tokens are compared only if the bundle's weights fit in memory.
 """
 
 from __future__ import annotations
@@ -33,12 +31,12 @@ from builder.verify.image_preprocessor import preprocessor_gates
 from builder.verify.memory_budget import SLICE, VERIFY_MEMORY
 from builder.verify.report.exhibits import collecting, show_case
 from builder.verify.report.gates import Gate, Report, guarded
-from builder.verify.tokens import TIE, NearTies, counted, input_gates
+from builder.verify.tokens import TIE, NearTies, count_equal_tokens, input_gates
 from builder.verify.tolerances import limit
 
 TOKENS = 16
-TWICE = 2  # a slice's peak over its weights: ONNX Runtime packs some while it still holds those that it read
-RUNNING = 1.25  # a whole bundle's peak over its data files (2B: 9.9 GB over 8.5 GB)
+TWICE = 2  # a slice's peak over its weights: ONNX Runtime prepacks weights while it still holds the originals
+RUNNING = 1.25  # a bundle's peak over its data files (2B: 9.9 GB over 8.5 GB)
 
 
 def verify_layerwise(
@@ -51,24 +49,25 @@ def verify_layerwise(
     *,
     fail_fast: bool = False,
 ) -> Report:
-    """All gates of one folder.
+    """Compute all gates of a configured folder or a bundle.
 
     Args:
+        reference: streamed from the checkpoint.
         memory: bytes that a process may use.
-        store: where the reference's outputs are kept.
-        cases: what to compare; the shipped cases tagged "layerwise" if None.
+        store: folder that caches the reference's outputs.
+        cases: cases to compare; the shipped cases tagged "layerwise" if None.
         fail_fast: stop after the first place that fails.
 
     Raises:
-        BundleError: a graph or a setting that its runtime cannot open.
+        BundleError: the runtime cannot open a graph or a settings file.
     """
     chosen = layerwise(shipped_cases()) if cases is None else cases
     sizes = reference.checkpoint.vision
     with progress(f"verify {target} in slices", len(chosen) + 4) as advance, collecting(sizes) as exhibits:
-        asked, gates = [], []
+        traces, gates = [], []
         for case in chosen:
-            one, compared = _asked(case, folder, reference, store)
-            asked.append(one)
+            trace, compared = _trace(case, folder, reference, store)
+            traces.append(trace)
             gates += compared
             advance()
         gates += preprocessor_gates(folder, target, reference)
@@ -81,35 +80,36 @@ def verify_layerwise(
             ("decoder layers", comparison.decoder_gates),
         ):
             ended = ended or (fail_fast and not all(gate.ok for gate in gates))
-            gates += [] if ended else guarded(place, "in slices", in_order, compute, asked)
+            gates += [] if ended else guarded(place, "in slices", in_order, compute, traces)
             advance()
         not_run: dict[str, str] = {}
         if not (fail_fast and not all(gate.ok for gate in gates)):
-            told, not_run = _tokens(folder, target, reference, chosen, asked, gates, memory)
-            gates += told
+            compared, not_run = _token_gates(folder, target, reference, chosen, traces, gates, memory)
+            gates += compared
         advance()
     versions = {name: version(name) for name in ("torch", "transformers", "onnxruntime", "numpy")}
     facts: dict[str, object] = {
         "versions": versions | dict(RUNTIMES[target].versions()),
         "peak_rss": max(graphs.peak, peak_memory.peak_rss() or 0),
-        "cases": [one.name for one in asked],
+        "cases": [trace.name for trace in traces],
     }
     if "tokens" not in not_run:
-        facts["tokens"] = {**counted([(gates, NearTies(TOKENS * len(asked), ()))]), "cases": len(asked)}
+        equal = count_equal_tokens([(gates, NearTies(TOKENS * len(traces), ()))])
+        facts["tokens"] = {**equal, "cases": len(traces)}
     return Report(target, reference.checkpoint.name, tuple(gates), facts, not_run, exhibits())
 
 
 def for_slices(suite: Suite) -> tuple[Case, ...]:
-    """The cases that are compared layer by layer.
+    """Return the cases to compare layer by layer.
 
     Raises:
-        CasesError: a case leaves checks out, which a comparison in slices cannot do.
+        CasesError: a case leaves out checks, which a comparison in slices does not support.
     """
     chosen = layerwise(suite.cases)
     for case in chosen:
         if case.unchecked:
             raise CasesError(
-                f"case {case.name!r} leaves checks out, but this model is compared in slices, which makes all of them",
+                f"case {case.name!r} leaves out checks, but a comparison in slices always makes all of them",
                 expected="no `checks` and no `limits`",
                 found=f"without {', '.join(case.unchecked)}",
                 next="leave that file out, or give more --memory",
@@ -118,12 +118,12 @@ def for_slices(suite: Suite) -> tuple[Case, ...]:
 
 
 def slice_budget(memory: int) -> int:
-    """Bytes of weights in one slice, where a process may use `memory` bytes."""
+    """Return the bytes of weights in one slice if a process may use `memory` bytes."""
     return min(SLICE, max(1, (memory - VERIFY_MEMORY) // TWICE))
 
 
-def _asked(case: Case, folder: Path, reference: Reference, store: Path) -> tuple[TraceCase, list[Gate]]:
-    """The case, and its inputs as the bundle's own preprocessing gives them against PyTorch's."""
+def _trace(case: Case, folder: Path, reference: Reference, store: Path) -> tuple[TraceCase, list[Gate]]:
+    """Trace the reference on a case, and compare the bundle's preprocessing with PyTorch's."""
     settings, vision = read_settings(folder / "pipeline.json"), read_image_settings(folder / "vision_processor.json")
     inputs = prepare(case.prompt, case.images, load_tokenizer(folder / "tokenizer.json"), settings, vision)
     prompt = reference.prepare(case.prompt, case.images)
@@ -133,71 +133,73 @@ def _asked(case: Case, folder: Path, reference: Reference, store: Path) -> tuple
     )
 
 
-def _tokens(
+def _token_gates(
     folder: Path,
     target: str,
     reference: Reference,
     cases: Sequence[Case],
-    asked: Sequence[TraceCase],
+    traces: Sequence[TraceCase],
     gates: Sequence[Gate],
     memory: int,
 ) -> tuple[list[Gate], dict[str, str]]:
-    """Greedy tokens of the bundle's own runtime, each of which PyTorch must give after those before it."""
+    """Compare greedy tokens of the bundle's own runtime with PyTorch's, teacher-forced."""
     if why := RUNTIMES[target].missing():
         return [], {"tokens": why}
     needed = VERIFY_MEMORY + round(RUNNING * sum(file.stat().st_size for file in data_files(folder)))
     if needed > memory:
-        return [], {"tokens": f"needs {size(needed)} of memory, there are {size(memory)}"}
+        return [], {"tokens": f"needs {size(needed)} of memory, {size(memory)} available"}
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        played = pool.submit(_played, folder, target, list(cases)).result()
-    told: list[Gate] = []
+        answers = pool.submit(_generate, folder, target, list(cases)).result()
+    compared: list[Gate] = []
     ties: list[str] = []
-    for one, tokens in zip(asked, played, strict=True):
+    for trace, tokens in zip(traces, answers, strict=True):
         if isinstance(tokens, str):
-            told.append(Gate("tokens", one.name, float("inf"), 0.0, tokens))
+            compared.append(Gate("tokens", trace.name, float("inf"), 0.0, tokens))
             continue
-        logits = reference.hidden_states(one.prompt, tokens[:-1], keep=len(tokens)).logits
-        error = logit_error(gates, one.limit, float(one.expected.logits.std()))
-        gate, near = forced(
-            f"{one.name}, {len(tokens)} tokens", tokens, logits, error, eos_token_ids(reference.checkpoint)
-        )
-        told.append(gate)
+        logits = reference.hidden_states(trace.prompt, tokens[:-1], keep=len(tokens)).logits
+        error = logit_error(gates, trace.limit, float(trace.expected.logits.std()))
+        name, suppressed = f"{trace.name}, {len(tokens)} tokens", eos_token_ids(reference.checkpoint)
+        gate, near = teacher_forced_gate(name, tokens, logits, error, suppressed)
+        compared.append(gate)
         ties += near
-    return [*told, NearTies(TOKENS * len(asked), tuple(ties)).gate(allowed=True)], {}
+    return [*compared, NearTies(TOKENS * len(traces), tuple(ties)).gate(allowed=True)], {}
 
 
-def forced(
-    name: str, tokens: Sequence[int], logits: np.ndarray, logit_error: float, barred: Sequence[int]
+def teacher_forced_gate(
+    name: str, tokens: Sequence[int], logits: np.ndarray, logit_error: float, suppressed: Sequence[int]
 ) -> tuple[Gate, list[str]]:
-    """Whether each token is the likeliest after those before it, which makes the row `generate()`'s.
+    """Compare each token with the reference's top-1 after the tokens before it, which equals greedy `generate()`.
 
     Args:
-        logits: [len(tokens), vocab], the reference's, at the positions that the tokens were made from.
-        logit_error: a lead of the reference below four times this is a tie.
-        barred: stop tokens, which neither side could choose.
+        logits: [len(tokens), vocab] of the reference, at the positions that predict the tokens.
+        logit_error: a lead of the reference below `TIE` times this is a near tie.
+        suppressed: stop tokens, which neither side could choose.
+
+    Returns:
+        the gate, and a description of each near tie.
     """
     ties: list[str] = []
     for position, (token, row) in enumerate(zip(tokens, logits.copy(), strict=True)):
-        row[list(barred)] = -np.inf
+        row[list(suppressed)] = -np.inf
         second, first = np.argsort(row)[-2:]
         if token == first:
             continue
         lead = float(row[first] - row[second])
-        said = f"{name}: token {position} is {token}, PyTorch {first} with a lead of {lead:.2e}"
+        difference = f"{name}: token {position} is {token}, PyTorch {first} with a lead of {lead:.2e}"
         if token != second or not lead < TIE * logit_error:
-            return Gate("tokens", name, float(len(tokens) - position), 0.0, said), ties
-        ties.append(said)
+            return Gate("tokens", name, float(len(tokens) - position), 0.0, difference), ties
+        ties.append(difference)
     return Gate("tokens", name, 0.0, 0.0), ties
 
 
-def _played(folder: Path, target: str, cases: Sequence[Case]) -> list[tuple[int, ...] | str]:
-    """Tokens of each case, or what the runtime said instead; in a process of its own."""
+def _generate(folder: Path, target: str, cases: Sequence[Case]) -> list[tuple[int, ...] | str]:
+    """Generate the tokens of each case, or the runtime's error message; runs in a separate process."""
     runner = open_runner(folder, target)
     rows: list[tuple[int, ...] | str] = []
     for case in cases:
         try:
             inputs = runner.prepare(case.prompt, case.images)
             rows.append(tuple(runner.tokens(inputs, TOKENS, TOKENS)))
-        except Exception as error:  # each runtime throws errors of its own for what its graphs cannot take
+        except Exception as error:  # each runtime raises its own exception types
             rows.append(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
     return rows

@@ -1,4 +1,4 @@
-"""How much memory a verification takes, whole or layer by layer."""
+"""Estimate the memory that a verification needs, with the complete model or layer by layer."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
 Mode = Literal["whole", "layerwise"]
 ITEM = 4  # bytes of an element in PyTorch: fp32
 LAYERS = EMBEDDING_MATRIX.removesuffix("embed_tokens.weight") + "layers."
-SLICE = 10**9  # bytes of weights in one slice, if the memory allows as much; chosen
+SLICE = 10**9  # bytes of weights in one slice, if memory allows; chosen
 # Bytes, measured on 2 x86-64 cores. The figures that only `--dry-run` shows are in builder/stages/engine/measured.py.
-VERIFY_MEMORY = 1_000_000_000  # the runtimes, PyTorch, activations, logits: whole took 2.68e9, estimated at 2.70e9
-LARGEST_PATCHES = 10_168  # of the largest shipped image; four tensors [patches, intermediate], which is not measured
+VERIFY_MEMORY = 1_000_000_000  # the runtimes, PyTorch, activations, logits: measured 2.68e9, estimated 2.70e9
+LARGEST_PATCHES = 10_168  # of the largest shipped image; times four tensors [patches, intermediate], an estimate
 LARGEST_PIXELS = 400_000_000  # copies of that image's pixel values: 0.38e9 in the miniature
 
 
 class Sizes(Protocol):
-    """What is known of a checkpoint from its config and headers."""
+    """The facts about a checkpoint that its config and headers give."""
 
     @property
     def tensors(self) -> Mapping[str, Tensor]: ...
@@ -35,7 +35,7 @@ class Sizes(Protocol):
 
 
 def verify_memory(checkpoint: Sizes) -> tuple[int, int]:
-    """Peak bytes of `verify`: whole (PyTorch and two sessions in memory), and sliced (a layer at a time)."""
+    """Return peak bytes of `verify` with the complete model (PyTorch and two sessions), and layer by layer."""
     elements = {name: math.prod(tensor.shape) for name, tensor in checkpoint.tensors.items()}
     layers: Counter[str] = Counter()
     for name, count in elements.items():
@@ -48,5 +48,5 @@ def verify_memory(checkpoint: Sizes) -> tuple[int, int]:
 
 
 def verify_mode(checkpoint: Sizes, memory: int) -> Mode:
-    """Whole where that fits in `memory` bytes."""
+    """Return "whole" if that fits in `memory` bytes, else "layerwise"."""
     return "whole" if verify_memory(checkpoint)[0] <= memory else "layerwise"

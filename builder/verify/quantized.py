@@ -1,11 +1,8 @@
-"""Prove what can be proved of a bundle that is not exact, and measure the rest.
+"""Verify a lossy bundle: its graphs exactly, its weights and arithmetic within the recipe's limits.
 
-In: a folder (or a bundle), the checkpoint, the recipe's limits. Out: one `Report`. Guaranteed: two questions are
-asked apart. Is the graph right? Its twin in fp32 (builder/verify/graphs/fp32_copy.py) must equal PyTorch on the
-bundle's own weights,
-dequantized, to the last digits and token for token: whatever breaks a graph at fp32 is caught here, at its place.
-What do the weights and the arithmetic cost? The bundle as it ships is measured against PyTorch on the checkpoint
-(builder/verify/quality.py).
+The graphs are verified through an fp32 copy (builder/verify/graphs/fp32_copy.py), which must equal PyTorch on the
+bundle's own dequantized weights within the fp32 tolerance and token for token. The loss is measured between the bundle
+as shipped and PyTorch on the checkpoint (builder/verify/quality.py).
 """
 
 from __future__ import annotations
@@ -25,16 +22,16 @@ from builder.reference.model import Reference
 from builder.targets.recipe import Limits
 from builder.targets.runners.registry import RUNTIMES
 from builder.util.errors import BundleError
-from builder.verify.graphs.fp32_copy import write_for_cpu, write_twins
+from builder.verify.graphs.fp32_copy import write_for_cpu, write_fp32_copy
 from builder.verify.quality import quality_gates
 from builder.verify.report.gates import Gate, Report
 
-NO_BF16 = "onnxruntime's CPU provider has no bf16 MatMul: this bundle was checked through its fp32 twin alone"
+NO_BF16 = "onnxruntime's CPU provider has no bf16 MatMul: this bundle was checked only through its fp32 copy"
 
 
 @dataclass(frozen=True)
 class LossLimits:
-    """What a bundle promises: see `builder.targets.recipe.Recipe`."""
+    """The losses that a recipe allows; see `builder.targets.recipe.Recipe`."""
 
     precision: str
     provider: str
@@ -42,10 +39,10 @@ class LossLimits:
 
     @classmethod
     def of(cls, recipe: Mapping[str, Any]) -> LossLimits | None:
-        """From a manifest's "recipe"; None where the bundle has to be exact.
+        """Read the "recipe" of a manifest; None if the bundle has to be exact.
 
         Raises:
-            BundleError: the limits are not those of a recipe.
+            BundleError: the limits are malformed.
         """
         limits = recipe.get("limits")
         if not limits:
@@ -54,7 +51,7 @@ class LossLimits:
             return cls(recipe["precision"], recipe["provider"], Limits(**limits))
         except (KeyError, TypeError, ValidationError) as error:
             problems = error.errors() if isinstance(error, ValidationError) else []
-            found = "; ".join(f"limits.{one['loc'][0]}: {one['msg']}" for one in problems) or str(error)
+            found = "; ".join(f"limits.{problem['loc'][0]}: {problem['msg']}" for problem in problems) or str(error)
             raise BundleError(
                 "the manifest's recipe cannot be read", expected="precision, provider, limits", found=found
             ) from error
@@ -69,26 +66,27 @@ def verify_lossy(
     exact: Callable[[Path, Checkpoint, Suite], Report],
     scratch: Path,
 ) -> Report:
-    """All gates of one folder.
+    """Compute all gates of a configured folder or a bundle.
 
     Args:
-        reference: of the checkpoint itself.
-        suite: what to compare; with a streamed reference, already `builder.verify.layerwise.for_slices`.
-        exact: (a twin's folder, the checkpoint that it is, what to ask it) → its report.
-        scratch: where the dequantized checkpoint lies meanwhile, at 4 bytes a weight.
+        reference: of the original checkpoint.
+        suite: cases to compare; with a streamed reference, from `builder.verify.layerwise.for_slices`.
+        exact: (folder of the fp32 copy, its dequantized checkpoint, suite) → report.
+        scratch: temporary folder for the dequantized checkpoint, 4 bytes per weight.
     """
     checkpoint = reference.checkpoint
     scratch.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=scratch) as passing:
-        twin, dequantized = Path(passing) / "twin", Path(passing) / checkpoint.name
+    with TemporaryDirectory(dir=scratch) as temporary:
+        fp32_copy, dequantized = Path(temporary) / "fp32_copy", Path(temporary) / checkpoint.name
         errors = write_dequantized(folder, checkpoint, terms.precision, dequantized)
-        write_twins(folder, twin)
-        report = exact(twin, open_checkpoint(dequantized), replace(suite, cases=layerwise(suite.cases), tasks=()))
+        write_fp32_copy(folder, fp32_copy)
+        exact_suite = replace(suite, cases=layerwise(suite.cases), tasks=())
+        report = exact(fp32_copy, open_checkpoint(dequantized), exact_suite)
         gates, facts = [*weight_gates(errors, terms.limits), *report.gates], dict(report.facts)
-        facts["weights"] = [vars(one) for one in errors]
+        facts["weights"] = [vars(error) for error in errors]
         not_run = {**report.not_run, **_not_run(terms, target)}
         if terms.precision != "bf16":
-            on_cpu = Path(passing) / "cpu"
+            on_cpu = Path(temporary) / "cpu"
             write_for_cpu(folder, on_cpu)
             lossy, measured = quality_gates(on_cpu, target, reference, terms.limits, suite)
             gates += lossy
@@ -98,24 +96,25 @@ def verify_lossy(
 
 
 def _not_run(terms: LossLimits, target: str) -> dict[str, str]:
-    """What this machine cannot show."""
+    """Return place → why it cannot be compared on this machine."""
     why = RUNTIMES[target].missing()
-    found = {} if terms.precision != "bf16" else dict.fromkeys(("KL divergence", "generated tokens"), NO_BF16)
-    found = (dict.fromkeys(("generated tokens", "held-out accuracy"), why) if why else {}) | found
+    reasons = dict.fromkeys(("generated tokens", "held-out accuracy"), why) if why else {}
+    if terms.precision == "bf16":
+        reasons |= dict.fromkeys(("KL divergence", "generated tokens"), NO_BF16)
     if terms.provider != "cpu":
-        found[f"the provider {terms.provider}"] = (
-            "no such device here: its kernels are looked up (builder/targets/providers.py), "
-            "the graphs ran on the CPU provider"
+        reasons[f"the provider {terms.provider}"] = (
+            "its device is not available: kernels were only looked up (builder/targets/providers.py), "
+            "and the graphs ran on the CPU provider"
         )
-    return found
+    return reasons
 
 
 def weight_gates(errors: Sequence[RoundingError], limits: Limits) -> Iterator[Gate]:
-    """The matrix that is furthest from the checkpoint's, of each bit width, and its worst row."""
-    for bits in sorted({one.bits for one in errors}):
-        some = [one for one in errors if one.bits == bits]
-        worst = max(some, key=lambda one: one.relative)
-        row = max(some, key=lambda one: one.worst_row)
-        name = f"{len(some)} matrices of {bits:g} bits"
+    """Yield, for each bit width, gates on the largest error of a matrix and of a row."""
+    for bits in sorted({error.bits for error in errors}):
+        matrices = [error for error in errors if error.bits == bits]
+        worst = max(matrices, key=lambda error: error.relative)
+        row = max(matrices, key=lambda error: error.worst_row)
+        name = f"{len(matrices)} matrices of {bits:g} bits"
         yield Gate("weights", f"{name}, worst: {worst.tensor}", worst.relative, limits.weight)
         yield Gate("weights", f"{name}, worst row: {row.tensor}", row.worst_row, 2 * limits.weight)

@@ -1,8 +1,7 @@
-"""Stage 7: prove that a configured folder (or a bundle) equals PyTorch.
+"""Verify that a configured folder or a bundle equals PyTorch (stage 7).
 
-In: the artifacts of each target and the checkpoint. Out: the report in `<target>/`, in all its forms (builder/report).
-Guaranteed: inputs are compared before features, features before logits, logits before tokens, so that the first
-failing gate says where a difference began; a gate that cannot be computed fails.
+Inputs are compared before features, features before logits, logits before tokens, so that the first failing gate shows
+where a difference began. A gate that cannot be computed fails.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ from builder.verify.report.context import of_bundle
 from builder.verify.report.exhibits import collecting, show_answers, show_case
 from builder.verify.report.gates import Gate, Report, guarded, guarded_pair
 from builder.verify.report.write import write
-from builder.verify.tokens import NearTies, counted, input_gates, takes, token_gates
+from builder.verify.tokens import NearTies, count_equal_tokens, input_gates, takes, token_gates
 from builder.verify.tolerances import limit
 
 STORE = "reference"
@@ -44,40 +43,40 @@ RUNNING = ("torch", "transformers", "onnxruntime", "onnxruntime-genai", "tokeniz
 def comparison(
     checkpoint: Checkpoint, memory: int | None, store: Path, more: Sequence[Path] = (), terms: LossLimits | None = None
 ) -> Callable[[Path, str], Report]:
-    """(folder, target) → its report: whole where PyTorch and ONNX Runtime fit in memory together, else sliced.
+    """Return (folder, target) → report: with complete models if both fit in memory, else layer by layer.
 
     Args:
-        memory: bytes that may be used; None for all that this process may have.
-        store: where a sliced comparison keeps the reference's outputs.
-        more: files of cases besides the shipped ones, or folders of them.
-        terms: what a bundle that is not exact may lose; None for one that is.
+        memory: bytes that may be used; None for the limit of this process.
+        store: folder where a layerwise comparison caches the reference's outputs.
+        more: additional case files, or folders of them.
+        terms: limits of a lossy bundle; None for an exact bundle.
     """
     available = machine.memory_limit() if memory is None else memory
     whole = verify_mode(checkpoint, available) == "whole"
     reference = Reference(checkpoint, streamed=not whole)
 
-    def exact(folder: Path, target: str, wanted: Reference, suite: Suite, kept: Path) -> Report:
+    def exact(folder: Path, target: str, expected: Reference, suite: Suite, cache: Path) -> Report:
         if whole:
-            return verify(folder, target, wanted, suite)
-        return verify_layerwise(folder, target, wanted, available, kept, suite.cases)
+            return verify(folder, target, expected, suite)
+        return verify_layerwise(folder, target, expected, available, cache, suite.cases)
 
-    def compared(folder: Path, target: str) -> Report:
+    def compare(folder: Path, target: str) -> Report:
         if terms is None and not more:
             if whole:
                 return verify(folder, target, reference)
             return verify_layerwise(folder, target, reference, available, store)
-        with TemporaryDirectory() as drawn:
-            suite = whole_suite(checkpoint, Path(drawn), more)
+        with TemporaryDirectory() as images:
+            suite = whole_suite(checkpoint, Path(images), more)
             suite = suite if whole else replace(suite, cases=for_slices(suite))
             if terms is None:
                 return exact(folder, target, reference, suite, store)
 
-            def twin(twins: Path, dequantized: Checkpoint, asked: Suite) -> Report:
-                return exact(twins, target, Reference(dequantized, streamed=not whole), asked, twins.parent / STORE)
+            def verify_copy(copy: Path, dequantized: Checkpoint, suite: Suite) -> Report:
+                return exact(copy, target, Reference(dequantized, streamed=not whole), suite, copy.parent / STORE)
 
-            return verify_lossy(folder, target, reference, terms, suite, twin, store.parent)
+            return verify_lossy(folder, target, reference, terms, suite, verify_copy, store.parent)
 
-    return compared
+    return compare
 
 
 def verify_bundle(
@@ -91,15 +90,15 @@ def verify_bundle(
 
     Args:
         memory: see `comparison`.
-        store: where the reference's outputs are kept for the next time; None keeps nothing.
-        more: files of cases besides the shipped ones, or folders of them.
+        store: folder that caches the reference's outputs; None for no cache.
+        more: additional case files, or folders of them.
 
     Raises:
-        BundleError: the folder is no bundle.
+        BundleError: the folder is not a bundle.
     """
     if store is None:
-        with TemporaryDirectory() as passing:
-            return verify_bundle(bundle, reference, memory, Path(passing), more)
+        with TemporaryDirectory() as temporary:
+            return verify_bundle(bundle, reference, memory, Path(temporary), more)
     target, evidence = check_bundle(bundle), own_evidence(bundle)
     check_target(bundle, target)
     terms = LossLimits.of(read_json(bundle / MANIFEST).get("recipe", {}))
@@ -109,7 +108,7 @@ def verify_bundle(
 
 
 def failed(report: Report, folder: Path) -> VerificationError:
-    """The error that says where the first difference is."""
+    """Return the error for a report that failed."""
     first = report.first_failure
     what = "no gate was computed" if first is None else f"first difference: {first.place}, {first.case}"
     return VerificationError(
@@ -123,33 +122,33 @@ def failed(report: Report, folder: Path) -> VerificationError:
 def verify(
     folder: Path, target: str, reference: Reference, suite: Suite | None = None, *, fail_fast: bool = False
 ) -> Report:
-    """All gates of one folder.
+    """Compute all gates of a configured folder or a bundle.
 
     Args:
-        suite: what to ask; the whole suite if None.
-        fail_fast: stop behind the first comparison with a gate that fails.
+        suite: cases to compare; the complete suite if None.
+        fail_fast: stop after the first comparison with a failing gate.
 
     Raises:
-        BundleError: a graph or a setting that its runtime cannot open.
+        BundleError: the runtime cannot open a graph or a settings file.
     """
     checkpoint = reference.checkpoint
     if suite is None:
-        with TemporaryDirectory() as drawn:
-            whole = whole_suite(checkpoint, Path(drawn))
-            return verify(folder, target, reference, whole, fail_fast=fail_fast)
+        with TemporaryDirectory() as images:
+            suite = whole_suite(checkpoint, Path(images))
+            return verify(folder, target, reference, suite, fail_fast=fail_fast)
     gates: list[Gate] = []
     versions = {name: version(name) for name in RUNNING} | dict(RUNTIMES[target].versions())
     facts: dict[str, object] = {"versions": versions}
     total = 2 * len(suite.cases) + len(suite.tasks) + 1
     with progress(f"verify {target}", total) as advance, collecting(checkpoint.vision) as exhibits:
-        for compared in _compared(folder, target, reference, suite, facts, advance):
+        for compared in _comparisons(folder, target, reference, suite, facts, advance):
             gates += compared
             if fail_fast and not all(gate.ok for gate in compared):
                 break
-    return Report(target, checkpoint.name, tuple(gates), facts, unplayed(target, bool(suite.tasks)), exhibits())
+    return Report(target, checkpoint.name, tuple(gates), facts, runtime_not_run(target, bool(suite.tasks)), exhibits())
 
 
-def _compared(
+def _comparisons(
     folder: Path,
     target: str,
     reference: Reference,
@@ -157,43 +156,43 @@ def _compared(
     facts: dict[str, object],
     advance: Callable[[], None],
 ) -> Iterator[list[Gate]]:
-    """The gates of each comparison: inputs of every case, layers of one, then graph by graph and case by case."""
+    """Yield the gates of each comparison: inputs of every case, layers of one, then graphs and tokens of every case."""
     runner = open_runner(folder, target)
-    facts |= {"not checked": unchecked(suite), "skipped": unasked(suite, runner.own)}
-    asked: list[tuple[Case, Prompt]] = []
+    facts |= {"not checked": unchecked(suite), "skipped": skipped(suite, runner.own)}
+    prompts: list[tuple[Case, Prompt]] = []
     for case in suite.cases:
         show_case(case.name, case.prompt, case.images)
-        asked.append((case, reference.prepare(case.prompt, case.images, lifted=case.lifted)))
+        prompts.append((case, reference.prepare(case.prompt, case.images, lifted=case.lifted)))
         if "inputs" in case.checks:
-            yield guarded("token ids", case.name, _input_gates, *asked[-1], runner)
+            yield guarded("token ids", case.name, _input_gates, *prompts[-1], runner)
         advance()
     yield preprocessor_gates(folder, target, reference)
-    # Before the sessions of whole graphs are there, so that no more than one slice is held beside PyTorch.
-    whole = [case for case in suite.cases if not case.unchecked]
-    located = next((case for case in whole if case.images), suite.cases[0])
-    for case, prompt in asked:
+    # Before the complete graphs are loaded, so that memory holds at most one slice in addition to PyTorch.
+    fully_checked = [case for case in suite.cases if not case.unchecked]
+    located = next((case for case in fully_checked if case.images), suite.cases[0])
+    for case, prompt in prompts:
         if case == located:
             yield from layer_gates(folder, target, reference, case.name, prompt, limit(case))
     graphs = Graphs.load(folder, GRAPHS[target].packed, reference.checkpoint.text.hidden)
     yield guarded("image features", "grids", geometry_gates, graphs, reference)
     yield guarded("decoder prefill", "batch of two", batch_gates, graphs, reference)
     advance()
-    answered: list[tuple[list[Gate], NearTies]] = []
-    for case, prompt in asked:
+    results: list[tuple[list[Gate], NearTies]] = []
+    for case, prompt in prompts:
         show_case(case.name, case.prompt, case.images)
         computed, logit_error = graph_gates(case.name, graphs, reference, prompt, case.checks, limit(case))
         yield computed
         if case != located and not all(gate.ok for gate in computed):
             yield from layer_gates(folder, target, reference, case.name, prompt, limit(case))
-        played, near = token_gates(case, prompt, runner, reference, logit_error, suite.tokens)
-        yield played
-        answered.append((played, near))
+        compared, ties = token_gates(case, prompt, runner, reference, logit_error, suite.tokens)
+        yield compared
+        results.append((compared, ties))
         advance()
     if runner.not_run is not None:
         return
-    facts["tokens"] = counted(answered)
-    found = tuple(one for _, near in answered for one in near.found)
-    yield [NearTies(sum(near.compared for _, near in answered), found).gate(allowed=not suite.tasks)]
+    facts["tokens"] = count_equal_tokens(results)
+    found = tuple(tie for _, ties in results for tie in ties.found)
+    yield [NearTies(sum(ties.compared for _, ties in results), found).gate(allowed=not suite.tasks)]
     if suite.tasks:
         score: dict[str, str] = {}
         work = (suite.tasks, runner, reference, advance)
@@ -202,22 +201,22 @@ def _compared(
         yield gates
 
 
-def unplayed(target: str, tasks: bool) -> dict[str, str]:
-    """Place → why it was not compared, where the runtime cannot be played on this machine."""
+def runtime_not_run(target: str, tasks: bool) -> dict[str, str]:
+    """Return place → why it is not compared, if the runtime cannot run on this machine."""
     why = RUNTIMES[target].missing()
     return dict.fromkeys(("tokens", "held-out accuracy") if tasks else ("tokens",), why) if why else {}
 
 
 def unchecked(suite: Suite) -> dict[str, list[str]]:
-    """What the cases themselves leave out: case → its checks that are not made."""
+    """Return case → the checks that its file leaves out."""
     return {case.name: list(case.unchecked) for case in suite.cases if case.unchecked}
 
 
-def unasked(suite: Suite, own: OwnProcessor | None) -> dict[str, str]:
-    """Cases that a runtime's own processor cannot be asked, and why; ours is asked all."""
+def skipped(suite: Suite, own: OwnProcessor | None) -> dict[str, str]:
+    """Return case → why it is not run through the runtime's own processor."""
     if own is None:
         return {}
-    why = f"not asked of the runtime's own processor, which takes {own.most_images} image a question"
+    why = f"not run through the runtime's own processor, which takes {own.most_images} image per prompt"
     return {case.name: why for case in suite.cases if "runtime" in case.checks and not takes(own, case)}
 
 
@@ -228,7 +227,7 @@ def _input_gates(case: Case, prompt: Prompt, runner: Runner) -> list[Gate]:
 def task_gates(
     cases: Sequence[Case], runner: Runner, reference: Reference, advance: Callable[[], None]
 ) -> tuple[list[Gate], dict[str, str]]:
-    """The text of every held-out answer, right or wrong, must be PyTorch's."""
+    """Compare the text of every held-out answer, correct or not, with PyTorch's."""
     different, score = [], {"PyTorch": 0, "ONNX": 0}
     for case in cases:
         show_case(case.name, case.prompt, case.images, kind="task", expected=case.answer)

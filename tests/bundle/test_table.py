@@ -18,7 +18,7 @@ from builder.verify.report.context import Context
 from builder.verify.report.exhibits import Exhibit
 from builder.verify.report.gates import Gate, Report
 from builder.verify.report.write import write
-from builder.verify.tokens import NearTies, counted
+from builder.verify.tokens import NearTies, count_equal_tokens
 from tests.helpers.bundles import edit_manifest, small_bundle
 from tests.helpers.processes import python
 from tests.helpers.runtimes import require
@@ -102,7 +102,11 @@ def test_tokens_are_counted_up_to_the_first_that_differs() -> None:
     tied = ([Gate("tokens", "c", 0, 0)], NearTies(64, ("token 3 …",)))
     thrown = ([Gate("tokens", "d", float("inf"), 0)], NearTies(64, ()))
     nothing: tuple[list[Gate], NearTies] = ([], NearTies(0, ()))
-    assert counted([right, wrong, tied, thrown, nothing]) == {"cases": 4, "compared": 256, "equal": 64 + 4 + 63}
+    assert count_equal_tokens([right, wrong, tied, thrown, nothing]) == {
+        "cases": 4,
+        "compared": 256,
+        "equal": 64 + 4 + 63,
+    }
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ from builder.stages import quantize
 from builder.stages.engine.build import Build
 from builder.stages.engine.execute import execute
 from builder.targets.recipe_file import load_recipe
-from builder.verify.graphs.all_logits import FloatSession, forced, shipped_graphs
+from builder.verify.graphs.all_logits import FloatSession, shipped_graphs, teacher_forced
 from builder.verify.graphs.sessions import Graphs
 from tests.helpers.edits import edit_tensors
 
@@ -156,7 +156,7 @@ def test_a_layer_that_stays_fp32_stays_finite(loud: Path, outputs: Path, monkeyp
     wide = half(loud, outputs, "fp16-loud")
     (case,) = [case for case in shipped_cases() if case.name == "one image"]
     prompt = reference.prepare(case.prompt, case.images)
-    got, streams = forced(shipped_graphs(wide, "genai", opened.text.hidden), prompt, (), opened.image_token_id)
+    got, streams = teacher_forced(shipped_graphs(wide, "genai", opened.text.hidden), prompt, (), opened.image_token_id)
     assert len(streams) == opened.text.layers
     want = reference.logits(prompt, ())
     assert float(np.abs(got - want).mean() / want.std()) < 0.1

@@ -25,6 +25,7 @@ from builder.graph.data_files import data_path, fill
 from builder.graph.external_data import DIGESTS, DataFile, padded
 from builder.graph.passes.fold_weight_transposes import fold_weight_transposes
 from builder.graph.passes.gemm_head import gemm_head
+from builder.graph.passes.result import PassResult
 from builder.stages import fetch, quantize
 from builder.stages.engine.build import Build
 from builder.targets.graphs import components

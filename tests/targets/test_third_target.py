@@ -25,9 +25,9 @@ from builder.targets.graphs import GRAPHS, components
 from builder.targets.recipe_file import load_recipe
 from builder.targets.runners.registry import RUNTIMES, open_runner
 from builder.util.errors import BuildError, BundleError, MissingPackageError, RecipeError, UnsafeError
-from builder.verify.graphs.fp32_copy import write_twins
+from builder.verify.graphs.fp32_copy import write_fp32_copy
 from builder.verify.graphs.sessions import Graphs
-from builder.verify.whole import unplayed
+from builder.verify.whole import runtime_not_run
 from tests.helpers import third_target
 from tests.helpers.bundles import edit_manifest, relisted
 from tests.helpers.checkpoints import MINIATURE
@@ -114,9 +114,9 @@ def test_it_answers_as_the_graphs_do(images: list[str], made: Path, model: Toy) 
 
 
 def test_its_twin_is_laid_out_as_it_is(made: Path, tmp_path: Path) -> None:
-    write_twins(made, tmp_path / "twin")
-    assert (tmp_path / "twin" / DATA).samefile(made / DATA)
-    assert Graphs.load(tmp_path / "twin", True, 16).merges is False
+    write_fp32_copy(made, tmp_path / "fp32_copy")
+    assert (tmp_path / "fp32_copy" / DATA).samefile(made / DATA)
+    assert Graphs.load(tmp_path / "fp32_copy", True, 16).merges is False
 
 
 def flipped(folder: Path) -> None:
@@ -172,7 +172,7 @@ def test_two_graphs_of_one_role_are_refused(bundle: Path) -> None:
 def test_a_runtime_that_is_not_here_is_not_run_and_says_why(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     why = "Node.js is not installed"
     monkeypatch.setitem(RUNTIMES, NAME, replace(RUNTIME, missing=lambda: why))
-    assert unplayed(NAME, tasks=True) == {"tokens": why, "held-out accuracy": why}
+    assert runtime_not_run(NAME, tasks=True) == {"tokens": why, "held-out accuracy": why}
     player = open_runner(made, NAME)
     assert player.not_run == why
     assert player.prepare("What is it?", []).input_ids.size

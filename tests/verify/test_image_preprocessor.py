@@ -1,4 +1,4 @@
-"""The gate on a bundle's image preprocessor: at least forty images of awkward sizes, and that it can fail."""
+"""Test the gate on a bundle's image preprocessor with at least forty image sizes, and that it can fail."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from tests.helpers.runtimes import require_openvino
 if TYPE_CHECKING:
     from builder.reference.model import Reference
 
-# Where transformers' own rounding misses a root that is whole, which a runtime without float64 does not.
+# transformers' own rounding misses an integer square root, which a runtime without float64 does not.
 ROOTS = {(343, 7)}
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """As much of a bundle as the gate looks at."""
+    """The part of a bundle that the gate needs."""
     write(tmp_path)
     return tmp_path
 
@@ -41,20 +41,20 @@ def write(folder: Path) -> None:
 
 
 @pytest.mark.torch
-def test_nothing_differs_in_onnxruntime(folder: Path, reference: Reference) -> None:
+def test_values_are_equal_in_onnxruntime(folder: Path, reference: Reference) -> None:
     gates = preprocessor_gates(folder, "onnxruntime", reference, MANY)
     assert len(gates) == len(MANY) >= 40
     assert {(gate.place, gate.measured, gate.limit) for gate in gates} == {(PLACE, 0.0, 0.0)}
 
 
 @pytest.mark.torch
-def test_a_level_at_most_in_openvino(folder: Path, reference: Reference) -> None:
+def test_values_differ_by_at_most_one_step_in_openvino(folder: Path, reference: Reference) -> None:
     require_openvino()
     sizes = [size for size in MANY if size not in ROOTS]
     gates = preprocessor_gates(folder, "openvino", reference, sizes)
     assert len(gates) >= 40
     assert all(gate.ok and gate.limit == RUNTIMES["openvino"].tolerance for gate in gates)
-    assert 1.001 > max(gate.measured for gate in gates) > 0.9, "float64 is there by now: ask for 0"
+    assert 1.001 > max(gate.measured for gate in gates) > 0.9, "OpenVINO now has float64: set the limit to 0"
 
 
 def other_filter(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,7 +75,7 @@ def other_bound(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     [lambda folder, _: preprocessor_brighter(folder, "onnxruntime"), other_filter, other_bound],
     ids=["1 % brighter", "another filter", "another bound"],
 )
-def test_what_is_broken_fails(
+def test_a_broken_preprocessor_fails(
     spoil: Callable[[Path, pytest.MonkeyPatch], None],
     folder: Path,
     reference: Reference,
@@ -91,11 +91,11 @@ def test_what_is_broken_fails(
 
 
 @pytest.mark.torch
-def test_a_bundle_without_one_has_no_gate(tmp_path: Path, reference: Reference) -> None:
+def test_a_bundle_without_a_preprocessor_has_no_gate(tmp_path: Path, reference: Reference) -> None:
     assert preprocessor_gates(tmp_path, "genai", reference) == []
 
 
-def test_without_torch_it_is_compared_with_our_own(folder: Path, tmp_path: Path) -> None:
+def test_without_torch_it_is_compared_with_the_clients_preprocessing(folder: Path, tmp_path: Path) -> None:
     from builder.targets.clients.pipeline import read_image_settings
 
     settings = tmp_path / "vision_processor.json"

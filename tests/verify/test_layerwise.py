@@ -1,4 +1,4 @@
-"""Verification in slices: what is whole passes, what is broken is named by its layer, what cannot run is said."""
+"""Test layerwise verification: intact bundles pass, broken layers are named, places not run are reported."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from builder.reference.cases import shipped_cases
 from builder.reference.model import Reference, Trace
 from builder.verify import layerwise, whole
 from builder.verify.graphs import slices
-from builder.verify.layerwise import forced
+from builder.verify.layerwise import teacher_forced_gate
 from builder.verify.memory_budget import verify_memory
 from builder.verify.report.gates import Report
 from builder.verify.self_test import mutations
@@ -40,14 +40,14 @@ def streamed() -> Reference:
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One a module, so that the reference is computed once."""
+    """One per module, so that the reference is computed once."""
     return tmp_path_factory.mktemp("store")
 
 
 @pytest.fixture
 def _here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Slices are run in this process: starting one takes longer than the miniature."""
-    monkeypatch.setattr(slices, "_apart", slices.compute)
+    """Run slices in this process: starting a process takes longer than the miniature."""
+    monkeypatch.setattr(slices, "_in_process", slices.compute)
 
 
 def report(folder: Path, reference: Reference, store: Path, limit: int = 10**6) -> Report:
@@ -55,14 +55,14 @@ def report(folder: Path, reference: Reference, store: Path, limit: int = 10**6) 
 
 
 @pytest.mark.parametrize("target", ["genai", "onnxruntime"])
-def test_what_is_whole_passes_with_its_tokens(
+def test_an_intact_bundle_passes_with_its_tokens(
     miniature_built: Path, streamed: Reference, store: Path, target: str
 ) -> None:
-    """Slices and the bundle's runtime each in processes of their own, as the command runs them."""
+    """Slices and the bundle's runtime run in separate processes, as in the command."""
     found = report(miniature_built / target, streamed, store, PLENTY)
     assert found.ok, shown(found)
     assert (found.verdict, found.not_run) == ("passed", {})
-    places = {gate.place: sum(one.place == gate.place for one in found.gates) for gate in found.gates}
+    places = {gate.place: sum(other.place == gate.place for other in found.gates) for gate in found.gates}
     assert places["decoder layers"] == 4 * streamed.checkpoint.text.layers
     assert places["vision layers"] == streamed.checkpoint.vision.depth
     assert places["deepstack features"] == 3
@@ -72,16 +72,16 @@ def test_what_is_whole_passes_with_its_tokens(
 
 @pytest.mark.usefixtures("_here")
 @pytest.mark.parametrize("target", ["genai", "onnxruntime"])
-def test_weights_that_do_not_fit_leave_the_tokens_out_and_say_so(
+def test_tokens_are_not_run_if_the_weights_do_not_fit(
     miniature_built: Path, streamed: Reference, store: Path, target: str
 ) -> None:
     found = report(miniature_built / target, streamed, store)
     assert found.ok, shown(found)
     assert found.verdict == "partial"
-    assert found.not_run == {"tokens": "needs 1.0 GB of memory, there are 1 MB"}
+    assert found.not_run == {"tokens": "needs 1.0 GB of memory, 1 MB available"}
     assert "not run: needs 1.0 GB" in shown(found)
-    said = found.as_dict()
-    assert (said["verdict"], said["not run"]) == ("partial", found.not_run)
+    document = found.as_dict()
+    assert (document["verdict"], document["not run"]) == ("partial", found.not_run)
 
 
 CONTROLS: tuple[tuple[Mutation, str, str, str], ...] = (
@@ -100,9 +100,11 @@ CONTROLS: tuple[tuple[Mutation, str, str, str], ...] = (
 
 @pytest.mark.usefixtures("_here")
 @pytest.mark.parametrize(
-    ("mutation", "target", "place", "where"), CONTROLS, ids=[f"{one.__name__}-{target}" for one, target, *_ in CONTROLS]
+    ("mutation", "target", "place", "where"),
+    CONTROLS,
+    ids=[f"{change.__name__}-{target}" for change, target, *_ in CONTROLS],
 )
-def test_what_is_broken_is_named(
+def test_the_broken_place_is_named(
     bundle: Callable[[str], Path],
     streamed: Reference,
     store: Path,
@@ -121,8 +123,10 @@ def test_what_is_broken_is_named(
 
 
 @pytest.mark.usefixtures("_here")
-def test_a_graph_that_names_no_stream_fails(bundle: Callable[[str], Path], streamed: Reference, store: Path) -> None:
-    """Nothing is skipped silently: another tool's decoder cannot be located in."""
+def test_a_graph_without_a_residual_output_fails(
+    bundle: Callable[[str], Path], streamed: Reference, store: Path
+) -> None:
+    """A layer whose residual stream has another name is not skipped silently."""
     folder = bundle("genai")
     with edited(folder, "model") as graph:
         (stream,) = [v for node in graph for v in node.outputs if v.name == "residual.2"]
@@ -137,26 +141,26 @@ def test_the_reference_is_computed_once(tmp_path: Path, monkeypatch: pytest.Monk
     reference = Reference(open_checkpoint(MINIATURE), streamed=True)
     text = reference.prepare("Repeat: seven.", ())
     other = reference.prepare("Repeat: eight.", ())
-    asked: list[int] = []
+    calls: list[int] = []
     computed = Reference.hidden_states
 
-    def counted(self: Reference, *arguments: object) -> Trace:
-        asked.append(1)
+    def counting(self: Reference, *arguments: object) -> Trace:
+        calls.append(1)
         return computed(self, *arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Reference, "hidden_states", counted)
+    monkeypatch.setattr(Reference, "hidden_states", counting)
     first = trace_cache.traced(reference, text, tmp_path)
     again = trace_cache.traced(reference, text, tmp_path)
-    assert len(asked) == 1
-    for one, two in zip((*first.decoder, first.logits), (*again.decoder, again.logits), strict=True):
-        np.testing.assert_array_equal(one, two)
+    assert len(calls) == 1
+    for a, b in zip((*first.decoder, first.logits), (*again.decoder, again.logits), strict=True):
+        np.testing.assert_array_equal(a, b)
     trace_cache.traced(reference, other, tmp_path)
     trace_cache.traced(reference, text, tmp_path, (5,))
-    assert len(asked) == 3
+    assert len(calls) == 3
     for file in tmp_path.glob("*.safetensors"):
         file.write_bytes(file.read_bytes()[:100])
     np.testing.assert_array_equal(trace_cache.traced(reference, text, tmp_path).logits, first.logits)
-    assert len(asked) == 4
+    assert len(calls) == 4
     assert not list(tmp_path.glob("*.part"))
 
 
@@ -166,20 +170,20 @@ LOGITS = np.array([[0.0, 3.0, 2.9, 1.0], [4.0, 0.0, 1.0, 9.0], [0.0, 1.0, 0.0, 0
 @pytest.mark.parametrize(
     ("tokens", "measured", "ties"),
     [
-        pytest.param((1, 0, 1), 0, 0, id="the likeliest, but for the stop token"),
+        pytest.param((1, 0, 1), 0, 0, id="top-1, except for the stop token"),
         pytest.param((2, 0, 1), 0, 1, id="a near tie, and what comes after it"),
-        pytest.param((3, 0, 1), 3, 0, id="the third likeliest"),
+        pytest.param((3, 0, 1), 3, 0, id="top-3"),
         pytest.param((1, 2, 1), 2, 0, id="a clear lead"),
-        pytest.param((1, 3, 1), 2, 0, id="a stop token that was barred"),
+        pytest.param((1, 3, 1), 2, 0, id="a suppressed stop token"),
     ],
 )
-def test_tokens_given_are_compared_one_by_one(tokens: tuple[int, ...], measured: int, ties: int) -> None:
-    gate, near = forced("case", tokens, LOGITS, 0.05, [3])
+def test_teacher_forced_tokens_are_compared_with_top_1(tokens: tuple[int, ...], measured: int, ties: int) -> None:
+    gate, near = teacher_forced_gate("case", tokens, LOGITS, 0.05, [3])
     assert (gate.measured, len(near)) == (measured, ties)
 
 
 @pytest.mark.parametrize(("room", "kind"), [(0, "whole"), (-1, "layerwise")])
-def test_memory_decides_how(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, room: int, kind: str) -> None:
+def test_memory_decides_the_mode(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, room: int, kind: str) -> None:
     checkpoint = open_checkpoint(MINIATURE)
     monkeypatch.setattr(whole, "verify", lambda folder, target, reference: "whole")
     monkeypatch.setattr(whole, "verify_layerwise", lambda folder, target, reference, limit, store: "layerwise")

@@ -1,4 +1,4 @@
-"""What a bundle loses: nothing where there is nothing to lose, and each figure grows where weights are wrong."""
+"""Test quality measurements: no loss for an exact copy, and each figure grows with broken weights."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from builder.reference.model import Reference
 from builder.targets.recipe import Limits
 from builder.targets.recipe_file import load_recipe
 from builder.util.statistics import log_softmax
-from builder.verify.graphs.fp32_copy import write_twins
-from builder.verify.quality import PROSE, Compared, joined, quality_gates
+from builder.verify.graphs.fp32_copy import write_fp32_copy
+from builder.verify.quality import PROSE, CaseQuality, joined, quality_gates
 from builder.verify.report.gates import PLACES, Gate
 from builder.verify.self_test.edits import edited, numbers
 from tests.helpers.checkpoints import MINIATURE
@@ -38,9 +38,9 @@ def suite() -> Suite:
 
 
 def limits(recipe: str) -> Limits:
-    found = load_recipe(recipe).limits
-    assert found is not None
-    return found
+    allowed = load_recipe(recipe).limits
+    assert allowed is not None
+    return allowed
 
 
 def measured(folder: Path, reference: Reference, allowed: Limits) -> tuple[list[Gate], dict[str, Any]]:
@@ -48,10 +48,10 @@ def measured(folder: Path, reference: Reference, allowed: Limits) -> tuple[list[
 
 
 def test_nothing_is_lost_against_its_own_weights(finished: Callable[[str], Path], tmp_path: Path) -> None:
-    """The fp32 twin against PyTorch on the bundle's weights: every figure is that of an exact artifact."""
-    write_twins(finished("int4"), tmp_path / "twin")
+    """The fp32 copy equals PyTorch on the bundle's own weights."""
+    write_fp32_copy(finished("int4"), tmp_path / "fp32_copy")
     write_dequantized(finished("int4"), open_checkpoint(MINIATURE), "fp32", tmp_path / "own")
-    gates, facts = measured(tmp_path / "twin", Reference(open_checkpoint(tmp_path / "own")), NO_LOSS)
+    gates, facts = measured(tmp_path / "fp32_copy", Reference(open_checkpoint(tmp_path / "own")), NO_LOSS)
     assert all(gate.ok for gate in gates), gates
     assert [place for place in PLACES if place in {gate.place for gate in gates}] == list(QUALITY)
     assert facts["positions"]["same top-1"] == 1
@@ -63,7 +63,7 @@ def test_nothing_is_lost_against_its_own_weights(finished: Callable[[str], Path]
 
 
 def scaled(folder: Path, **factors: float) -> None:
-    """The scales of each matrix whose name holds one of those parts, times its factor."""
+    """Multiply the scales of each matrix whose name contains a key by its factor."""
     with edited(folder, DECODER) as graph:
         for name, value in graph.initializers.items():
             for part, factor in factors.items():
@@ -85,20 +85,20 @@ def test_the_recipe_passes_and_one_layer_fails_the_distribution(
     gates, after = measured(folder, reference, limits("int4"))
     assert {"KL divergence", "top-1 disagreement"} <= failed_places(gates), gates
     assert after["positions"]["kl mean"] > 2 * before["positions"]["kl mean"]
-    # What lies before that layer is as it was.
+    # Layers before it are unchanged.
     assert after["drift"][1] == pytest.approx(before["drift"][1], rel=0.5)
     assert after["drift"][2] > 2 * before["drift"][2]
 
 
-def test_a_head_that_is_too_sure_fails_the_perplexity(lossy: Callable[[str], Path], reference: Reference) -> None:
-    """Its likeliest tokens are the right ones: only what looks at probabilities can see it."""
+def test_an_overconfident_head_fails_the_perplexity(lossy: Callable[[str], Path], reference: Reference) -> None:
+    """Its top-1 tokens are correct, so only gates on probabilities can catch it."""
     folder = lossy("int4")
     scaled(folder, lm_head=2.0)
     gates, _ = measured(folder, reference, limits("int4"))
     assert failed_places(gates) == {"KL divergence", "perplexity"}, gates
 
 
-def test_layers_that_are_gone_fail_what_is_generated(lossy: Callable[[str], Path], reference: Reference) -> None:
+def test_zeroed_layers_fail_the_generated_tokens(lossy: Callable[[str], Path], reference: Reference) -> None:
     folder = lossy("int4")
     scaled(folder, layers_1_=0.0, layers_2_=0.0, layers_3_=0.0)
     gates, facts = measured(folder, reference, limits("int4"))
@@ -110,7 +110,7 @@ def test_layers_that_are_gone_fail_what_is_generated(lossy: Callable[[str], Path
     assert facts["largest lead"] > 3
 
 
-def test_log_softmax_is_torchs_and_stands_large_logits() -> None:
+def test_log_softmax_equals_torchs_and_handles_large_logits() -> None:
     logits = np.random.default_rng(0).standard_normal((5, 97)).astype(np.float32) * 30
     want = torch.log_softmax(torch.from_numpy(logits).double(), -1).numpy()
     np.testing.assert_allclose(log_softmax(logits), want, atol=1e-12)
@@ -119,10 +119,10 @@ def test_log_softmax_is_torchs_and_stands_large_logits() -> None:
     np.testing.assert_array_equal(large, [[0, -1e4, -2e4]])
 
 
-def test_figures_are_over_all_positions_alike() -> None:
-    """A case of many positions counts for as many, not for one."""
+def test_figures_weigh_all_positions_equally() -> None:
+    """A case counts once per position."""
     case = Case("any", "", ())
-    one = Compared(case, (1,), np.array([1.0]), np.array([False]), [0.0], 0.0, "")
+    one = CaseQuality(case, (1,), np.array([1.0]), np.array([False]), [0.0], 0.0, "")
     many = replace(one, kl=np.zeros(199), same=np.ones(199, bool))
     assert joined([one, many]) == {
         "positions": 200,

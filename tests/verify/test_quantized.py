@@ -1,4 +1,4 @@
-"""A bundle that is not exact: its graphs are proved, its losses measured, by the terms in its manifest."""
+"""Test lossy bundles: graphs are verified exactly, losses within the limits of the manifest."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _few(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def edit_recipe(bundle: Path, **changes: Any) -> None:
-    """What the manifest says that was built."""
+    """Change the recipe in the manifest."""
     path = bundle / MANIFEST
     manifest = dict(read_json(path))
     manifest["recipe"] = {**manifest["recipe"], **changes}
@@ -59,13 +59,13 @@ def test_the_miniature_passes_in_every_place(finished: Callable[[str], Path]) ->
     proved = [gate["case"] for gate in found["gates"] if gate["place"] == "decoder prefill"]
     assert all(any(case.startswith(name) for case in proved) for name in ("text", "one image", "wide, tall"))
     assert found["facts"]["quality"]["positions"]["positions"] > 1000
-    assert len(found["facts"]["weights"]) == len({one["tensor"] for one in found["facts"]["weights"]}) > 40
+    assert len(found["facts"]["weights"]) == len({weight["tensor"] for weight in found["facts"]["weights"]}) > 40
 
 
 @pytest.mark.usefixtures("_few")
-def test_the_terms_of_a_bundle_are_those_of_its_manifest(lossy: Callable[[str], Path]) -> None:
+def test_the_limits_of_a_bundle_are_those_of_its_manifest(lossy: Callable[[str], Path]) -> None:
     folder = lossy("int4")
-    loose = {**LIMITS, "kl_mean": 0.5, "kl_p99": 2.0, "same_top": 0.8}  # thirty positions are not the suite's
+    loose = {**LIMITS, "kl_mean": 0.5, "kl_p99": 2.0, "same_top": 0.8}  # only thirty positions instead of the suite's
     edit_recipe(folder, limits=loose)
     report = whole.verify_bundle(folder, open_checkpoint(MINIATURE))
     assert report.verdict == "passed", shown(report)
@@ -79,7 +79,7 @@ def test_the_terms_of_a_bundle_are_those_of_its_manifest(lossy: Callable[[str], 
 
 
 @pytest.mark.usefixtures("_few")
-def test_without_terms_a_bundle_has_to_be_exact(lossy: Callable[[str], Path]) -> None:
+def test_without_limits_a_bundle_has_to_be_exact(lossy: Callable[[str], Path]) -> None:
     folder = lossy("int4")
     edit_recipe(folder, limits=None)
     report = whole.verify_bundle(folder, open_checkpoint(MINIATURE))
@@ -94,7 +94,7 @@ def test_without_terms_a_bundle_has_to_be_exact(lossy: Callable[[str], Path]) ->
         pytest.param({"limits": {"weight": 0.1}}, id="limits that are missing"),
         pytest.param({"limits": {**LIMITS, "speed": 1}}, id="a limit of nothing"),
         pytest.param({"limits": {**LIMITS, "weight": "x"}}, id="a limit of another type"),
-        pytest.param({"limits": [1, 2]}, id="no table"),
+        pytest.param({"limits": [1, 2]}, id="not a table"),
     ],
 )
 def test_limits_that_cannot_be_read_are_refused(lossy: Callable[[str], Path], changes: dict[str, Any]) -> None:
@@ -114,10 +114,10 @@ def test_limits_that_cannot_be_read_are_refused(lossy: Callable[[str], Path], ch
         pytest.param(deepstack_levels_swapped, {"deepstack features"}, id="DeepStack"),
     ],
 )
-def test_what_is_broken_is_named_first(
+def test_the_first_difference_is_at_the_broken_place(
     lossy: Callable[[str], Path], change: Callable[[Path, str], None], places: set[str]
 ) -> None:
-    """Weights are proved apart from graphs: the twin of wrong weights equals PyTorch on the same wrong weights."""
+    """Weights are verified separately: the fp32 copy equals PyTorch even on broken weights."""
     folder = lossy("int4")
     change(folder, "genai")
     report = whole.verify_bundle(folder, open_checkpoint(MINIATURE))
@@ -147,8 +147,8 @@ def test_an_added_case_reaches_the_fp32_copy(
     assert compared == ["one image", "wide, tall", "text", "mine"]
 
 
-def test_what_this_machine_cannot_compute_is_said(built: Built, reference: Reference, tmp_path: Path) -> None:
-    """bf16 for CUDA: no product of that type on the CPU, and no such provider."""
+def test_places_that_cannot_run_here_are_reported(built: Built, reference: Reference, tmp_path: Path) -> None:
+    """bf16 for CUDA: the CPU provider has no bf16 MatMul, and there is no CUDA provider."""
     recipe = load_recipe("bf16")
     folder = built(MINIATURE, recipe) / "genai"
     assert recipe.limits is not None

@@ -1,4 +1,4 @@
-"""`verify_bundle` and its command: what is refused, what is written, what cannot pass."""
+"""Test `verify_bundle` and its command: errors, files written, failing bundles."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _few(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def files(folder: Path) -> Mapping[str, tuple[int, str]]:
-    """Everything outside `evidence/`: when it was written, and what."""
+    """Return modification time and digest of every file outside `evidence/`."""
     paths = (path for path in sorted(folder.rglob("*")) if path.is_file())
     named = {path.relative_to(folder).as_posix(): path for path in paths}
     return {
@@ -58,7 +58,7 @@ def command(bundle: Path, reference: Path) -> tuple[int, dict[str, Any]]:
     return result.exit_code, payload
 
 
-def test_the_whole_suite_is_every_case_and_the_held_out_set(miniature: Path, tmp_path: Path) -> None:
+def test_the_complete_suite_is_every_case_and_the_held_out_set(miniature: Path, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(miniature)
     suite = whole_suite(checkpoint, tmp_path)
     assert [case for case in suite.cases if not any(case.drawn)] == list(shipped_cases())
@@ -69,7 +69,7 @@ def test_the_whole_suite_is_every_case_and_the_held_out_set(miniature: Path, tmp
     assert all(path.is_file() for case in (*suite.cases, *suite.tasks) for path in case.images)
 
 
-def test_a_folder_without_a_manifest_is_no_bundle(tmp_path: Path, miniature: Path) -> None:
+def test_a_folder_without_a_manifest_is_not_a_bundle(tmp_path: Path, miniature: Path) -> None:
     with pytest.raises(BundleError, match="is not a bundle"):
         whole.verify_bundle(tmp_path, open_checkpoint(miniature))
     code, payload = command(tmp_path, miniature)
@@ -93,9 +93,7 @@ def test_a_graph_that_does_not_load_is_named(bundle: Callable[[str], Path], mini
 
 
 @pytest.mark.parametrize("target", ["genai", "onnxruntime"])
-def test_settings_that_cannot_be_carried_out_are_refused(
-    bundle: Callable[[str], Path], miniature: Path, target: str
-) -> None:
+def test_incomplete_settings_are_refused(bundle: Callable[[str], Path], miniature: Path, target: str) -> None:
     folder = bundle(target)
     _own_copy(folder / "pipeline.json")
     edit_json("pipeline.json", lambda settings: settings.pop("image_token"))(folder)
@@ -106,7 +104,7 @@ def test_settings_that_cannot_be_carried_out_are_refused(
 
 @pytest.mark.usefixtures("_few")
 @pytest.mark.parametrize("target", ["genai", "onnxruntime"])
-def test_nothing_but_evidence_is_written(
+def test_only_evidence_is_written(
     bundle: Callable[[str], Path],
     miniature_built: Path,
     miniature: Path,
@@ -114,7 +112,7 @@ def test_nothing_but_evidence_is_written(
     target: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """An earlier report is replaced; where it is linked from, it stays."""
+    """An earlier report is replaced, without writing through its hard link."""
     folder = bundle(target)
     elsewhere = tmp_path / "elsewhere.json"
     elsewhere.write_text("an earlier report")
@@ -152,7 +150,7 @@ def test_other_weights_fail(bundle: Callable[[str], Path], miniature: Path, tmp_
 
 @pytest.mark.usefixtures("_few")
 @pytest.mark.parametrize("target", ["genai", "onnxruntime"])
-def test_another_architecture_fails_in_words(
+def test_another_architecture_fails_with_a_reason(
     bundle: Callable[[str], Path], checkpoint: Callable[[str], Path], target: str
 ) -> None:
     code, payload = command(bundle(target), checkpoint("deepstack0"))
@@ -161,8 +159,8 @@ def test_another_architecture_fails_in_words(
     assert any(gate["measured"] == "inf" and gate["detail"] for gate in payload["gates"])
 
 
-def test_a_runtime_that_throws_fails_the_gate(bundle: Callable[[str], Path], reference: Reference) -> None:
-    """Patches of another size than the graph was made for."""
+def test_a_runtime_that_raises_fails_the_gate(bundle: Callable[[str], Path], reference: Reference) -> None:
+    """The patch size differs from the graph's."""
     folder = bundle("onnxruntime")
     patch_size_changed(folder, "onnxruntime")
     report = whole.verify(folder, "onnxruntime", reference, SUITE)
@@ -183,7 +181,7 @@ def test_the_error_of_a_broken_decoder_excuses_no_token(bundle: Callable[[str], 
     assert logit_error == pytest.approx(FP32 * spread)
 
 
-def test_a_user_error_within_a_gate_stays_one() -> None:
+def test_a_user_error_within_a_gate_propagates() -> None:
     def throw(error: Exception) -> list[Gate]:
         raise error
 

@@ -1,7 +1,6 @@
-"""A golden's file: what PyTorch made of every case, as data.
+"""The file format of a golden: PyTorch's outputs for every case.
 
-In: a path, or a `Golden`. Out: the other. Guaranteed: what is read is of this format, and whole; an unknown key is an
-error; one case is one line, so that two files can be compared.
+Each case is one line, so that two files can be diffed. Unknown keys are errors.
 """
 
 from __future__ import annotations
@@ -29,8 +28,13 @@ Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 @checked(frozen=True, config=_STRICT)
 class Sample:
-    """Some values of a tensor: flat indices, values as hex floats with spaces between, the tensor's standard
-    deviation as a hex float (0 where it is constant)."""
+    """Some values of a tensor.
+
+    Args:
+        std: standard deviation of the complete tensor as a hex float; 0 if it is constant.
+        at: flat indices.
+        values: hex floats separated by spaces.
+    """
 
     shape: tuple[int, ...]
     std: str
@@ -40,7 +44,7 @@ class Sample:
 
 @checked(frozen=True, config=_STRICT)
 class ImageDigest:
-    """SHA-256 of an image's file (None: it was drawn) and of its decoded RGB, with its size, width first."""
+    """SHA-256 of an image's file (None if synthetic) and of its decoded RGB, and its (width, height)."""
 
     file: Digest | None
     rgb: Digest
@@ -49,20 +53,21 @@ class ImageDigest:
 
 @checked(frozen=True, config=_STRICT)
 class GoldenCase:
-    """What PyTorch makes of one case.
+    """PyTorch's inputs and outputs for one case.
 
     Args:
-        digest: of all that the case says, see `builder.verify.golden.record.case_digest`.
-        input_ids: of the whole prompt.
+        digest: see `builder.verify.golden.record.case_digest`.
+        input_ids: token ids of the prompt.
+        position_ids: SHA-256 of [3, 1, seq] int64.
         pixel_values: SHA-256 of each image's rows, float32.
         grids: [images, 3].
-        position_ids: SHA-256 of [3, 1, seq] int64.
-        vision: behind each block of the vision encoder.
-        features: main, then each DeepStack level.
+        vision: the residual stream after each block of the vision encoder.
+        features: main features, then each DeepStack level.
         embeddings: with the features merged, then each DeepStack input.
-        decoder: behind each layer.
-        logits: of `builder.verify.golden.record.POSITIONS`, one row each: the largest, then some of the rest.
-        tokens, margins: greedy, stop tokens barred; PyTorch's lead at each, hex floats.
+        decoder: the residual stream after each layer.
+        logits: a row for each of `builder.verify.golden.record.POSITIONS`: the largest logits, then some of the rest.
+        tokens: greedy, with stop tokens suppressed.
+        margins: PyTorch's lead at each token, hex floats separated by spaces.
     """
 
     name: str
@@ -83,15 +88,15 @@ class GoldenCase:
 
 @checked(frozen=True, config=_STRICT)
 class Task:
-    """A held-out set: the digest of its questions and images, and PyTorch's answers in its order."""
+    """A held-out set: the digest of its prompts and images, and PyTorch's answers in order."""
 
     digest: Digest
     answers: tuple[str, ...]
 
 
 @checked(frozen=True, config=_STRICT)
-class Made:
-    """A checkpoint as a golden (and a bundle's manifest) knows it; `files` are SHA-256 by name."""
+class CheckpointIdentity:
+    """Identifies a checkpoint in a golden or a bundle's manifest; `files` maps names to SHA-256."""
 
     name: str
     revision: str | None
@@ -101,10 +106,10 @@ class Made:
 
 @checked(frozen=True, config=_STRICT)
 class Golden:
-    """All of a file. `limits` are what images are drawn by (patch, merge, least, most)."""
+    """The content of a golden file; `limits` are those of synthetic images (patch, merge, least, most)."""
 
     format: Literal[1, 2]
-    checkpoint: Made
+    checkpoint: CheckpointIdentity
     versions: dict[str, str]
     limits: tuple[int, int, int, int]
     image_token_id: int
@@ -114,15 +119,15 @@ class Golden:
 
 
 def floats(text: str) -> npt.NDArray[np.float64]:
-    """float64 values of hex floats with spaces between."""
-    return np.array([float.fromhex(one) for one in text.split()], np.float64)
+    """Parse hex floats separated by spaces."""
+    return np.array([float.fromhex(value) for value in text.split()], np.float64)
 
 
 def read_golden(path: Path) -> Golden:
-    """The golden in `path`.
+    """Read and validate a golden.
 
     Raises:
-        GoldenError: no golden, of another version of the format, or not whole.
+        GoldenError: the file cannot be read, has another format version, or is incomplete or malformed.
     """
     try:
         with path.open("rb") as file:
@@ -130,26 +135,28 @@ def read_golden(path: Path) -> Golden:
         document = json.loads(content) if len(content) <= MAX_BYTES else None
     except OSError as error:
         raise GoldenError(
-            f"the golden {path} cannot be read", expected="a file that can be", found=error.strerror
+            f"the golden {path} cannot be read", expected="a readable file", found=error.strerror
         ) from None
     except (ValueError, RecursionError) as error:
-        raise GoldenError(f"the golden {path} is not whole", expected="JSON", found=error) from None
-    found = document.get("format") if isinstance(document, dict) else None
+        raise GoldenError(f"the golden {path} is incomplete or malformed", expected="JSON", found=error) from None
+    version = document.get("format") if isinstance(document, dict) else None
     document = upgraded_keys(document)
-    if found not in (1, FORMAT):
-        raise GoldenError(f"{path} is no golden of this version", expected=f'"format": {FORMAT}', found=found)
+    if version not in (1, FORMAT):
+        raise GoldenError(f"{path} is not a golden of this version", expected=f'"format": {FORMAT}', found=version)
     try:
         return TypeAdapter(Golden).validate_python(document)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"])
         raise GoldenError(
-            f"the golden {path} is not whole: `{where}`", expected=first["msg"], found=repr(first["input"])[:200]
+            f"the golden {path} is incomplete or malformed: `{where}`",
+            expected=first["msg"],
+            found=repr(first["input"])[:200],
         ) from None
 
 
 def text(golden: Golden) -> str:
-    """JSON with one case, or one fact, a line."""
+    """Serialize as JSON with one line per case and per other key."""
     document = asdict(golden)
     cases = document.pop("cases")
     head = [f"{json.dumps(key)}: {_compact(value)}" for key, value in document.items()]

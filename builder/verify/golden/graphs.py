@@ -1,7 +1,7 @@
-"""The three graphs of a bundle, one after the other, against a golden's samples.
+"""Compare the three graphs of a bundle, run in sequence, with a golden's samples.
 
-The graphs are those that ship, in sessions that give the residual stream after each layer as well; a graph is given
-what the one before it computed, so that the first gate that fails is where a difference began.
+The sessions also output the residual stream after each layer. Each graph is given the previous graph's outputs, so the
+first failing gate is where a difference began.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from builder.verify.tolerances import FP32
 def graph_gates(
     graphs: Graphs, golden: Golden, case: GoldenCase, inputs: Inputs, limit: float = FP32
 ) -> tuple[list[Gate], float]:
-    """Features, embeddings and logits of a case, as far as the golden has them.
+    """Compare the features, embeddings and logits that the golden has for a case.
 
     Args:
         graphs: loaded with `layer_outputs`.
@@ -55,7 +55,7 @@ def graph_gates(
             gates += compare.decoder_gates(known, graphs.packed, row, results)
     except BuildError:
         raise
-    except Exception as error:  # each runtime throws errors of its own for what its graphs cannot take
+    except Exception as error:  # each runtime raises its own exception types
         gates.append(uncomputed(place, case.name, error))
     spread = max((float.fromhex(sample.std) for sample in case.logits), default=0.0)
     return gates, compare.logit_error(gates, limit, spread)

@@ -1,8 +1,6 @@
-"""Goldens: what PyTorch makes of every case, kept in one small file, so that a bundle can be verified without PyTorch.
+"""Record a golden: PyTorch's outputs for every case in a small file, to verify bundles without PyTorch.
 
-In: a checkpoint and cases. Out: a JSON file: inputs as digests, outputs as samples with the scale of their tensor,
-greedy tokens with PyTorch's lead at each. Guaranteed: figures are kept to the last bit (hex floats); a file names the
-checkpoint, the cases and the versions that it was made from; what is read is of this format, and whole.
+Inputs are stored as digests, outputs as samples in hex floats (lossless), tokens with PyTorch's lead at each.
 """
 
 from __future__ import annotations
@@ -27,7 +25,7 @@ from builder.util.errors import GoldenError, ResourceError
 from builder.util.files import sha256, write_text
 from builder.util.progress import progress
 from builder.util.units import size
-from builder.verify.golden.file import FORMAT, Golden, GoldenCase, ImageDigest, Made, Sample, Task, text
+from builder.verify.golden.file import FORMAT, CheckpointIdentity, Golden, GoldenCase, ImageDigest, Sample, Task, text
 from builder.verify.graphs.compare import ENDS
 from builder.verify.memory_budget import verify_memory, verify_mode
 
@@ -35,23 +33,23 @@ if TYPE_CHECKING:
     from builder.reference.model import Prompt, Reference
 
 Array = npt.NDArray[Any]
-SAMPLES = 64  # of a tensor; of a layer's residual stream, half of it
-TOP = 8  # largest logits of a position
-TOKENS, TASK_TOKENS = 32, 16  # greedy tokens of a case, at most, and of a held-out answer
+SAMPLES = 64  # per tensor; half as many per residual stream
+TOP = 8  # largest logits kept per position
+TOKENS, TASK_TOKENS = 32, 16  # maximum number of greedy tokens of a case, and of a held-out answer
 MADE_WITH = ("torch", "transformers", "numpy", "pillow", "tokenizers")
-POSITIONS = tuple(end - 1 for end in ENDS)  # of which logits are compared: the last of each call of the decoder
+POSITIONS = tuple(end - 1 for end in ENDS)  # where logits are compared: the last position of each decoder call
 
 
 def write_golden(reference: Reference, output: Path, more: Sequence[Path] = ()) -> Golden:
-    """Runs PyTorch on every case and keeps what it gave.
+    """Run PyTorch on every case and write its outputs.
 
     Args:
-        output: the file, replaced as a whole.
-        more: files of cases besides the shipped ones, or folders of them.
+        output: the golden file; replaced atomically.
+        more: additional case files, or folders of them.
 
     Raises:
         CasesError: see `builder.reference.cases.read_cases`.
-        GoldenError: `output` cannot be written.
+        GoldenError: `output` is not writable.
     """
     checkpoint = reference.checkpoint
     limits, tasks = SizeLimits.of(checkpoint), held_out(checkpoint)
@@ -67,7 +65,7 @@ def write_golden(reference: Reference, output: Path, more: Sequence[Path] = ()) 
             advance()
     golden = Golden(
         FORMAT,
-        made_from(checkpoint),
+        checkpoint_identity(checkpoint),
         {name: version(name) for name in MADE_WITH},
         (limits.patch, limits.merge, limits.least, limits.most),
         checkpoint.image_token_id,
@@ -81,7 +79,7 @@ def write_golden(reference: Reference, output: Path, more: Sequence[Path] = ()) 
     except OSError as error:
         raise GoldenError(
             f"{output} cannot be written",
-            expected="a file that can be",
+            expected="a writable file",
             found=error.strerror,
             next="give another --output",
         ) from None
@@ -89,29 +87,29 @@ def write_golden(reference: Reference, output: Path, more: Sequence[Path] = ()) 
 
 
 def golden_of(checkpoint: Checkpoint, output: Path, more: Sequence[Path] = (), memory: int | None = None) -> Golden:
-    """`write_golden` of a checkpoint.
+    """Load a checkpoint and call `write_golden`.
 
     Args:
-        memory: bytes that may be used; None for all that this process may have.
+        memory: bytes that may be used; None for the limit of this process.
 
     Raises:
-        ResourceError: PyTorch with all of the checkpoint does not fit in memory.
+        ResourceError: the complete checkpoint does not fit in memory in PyTorch.
     """
     from builder.reference.model import Reference
 
     available = machine.memory_limit() if memory is None else memory
     if verify_mode(checkpoint, available) != "whole":
         raise ResourceError(
-            "a golden needs PyTorch with the whole checkpoint in memory",
+            "a golden needs the complete checkpoint in memory, in PyTorch",
             expected=f"about {size(verify_memory(checkpoint)[0])}",
             found=size(available),
-            next="make it on a machine with more memory; the file is small, and is used anywhere",
+            next="make it on a machine with more memory; the file is small and can be used anywhere",
         )
     return write_golden(Reference(checkpoint), output, more)
 
 
 def golden_case(case: Case, reference: Reference) -> GoldenCase:
-    """Everything that the case's checks ask for, from PyTorch."""
+    """Compute the outputs that the case's checks need."""
     prompt = _prepared(case, reference)
     kept: dict[str, Any] = {}
     if prompt.pixel_values is not None and prompt.image_grid_thw is not None:
@@ -145,8 +143,8 @@ def _traced(case: Case, reference: Reference, prompt: Prompt) -> dict[str, tuple
         "decoder": _samples(case, "decoder", trace.decoder, SAMPLES // 2),
         "logits": tuple(_logits(case, trace.logits[position], position) for position in POSITIONS),
     }
-    asked = {"features": ("vision", "features"), "embeddings": ("embeddings",), "decoder": ("decoder", "logits")}
-    return {name: kept[name] for check, names in asked.items() if check in case.checks for name in names}
+    of_check = {"features": ("vision", "features"), "embeddings": ("embeddings",), "decoder": ("decoder", "logits")}
+    return {name: kept[name] for check, names in of_check.items() if check in case.checks for name in names}
 
 
 def _prepared(case: Case, reference: Reference) -> Prompt:
@@ -154,11 +152,11 @@ def _prepared(case: Case, reference: Reference) -> Prompt:
 
 
 def _samples(case: Case, place: str, tensors: Sequence[Array], count: int = SAMPLES) -> tuple[Sample, ...]:
-    return tuple(sampled(one, f"{case.name} {place} {number}", count) for number, one in enumerate(tensors))
+    return tuple(sampled(tensor, f"{case.name} {place} {n}", count) for n, tensor in enumerate(tensors))
 
 
 def sampled(tensor: Array, seed: str, count: int = SAMPLES) -> Sample:
-    """`count` values, one from each of as many stretches of equal length: every part of a tensor has its samples."""
+    """Sample `count` values, one from each of `count` equal stretches, so that every part of the tensor is covered."""
     rng = np.random.default_rng(int(hashlib.sha256(seed.encode()).hexdigest()[:16], 16))
     edges = np.linspace(0, tensor.size, min(count, tensor.size) + 1).astype(np.int64)
     return _sample(tensor, rng.integers(edges[:-1], edges[1:]))
@@ -173,54 +171,54 @@ def _logits(case: Case, row: Array, position: int) -> Sample:
 def _sample(tensor: Array, at: Array) -> Sample:
     std = float(tensor.std(dtype=np.float64)) if tensor.size else 0.0
     values = " ".join(_hex(float(value)) for value in tensor.reshape(-1)[at])
-    return Sample(tuple(tensor.shape), _hex(std), tuple(int(one) for one in at), values)
+    return Sample(tuple(tensor.shape), _hex(std), tuple(map(int, at)), values)
 
 
 def _hex(value: float) -> str:
-    """`float.hex` without the zeros that fill it up; `float.fromhex` reads both."""
+    """`float.hex` without trailing zeros; `float.fromhex` reads both."""
     mantissa, _, exponent = value.hex().partition("p")
-    whole, _, part = mantissa.partition(".")
+    integer, _, part = mantissa.partition(".")
     digits = part.rstrip("0")
-    return f"{whole}{'.' if digits else ''}{digits}p{exponent}" if exponent else mantissa
+    return f"{integer}{'.' if digits else ''}{digits}p{exponent}" if exponent else mantissa
 
 
 def digest(array: Array) -> str:
-    """SHA-256 (hex) of an array's type, shape and bytes."""
+    """Return the SHA-256 (hex) of an array's dtype, shape and bytes."""
     head = f"{array.dtype.str} {tuple(array.shape)} ".encode()
     return hashlib.sha256(head + np.ascontiguousarray(array).tobytes()).hexdigest()
 
 
 def pixel_digests(pixels: Array, grids: Array) -> tuple[str, ...]:
-    """Of each image's rows of pixel_values [patches, …]; grids [images, 3]."""
+    """Return the digest of each image's rows of pixel_values [patches, …]; grids: [images, 3]."""
     ends = np.cumsum(grids.prod(axis=1))[:-1]
     return tuple(digest(rows) for rows in np.split(pixels, ends))
 
 
 def image_digests(case: Case) -> tuple[ImageDigest, ...]:
-    """Of each image of a case, decoded as a bundle's client decodes it."""
-    marks = []
+    """Return the digests of each image of a case, decoded as a bundle's client decodes it."""
+    digests = []
     for number, path in enumerate(case.images):
         image = load_image(path)
         rgb = hashlib.sha256(image.tobytes()).hexdigest()
-        drawn = case.drawn and case.drawn[number]
-        marks.append(ImageDigest(None if drawn else sha256(path), rgb, image.size))
-    return tuple(marks)
+        synthetic = case.drawn and case.drawn[number]
+        digests.append(ImageDigest(None if synthetic else sha256(path), rgb, image.size))
+    return tuple(digests)
 
 
 def case_digest(case: Case) -> str:
-    """SHA-256 of all that decides what PyTorch makes of a case, but the way in which its image files are decoded."""
-    marks = [mark.file or mark.rgb for mark in image_digests(case)]
-    said = [case.name, case.prompt, marks, case.checks, case.tolerance, case.max_new_tokens, case.lifted]
-    return hashlib.sha256(json.dumps(said).encode()).hexdigest()
+    """Return the SHA-256 of everything that determines a case's outputs, except how its image files are decoded."""
+    images = [image.file or image.rgb for image in image_digests(case)]
+    content = [case.name, case.prompt, images, case.checks, case.tolerance, case.max_new_tokens, case.lifted]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def task_digest(tasks: Sequence[Case]) -> str:
-    """SHA-256 of a held-out set's questions and images."""
-    said = [[task.name, task.prompt, [sha256(path) for path in task.images]] for task in tasks]
-    return hashlib.sha256(json.dumps(said).encode()).hexdigest()
+    """Return the SHA-256 of a held-out set's prompts and images."""
+    content = [[task.name, task.prompt, [sha256(path) for path in task.images]] for task in tasks]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def made_from(checkpoint: Checkpoint) -> Made:
-    """What tells this checkpoint from every other; reads all its bytes."""
+def checkpoint_identity(checkpoint: Checkpoint) -> CheckpointIdentity:
+    """Identify a checkpoint by the digests of all its files."""
     files = {name: sha256(checkpoint.folder / name) for name in checkpoint.files}
-    return Made(checkpoint.name, checkpoint.revision, checkpoint.config_digest, files)
+    return CheckpointIdentity(checkpoint.name, checkpoint.revision, checkpoint.config_digest, files)

@@ -1,8 +1,7 @@
-"""Prove that a bundle equals PyTorch, without PyTorch: against a golden.
+"""Verify that a bundle equals PyTorch against a golden, without importing torch or transformers.
 
-Neither torch nor transformers is imported. A golden of another checkpoint, of other cases or images, or of another
-format is refused; an image that this machine's decoder reads differently is reported as that, and what depends on it
-as not run.
+A golden of another checkpoint, of other cases or images, or of another format is refused. An image that this machine
+decodes differently fails its own gate, and the rest of its case is not run.
 """
 
 from __future__ import annotations
@@ -29,15 +28,15 @@ from builder.util.errors import GoldenError, VerificationError
 from builder.util.json_files import read_json
 from builder.util.progress import progress
 from builder.util.versions import version
-from builder.verify.golden.file import Golden, GoldenCase, floats, read_golden
+from builder.verify.golden.file import CheckpointIdentity, Golden, GoldenCase, floats, read_golden
 from builder.verify.golden.graphs import graph_gates
 from builder.verify.golden.record import (
     MADE_WITH,
     TASK_TOKENS,
     case_digest,
+    checkpoint_identity,
     digest,
     image_digests,
-    made_from,
     pixel_digests,
     task_digest,
 )
@@ -46,10 +45,10 @@ from builder.verify.image_preprocessor import golden_preprocessor_gates
 from builder.verify.report.context import of_bundle
 from builder.verify.report.gates import Gate, Report, compare_exact, guarded, guarded_pair
 from builder.verify.report.write import write
-from builder.verify.tokens import NearTies, answer_from, compare
+from builder.verify.tokens import NearTies, answer_from, compare_tokens
 from builder.verify.tolerances import limit
 from builder.verify.whole import failed as verify_failed
-from builder.verify.whole import unplayed
+from builder.verify.whole import runtime_not_run
 
 RUNNING = ("onnxruntime", "onnxruntime-genai", "tokenizers", "pillow", "numpy")
 PART = "golden"  # of a bundle's evidence/
@@ -57,23 +56,23 @@ REMAKE = "qwen3vl-onnx golden CHECKPOINT --output {}"
 
 
 def verify_golden(bundle: Path, path: Path, more: Sequence[Path] = (), checkpoint: Checkpoint | None = None) -> Report:
-    """All gates of a bundle that a golden has figures for.
+    """Compute all gates of a bundle that a golden covers.
 
     Args:
         path: of the golden.
-        more: the cases files (or folders) that it was made with besides the shipped ones.
-        checkpoint: its held-out set is next to it; None leaves that out, and says so.
+        more: additional case files (or folders) that the golden was made with.
+        checkpoint: for its held-out set, which is reported as not run if None.
 
     Raises:
-        GoldenError: see the module.
-        BundleError: no bundle, or a graph or a setting that its runtime cannot open.
+        GoldenError: see the module docstring.
+        BundleError: `bundle` is not a bundle, or its runtime cannot open a graph or a settings file.
         CasesError: see `builder.reference.cases.read_cases`.
     """
     golden, target = read_golden(path), check_bundle(bundle)
     _check_made_from(golden, path, bundle, checkpoint)
     runner = open_runner(bundle, target)
-    with TemporaryDirectory() as drawn:
-        cases = placed(read_cases((SUITE, *more)), SizeLimits(*golden.limits), Path(drawn))
+    with TemporaryDirectory() as images:
+        cases = placed(read_cases((SUITE, *more)), SizeLimits(*golden.limits), Path(images))
         _check_cases(golden, path, cases)
         graphs = Graphs.load(bundle, GRAPHS[target].packed, golden.hidden, layer_outputs=True)
         report = _report(target, golden, cases, runner, graphs, checkpoint)
@@ -83,7 +82,7 @@ def verify_golden(bundle: Path, path: Path, more: Sequence[Path] = (), checkpoin
 def verify_bundle_golden(
     bundle: Path, path: Path, more: Sequence[Path] = (), checkpoint: Checkpoint | None = None
 ) -> Report:
-    """`verify_golden`, and its report in `evidence/golden/`: the one of the comparison with PyTorch stays."""
+    """Run `verify_golden` and write its report to `evidence/golden/`, next to that of the comparison with PyTorch."""
     evidence = own_evidence(bundle, PART)
     report = verify_golden(bundle, path, more, checkpoint)
     write(report, evidence, of_bundle(bundle))
@@ -91,7 +90,7 @@ def verify_bundle_golden(
 
 
 def failed(report: Report, folder: Path) -> VerificationError:
-    """The error that says where the first difference is, and whether it is the bundle's or this machine's decoder's."""
+    """Return the error for a report that failed, which distinguishes the bundle from this machine's image decoder."""
     failing = [gate for gate in report.gates if not gate.ok]
     decoded = [gate for gate in failing if gate.place == "decoded image"]
     if not decoded or len(decoded) < len(failing):
@@ -99,11 +98,11 @@ def failed(report: Report, folder: Path) -> VerificationError:
         return verify_failed(others, folder)
     first = decoded[0]
     return VerificationError(
-        f"an image is decoded in another way than where the golden was made; {report.target} is not to blame: "
+        f"an image is decoded differently than where the golden was made; {report.target} is not at fault: "
         f"{first.case}",
         expected="the same RGB from the same file",
         found=first.detail,
-        next=f"make the golden with this Pillow, or use the other one; read {folder / 'parity.txt'}",
+        next=f"make the golden with this Pillow version, or install the other one; read {folder / 'parity.txt'}",
     )
 
 
@@ -112,7 +111,7 @@ def _report(
 ) -> Report:
     gates: list[Gate] = []
     ties: list[NearTies] = []
-    not_run = unplayed(target, golden.task is not None)
+    not_run = runtime_not_run(target, golden.task is not None)
     wanted = {case.name: case for case in golden.cases}
     tasks = held_out(checkpoint) if checkpoint else ()
     with progress(f"verify {target} by a golden", len(cases) + len(tasks)) as advance:
@@ -122,15 +121,15 @@ def _report(
             ties.append(near)
             not_run |= {f"case {case.name}": why} if why else {}
             advance()
-        found = tuple(one for near in ties for one in near.found)
+        found = tuple(tie for near in ties for tie in near.found)
         if runner.not_run is None:
             gates.append(NearTies(sum(near.compared for near in ties), found).gate(allowed=golden.task is None))
         if golden.task is not None and tasks and runner.not_run is None:
             gates += guarded("held-out accuracy", "held-out set", _task_gates, tasks, golden, runner)
     if golden.task is not None and not tasks and runner.not_run is None:
-        not_run["held-out accuracy"] = "the held-out set lies beside the checkpoint: give --reference CHECKPOINT"
+        not_run["held-out accuracy"] = "the held-out set is next to the checkpoint: give --reference CHECKPOINT"
     if runner.own is not None:
-        not_run["tokens of the runtime's pixels"] = "needs PyTorch, fed with the runtime's pixels"
+        not_run["tokens of the runtime's pixels"] = "needs PyTorch, given the runtime's pixels"
     facts = {
         "golden of": golden.versions,
         "versions": {name: version(name) for name in RUNNING} | dict(RUNTIMES[target].versions()),
@@ -142,14 +141,14 @@ def _report(
 def case_gates(
     case: Case, want: GoldenCase, golden: Golden, runner: Runner, graphs: Graphs
 ) -> tuple[list[Gate], NearTies, str]:
-    """The gates of one case, its near ties, and why the rest of it was not run ("" where all was)."""
+    """Return the gates of one case, its near ties, and why the rest of it was not run ("" if all was)."""
     gates, ties = decoded_gates(case, want, golden), NearTies(0, ())
     if not all(gate.ok for gate in gates):
-        return gates, ties, "its image is decoded in another way here, so that all that follows differs"
+        return gates, ties, "its image is decoded differently here, so everything after it differs"
     compared, inputs = guarded_pair("token ids", case.name, _input_gates, None, case, want, runner, golden)
     gates += compared
     if inputs is None or not all(gate.ok for gate in gates):
-        return gates, ties, "its inputs differ, so that all that follows does"
+        return gates, ties, "its inputs differ, so everything after them does"
     computed, logit_error = graph_gates(graphs, golden, want, inputs, limit(case))
     gates += computed
     if want.tokens and runner.not_run is None:
@@ -161,14 +160,13 @@ def case_gates(
 
 
 def decoded_gates(case: Case, want: GoldenCase, golden: Golden) -> list[Gate]:
-    """Whether each image's RGB is what it was where the golden was made."""
+    """Compare each image's decoded RGB with the golden's."""
     gates = []
-    here = {name: version(name) for name in ("pillow",)}
-    for got, mark, path in zip(image_digests(case), want.images, case.images, strict=True):
-        off = float(got.rgb != mark.rgb or got.size != mark.size)
-        told = f"{path.name} is the same file, decoded by Pillow {here['pillow']}; "
-        told += f"the golden's was decoded by Pillow {golden.versions.get('pillow')}"
-        gates.append(Gate("decoded image", f"{case.name}, {path.name}", off, 0.0, told if off else ""))
+    for got, expected, path in zip(image_digests(case), want.images, case.images, strict=True):
+        off = float(got.rgb != expected.rgb or got.size != expected.size)
+        detail = f"{path.name} is the same file, decoded by Pillow {version('pillow')}; "
+        detail += f"the golden's was decoded by Pillow {golden.versions.get('pillow')}"
+        gates.append(Gate("decoded image", f"{case.name}, {path.name}", off, 0.0, detail if off else ""))
     return gates
 
 
@@ -179,12 +177,12 @@ def _input_gates(case: Case, want: GoldenCase, runner: Runner, golden: Golden) -
     if inputs.pixel_values is not None and inputs.image_grid_thw is not None:
         gates.append(_pixel_gate("pixel values", case, want, inputs, golden))
     off = float(digest(inputs.position_ids) != want.position_ids)
-    told = "another digest of [3, 1, seq]" if off else ""
-    return [*gates, Gate("position ids", case.name, off, 0.0, told)], inputs
+    detail = "a different digest of [3, 1, seq]" if off else ""
+    return [*gates, Gate("position ids", case.name, off, 0.0, detail)], inputs
 
 
 def _pixel_gate(place: str, case: Case, want: GoldenCase, inputs: Inputs, golden: Golden | None = None) -> Gate:
-    """The number of images whose pixel values have another digest."""
+    """Count the images whose pixel values have a different digest."""
     assert inputs.pixel_values is not None
     assert inputs.image_grid_thw is not None
     grids = tuple(tuple(row) for row in inputs.image_grid_thw.tolist())
@@ -192,9 +190,9 @@ def _pixel_gate(place: str, case: Case, want: GoldenCase, inputs: Inputs, golden
         return Gate(place, case.name, float(len(want.grids)), 0.0, f"grids {grids}, expected {want.grids}")
     got = pixel_digests(inputs.pixel_values, inputs.image_grid_thw)
     differ = [path.name for path, a, b in zip(case.images, got, want.pixel_values, strict=True) if a != b]
-    others = {} if golden is None else _other_versions(golden)
-    told = f"other values: {', '.join(differ)}" if differ else ""
-    return Gate(place, case.name, float(len(differ)), 0.0, told + (f"; {others}" if differ and others else ""))
+    versions = "" if golden is None else _other_versions(golden)
+    detail = f"other values: {', '.join(differ)}" if differ else ""
+    return Gate(place, case.name, float(len(differ)), 0.0, detail + (f"; {versions}" if differ and versions else ""))
 
 
 def _other_versions(golden: Golden) -> str:
@@ -203,7 +201,7 @@ def _other_versions(golden: Golden) -> str:
 
 
 def _lifted(case: Case, runner: Runner) -> Inputs:
-    """A case's inputs with images of any number of pixels, by the bundle's settings otherwise."""
+    """Prepare a case's inputs without the bundle's limit on the number of pixels."""
     vision = replace(runner.vision, max_pixels=ANY_SIZE)
     pixels, grids = preprocess([load_image(path) for path in case.images], vision)
     ids = encode(case.prompt, grids, runner.tokenizer, runner.settings)
@@ -214,13 +212,13 @@ def _token_gates(
     case: Case, want: GoldenCase, runner: Runner, inputs: Inputs, logit_error: float
 ) -> tuple[list[Gate], NearTies]:
     answer = Answer(want.tokens, tuple(floats(want.margins).tolist()))
-    play = answer_from(runner, inputs, answer)
-    gate, ties = compare(f"{case.name}, {len(want.tokens)} tokens", play, answer, logit_error)
+    run = answer_from(runner, inputs, answer)
+    gate, ties = compare_tokens(f"{case.name}, {len(want.tokens)} tokens", run, answer, logit_error)
     return [gate], NearTies(len(want.tokens), tuple(ties))
 
 
 def _runtime_gates(case: Case, want: GoldenCase, own: OwnProcessor) -> list[Gate]:
-    """The runtime's own processor, where it sees what upstream sees: see `builder.verify.tokens.runtime_gates`."""
+    """Compare the runtime's own processor where no resize is needed; see `builder.verify.tokens.runtime_gates`."""
     if not all(own.at_target_size(path) for path in case.images):
         return []
     _, inputs = own.runtime_inputs(case.prompt, case.images)
@@ -237,7 +235,7 @@ def _task_gates(tasks: Sequence[Case], golden: Golden, runner: Runner) -> list[G
         raise GoldenError(
             "the golden was made with another held-out set",
             expected="the same questions and images",
-            found=f"{len(tasks)} questions, with a difference",
+            found=f"{len(tasks)} questions, some of them different",
         )
     differ, right = [], 0
     for task, want in zip(tasks, golden.task.answers, strict=True):
@@ -250,26 +248,26 @@ def _task_gates(tasks: Sequence[Case], golden: Golden, runner: Runner) -> list[G
 
 
 def _check_made_from(golden: Golden, path: Path, bundle: Path, checkpoint: Checkpoint | None) -> None:
-    made = golden.checkpoint
-    said = read_json(bundle / "manifest.json").get("checkpoint")
-    if isinstance(said, Mapping):
-        files = {name: one.get("sha256") for name, one in said.get("files", {}).items()}
-        _same(path, made.config_sha256, said.get("config_sha256"), made.files, files, f"the bundle {bundle}")
+    recorded = golden.checkpoint
+    manifest = read_json(bundle / "manifest.json").get("checkpoint")
+    if isinstance(manifest, Mapping):
+        files = {name: file.get("sha256") for name, file in manifest.get("files", {}).items()}
+        _check_same(path, recorded, manifest.get("config_sha256"), files, f"the bundle {bundle}")
     elif checkpoint is None:
         raise GoldenError(
             f"{bundle / 'manifest.json'} does not say which checkpoint it was made from",
-            expected=f"the checkpoint that {path} was made from: {made.name}",
-            found=f"a manifest without it: {said!r}",
+            expected=f"the checkpoint that {path} was made from: {recorded.name}",
+            found=f"a manifest without it: {manifest!r}",
             next="give --reference CHECKPOINT as well, or build the bundle again",
         )
     if checkpoint is not None:
-        given = made_from(checkpoint)
-        _same(path, made.config_sha256, given.config_sha256, made.files, given.files, str(checkpoint.folder))
+        given = checkpoint_identity(checkpoint)
+        _check_same(path, recorded, given.config_sha256, given.files, str(checkpoint.folder))
 
 
-def _same(path: Path, config: str, other: Any, files: Mapping[str, str], others: Mapping[str, Any], what: str) -> None:
-    differ = [name for name in files if name in others and others[name] != files[name]]
-    if config != other or differ or not files.keys() & others.keys():
+def _check_same(path: Path, recorded: CheckpointIdentity, config: Any, files: Mapping[str, Any], what: str) -> None:
+    differ = [name for name, sha256 in recorded.files.items() if name in files and files[name] != sha256]
+    if config != recorded.config_sha256 or differ or not recorded.files.keys() & files.keys():
         raise GoldenError(
             f"{path} was made from another checkpoint than {what}",
             expected=f"the same {', '.join(differ) or 'config.json'}",
@@ -279,19 +277,19 @@ def _same(path: Path, config: str, other: Any, files: Mapping[str, str], others:
 
 
 def _check_cases(golden: Golden, path: Path, cases: Sequence[Case]) -> None:
-    known, asked = {case.name: case for case in golden.cases}, {case.name: case for case in cases}
-    absent = sorted(known.keys() ^ asked.keys())
+    recorded, given = {case.name: case for case in golden.cases}, {case.name: case for case in cases}
+    absent = sorted(recorded.keys() ^ given.keys())
     if absent:
         raise GoldenError(
-            f"{path} was made with other cases: {absent[0]!r} is only {'there' if absent[0] in known else 'here'}",
-            expected=f"the {len(known)} cases that it was made with",
-            found=f"{len(asked)} cases",
-            next=f"give the same --cases as then, or make it again: {REMAKE.format(path)}",
+            f"{path} was made with other cases: {absent[0]!r} is only {'there' if absent[0] in recorded else 'here'}",
+            expected=f"the {len(recorded)} cases that it was made with",
+            found=f"{len(given)} cases",
+            next=f"give the same --cases as then, or record it again: {REMAKE.format(path)}",
         )
-    for name, case in asked.items():
-        # The digest is over the case's name: an earlier format's has another one.
+    for name, case in given.items():
+        # The digest covers the case's name, which was different in format 1.
         named = replace(case, name=OLD_CASES.get(case.name, case.name)) if golden.format == 1 else case
-        if case_digest(named) != known[name].digest:
+        if case_digest(named) != recorded[name].digest:
             raise GoldenError(
                 f"{path} was made with another case {name!r}",
                 expected="the same prompt, checks and images",

@@ -1,7 +1,6 @@
-"""A bundle's own graphs in plain ONNX Runtime, its decoder giving the logits of every token.
+"""Run a bundle's own graphs in plain ONNX Runtime, with the decoder's logits at every token.
 
-In: a bundle as it ships, at whatever precision. Out: teacher-forced logits, and the residual stream behind each layer.
-Guaranteed: arithmetic and weights are the bundle's; fp16 ports are fed and read as fp32.
+Arithmetic and weights are the bundle's; fp16 ports are read and written as fp32.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ TYPES = {"tensor(float16)": np.float16, "tensor(float)": np.float32, "tensor(int
 
 
 class FloatSession:
-    """A session whose float ports are float32 to the outside."""
+    """Wraps a session so that its float ports are float32 for the caller."""
 
     def __init__(self, session: Any) -> None:
         self._session = session
@@ -38,7 +37,7 @@ class FloatSession:
         return self._session.get_outputs()
 
     def run(self, outputs: Sequence[str] | None, feed: dict[str, Array]) -> list[Array]:
-        """As onnxruntime's, all outputs where `outputs` is None."""
+        """Run like an onnxruntime session; all outputs if `outputs` is None."""
         cast = {name: value.astype(self._types[name], copy=False) for name, value in feed.items()}
         return [
             value.astype(np.float32) if value.dtype == np.float16 else value
@@ -47,31 +46,33 @@ class FloatSession:
 
 
 def shipped_graphs(folder: Path, target: str, hidden: int) -> Graphs:
-    """The three sessions on the CPU.
+    """Open the three graphs on the CPU.
 
     Raises:
-        BundleError: ONNX Runtime does not load a graph.
+        BundleError: ONNX Runtime cannot load a graph.
     """
     files, sessions = graph_files(folder), []
     for name in ROLES:
         path = files[name]
         model = decoder_with_all_logits(path) if name == DECODER else path
         try:
-            # Severity 3: onnxruntime would warn of the constants of the removed nodes.
+            # Severity 3: onnxruntime warns about the constants of removed nodes.
             session = open_session(model, path.parent, log_severity_level=3)
         except Exception as error:
-            expected = "a graph of a precision that the CPU provider computes in"
+            expected = "a graph of a precision that the CPU provider supports"
             raise does_not_load(path, error, expected=expected) from error
         sessions.append(FloatSession(session))
     vision, embeddings, decoder = sessions
     return Graphs(vision, embeddings, decoder, GRAPHS[target].packed, hidden)
 
 
-def forced(graphs: Graphs, prompt: Prompt, answer: Sequence[int], image_token_id: int) -> tuple[Array, list[Array]]:
-    """One pass over a prompt and a given answer, from pixels on.
+def teacher_forced(
+    graphs: Graphs, prompt: Prompt, answer: Sequence[int], image_token_id: int
+) -> tuple[Array, list[Array]]:
+    """Run the three graphs once on a prompt followed by a given answer.
 
     Returns:
-        logits [seq, vocab]; the residual stream behind each decoder layer, [seq, H] each.
+        logits [seq, vocab]; the residual stream after each decoder layer, [seq, H] each.
     """
     ids = np.concatenate([prompt.input_ids, np.asarray(answer, np.int64)[None]], axis=1)
     further = prompt.position_ids[:, :, -1:] + 1 + np.arange(len(answer), dtype=np.int64)

@@ -1,7 +1,6 @@
-"""Compare the three graphs of a bundle with PyTorch, place by place.
+"""Compare the three graphs of a bundle with PyTorch, in the order of the computation.
 
-A `GraphRunner` runs the graphs, in whole sessions or slice by slice; an `Expected` is what PyTorch computed, a live
-trace or a golden's samples. Gates come in the order of the computation.
+A `GraphRunner` runs the graphs, complete or slice by slice; the expected values are a live trace or a golden's samples.
 """
 
 from __future__ import annotations
@@ -21,20 +20,20 @@ from builder.verify.report.exhibits import show_logits
 from builder.verify.report.gates import Gate, compare_close, uncomputed
 from builder.verify.tolerances import FP32
 
-# The calls of a decoder, as ends counted from the last token: prefill, a chunk on that past, two single steps.
+# Ends of the decoder's calls, counted from the last token: prefill, a chunk on that past, two single steps.
 ENDS = (-6, -2, -1, 0)
 LOGITS = ("decoder prefill", "decoder chunk", "decoder step")
-Span = tuple[str, int, int]  # the place, begin and end of the tokens of one call
-Expected = TypeVar("Expected", bound=Trace | GoldenCase, covariant=True)  # where it is empty, nothing is compared
+Span = tuple[str, int, int]  # place, begin and end of the tokens of a call
+Expected = TypeVar("Expected", bound=Trace | GoldenCase, covariant=True)  # empty values are not compared
 
 
 @dataclass(frozen=True)
 class ReferenceCase(Generic[Expected]):
-    """A prompt, and what PyTorch computed for it.
+    """A prompt, and PyTorch's outputs for it.
 
     Args:
         limit: see `builder.reference.cases.Case`.
-        more: inputs that a graph has been given besides those of builder/graph/ports.py.
+        more: additional graph inputs, not in builder/graph/ports.py.
     """
 
     name: str
@@ -44,7 +43,7 @@ class ReferenceCase(Generic[Expected]):
     more: Mapping[str, Array] = field(default_factory=dict)
 
     def gate(self, place: str, case: str, got: Array, want: Array | Sample) -> Gate:
-        """A computed array against an array, or a sample of it."""
+        """Compare a computed array with the expected array or sample."""
         if isinstance(want, Sample):
             return compare_sampled(place, case, got, want, self.limit)
         return compare_close(place, case, got, want, self.limit)
@@ -64,20 +63,20 @@ class GraphRunner(Protocol):
     @property
     def hidden(self) -> int: ...
     def run(self, graph: str, conversations: Sequence[Sequence[Values]]) -> Iterable[list[Values]]:
-        """Outputs of each call of each conversation by name, and `residual.N` where the runner gives them.
+        """Return the outputs of each call of each conversation by name, with `residual.N` if available.
 
-        A call has the graph's inputs except past_key_values, which is the present of the call before it.
+        A call has the graph's inputs except past_key_values, which is the present of the previous call.
         """
 
 
 def spans(seq: int) -> list[Span]:
-    """The decoder's calls on a prompt of `seq` tokens."""
+    """Return the spans of the decoder's calls on a prompt of `seq` tokens."""
     ends = [seq + end for end in ENDS]
     return list(zip((*LOGITS, LOGITS[-1]), [0, *ends], ends, strict=False))
 
 
 def decoder_calls(packed: bool, parts: Sequence[Array], positions: Array, row: Sequence[Span]) -> list[Values]:
-    """Those calls.
+    """Return the decoder's inputs for each span.
 
     Args:
         parts: embeddings, then each DeepStack input, [batch, seq, H] each.
@@ -92,14 +91,14 @@ def decoder_calls(packed: bool, parts: Sequence[Array], positions: Array, row: S
 
 
 def features(runner: GraphRunner, values: Values) -> list[Array]:
-    """Main features [tokens, H], then each DeepStack level, from the vision encoder's outputs."""
+    """Return the main features [tokens, H], then each DeepStack level, from the vision encoder's outputs."""
     if runner.packed:
         return unpacked(values[PACKED_FEATURES], runner.hidden)
     return [values[PLAIN_FEATURES], *values.get("deepstack_features", ())]
 
 
 def compare_sampled(place: str, case: str, got: Array, want: Sample, limit: float = FP32) -> Gate:
-    """A gate on the sampled values: the largest difference over the standard deviation of PyTorch's whole tensor."""
+    """Return a gate on the sampled values: max |difference| / standard deviation of PyTorch's complete tensor."""
     if tuple(got.shape) != want.shape:
         return Gate(place, case, math.inf, limit, f"shape {got.shape}, expected {want.shape}")
     if not np.isfinite(got).all():
@@ -112,14 +111,14 @@ def compare_sampled(place: str, case: str, got: Array, want: Sample, limit: floa
     if error <= limit:
         return Gate(place, case, error, limit)
     worst = int(off.argmax())
-    at = [int(one) for one in np.unravel_index(want.at[worst], got.shape)]
+    at = list(map(int, np.unravel_index(want.at[worst], got.shape)))
     value = got.reshape(-1)[want.at[worst]]
     detail = f"{error:.1e} of a standard deviation at {at}: {value:.6g}, PyTorch {expected[worst]:.6g}"
     return Gate(place, case, error, limit, detail)
 
 
 def vision_gates(case: AnyCase, runner: GraphRunner, values: Values) -> list[Gate]:
-    """The residual stream after each block, then main and DeepStack features."""
+    """Compare the residual stream after each block, then main and DeepStack features."""
     gates = _layer_gates(case, "vision layers", case.name, values, case.expected.vision)
     if not case.expected.features:
         return gates
@@ -129,13 +128,13 @@ def vision_gates(case: AnyCase, runner: GraphRunner, values: Values) -> list[Gat
 
 
 def embedding_gates(case: AnyCase, got: Sequence[Array], want: Sequence[Array | Sample]) -> list[Gate]:
-    """The merged embeddings, then each DeepStack input."""
+    """Compare the merged embeddings, then each DeepStack input."""
     main = case.gate("embeddings", f"{case.name}, main", got[0], want[0])
     return [main, *_level_gates(case, "embeddings", got[1:], want[1:])]
 
 
 def decoder_gates(case: AnyCase, packed: bool, row: Sequence[Span], calls: Sequence[Values]) -> list[Gate]:
-    """Every layer's residual stream, then the logits of every call; a golden has the last position's alone."""
+    """Compare every layer's residual stream, then the logits of every call (of its last position, for a golden)."""
     layers, logits, expected = [], [], case.expected
     for number, ((place, begin, end), values) in enumerate(zip(row, calls, strict=True)):
         name, got = f"{case.name}, tokens {begin}–{end}", values["logits"][0]
@@ -146,15 +145,15 @@ def decoder_gates(case: AnyCase, packed: bool, row: Sequence[Span], calls: Seque
         layers += _layer_gates(case, "decoder layers", name, values, [x[:, begin:end] for x in expected.decoder])
         logits.append(case.gate(place, name, got, want))
         show_logits(case.name, (begin, end), got, want)
-    if isinstance(expected, GoldenCase):  # a sample is of the whole prompt
+    if isinstance(expected, GoldenCase):  # a sample covers the complete prompt
         names = [name for name in calls[0] if name.startswith(f"{RESIDUAL}.")]
-        whole = {name: np.concatenate([call[name] for call in calls], axis=-2) for name in names}
-        layers = _layer_gates(case, "decoder layers", case.name, whole, expected.decoder)
+        joined = {name: np.concatenate([call[name] for call in calls], axis=-2) for name in names}
+        layers = _layer_gates(case, "decoder layers", case.name, joined, expected.decoder)
     return layers + logits
 
 
 def _layer_gates(case: AnyCase, place: str, name: str, values: Values, want: Sequence[Array | Sample]) -> list[Gate]:
-    """The residual stream after each layer; a layer whose stream the graph does not name fails."""
+    """Compare the residual stream after each layer; a layer that is missing in the graph fails."""
     gates = []
     for layer, stream in enumerate(want):
         got, at = values.get(f"{RESIDUAL}.{layer}"), f"{name}, layer {layer}"
@@ -164,9 +163,9 @@ def _layer_gates(case: AnyCase, place: str, name: str, values: Values, want: Seq
             shape = (*(1,) * (len(stream.shape) - 2), -1, got.shape[-1])
             gate = case.gate(place, at, got.reshape(shape), stream)
         gates.append(replace(gate, layer=layer))
-    found = sum(key.startswith(f"{RESIDUAL}.") for key in values)
-    if want and found > len(want):
-        gates.append(Gate(place, name, math.inf, case.limit, f"{found} layers, expected {len(want)}"))
+    layers = sum(key.startswith(f"{RESIDUAL}.") for key in values)
+    if want and layers > len(want):
+        gates.append(Gate(place, name, math.inf, case.limit, f"{layers} layers, expected {len(want)}"))
     return gates
 
 
@@ -178,12 +177,12 @@ def _level_gates(case: AnyCase, place: str, got: Sequence[Array], want: Sequence
 
 
 def in_order(compute: Callable[[Sequence[TraceCase]], Iterable[list[Gate]]], cases: Sequence[TraceCase]) -> list[Gate]:
-    """The gates of several cases: the logits of all of them last."""
+    """Return the gates of several cases, with those on logits last."""
     return sorted((gate for gates in compute(cases) for gate in gates), key=lambda gate: gate.place in LOGITS)
 
 
 def logit_error(gates: Iterable[Gate], limit: float, std: float) -> float:
-    """The largest absolute difference of a logit that may excuse a token: no more than `limit` allows.
+    """Return the largest absolute difference of a logit, capped by `limit`, for judging near ties.
 
     Args:
         std: of PyTorch's logits.

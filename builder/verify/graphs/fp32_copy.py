@@ -1,9 +1,7 @@
-"""Copies of a bundle's graphs for looking at: one that computes in fp32, and one that gives the logits of every token.
+"""Copy a bundle's graphs for verification: computing in fp32, or with logits at every token.
 
-In: a graph as it ships, its weights in data files. Out: the same nodes on the same weights, changed in one respect.
-Guaranteed: no weight is copied: the copies read the bundle's own data files, and what is stored in less than fp32 is
-cast when it is read. So a twin differs from the artifact in nothing but the arithmetic: a wrong graph is wrong in
-both.
+Guarantees: no weight is copied; the copies read the bundle's own data files and cast lower precisions to fp32. An fp32
+copy differs from the artifact only in its arithmetic, so an error in a graph is in both.
 """
 
 from __future__ import annotations
@@ -23,18 +21,18 @@ from builder.util.files import link, write_text
 from builder.util.json_files import read_json
 
 HALF = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
-FULL_ACCURACY = 1  # of MatMulNBits: activations in fp32
+FULL_ACCURACY = 1  # accuracy_level of MatMulNBits: activations in fp32
 STORED = ".stored"
 GENAI_CONFIG = "genai_config.json"
 
 
-def write_twins(folder: Path, out: Path) -> None:
-    """A bundle whose graphs are `in_fp32`, all other files linked, for the CPU."""
+def write_fp32_copy(folder: Path, out: Path) -> None:
+    """Write a copy of a bundle for the CPU with its graphs `in_fp32` and all other files linked."""
     write_for_cpu(folder, out, widened=True)
 
 
 def write_for_cpu(folder: Path, out: Path, *, widened: bool = False) -> None:
-    """The bundle, its files linked, with the settings of the CPU provider: to run what was built for another one."""
+    """Write a copy of a bundle with its files linked and the settings of the CPU provider."""
     out.mkdir(parents=True, exist_ok=True)
     for name in own_files(folder):
         file, copy = folder / name, out / name
@@ -48,7 +46,7 @@ def write_for_cpu(folder: Path, out: Path, *, widened: bool = False) -> None:
 
 
 def in_fp32(model: ModelProto) -> ModelProto:
-    """The graph with every product, norm and attention in fp32, and fp32 ports."""
+    """Change a graph in place to compute every matmul, norm and attention in fp32, with fp32 ports."""
     graph = model.graph
     multiplied_in_fp32(graph)
     casts: list[NodeProto] = []
@@ -69,23 +67,23 @@ def in_fp32(model: ModelProto) -> ModelProto:
 
 
 def multiplied_in_fp32(graph: GraphProto) -> None:
-    """DequantizeLinear, MatMul and Add in the place of each DynamicQuantizeMatMul: no activation is rounded."""
-    whole = {node.output[0]: node.attribute[0].t for node in graph.node if node.op_type == "Constant"}
-    columns = {one.name: one.dims[-1] for one in graph.initializer if one.dims}
+    """Replace each DynamicQuantizeMatMul by DequantizeLinear, MatMul and Add, without rounding activations."""
+    constants = {node.output[0]: node.attribute[0].t for node in graph.node if node.op_type == "Constant"}
+    columns = {tensor.name: tensor.dims[-1] for tensor in graph.initializer if tensor.dims}
     nodes: list[NodeProto] = []
     for node in graph.node:
         if node.op_type != "DynamicQuantizeMatMul":
             nodes.append(node)
             continue
-        x, levels, scale, zero, *bias = node.input
-        out, matrix, zeros = node.output[0], f"{levels}.matrix", f"{levels}.zeros"
-        # Of one zero point for all columns, one for each: DequantizeLinear has as many as scales.
-        each = np.full(columns[levels], numpy_helper.to_array(whole[zero]))
+        x, codes, scale, zero, *bias = node.input
+        out, matrix, zeros = node.output[0], f"{codes}.matrix", f"{codes}.zeros"
+        # DequantizeLinear needs a zero point per column, like its scales.
+        each = np.full(columns[codes], numpy_helper.to_array(constants[zero]))
         graph.initializer.append(numpy_helper.from_array(each, zeros))
         product = f"{out}.product" if bias else out
         nodes += [
-            helper.make_node("DequantizeLinear", [levels, scale, zeros], [f"{matrix}.own"], axis=1),
-            # The largest of one: side by side, ONNX Runtime makes one product of both, which rounds activations.
+            helper.make_node("DequantizeLinear", [codes, scale, zeros], [f"{matrix}.own"], axis=1),
+            # A Max of one input keeps ONNX Runtime from fusing both into a matmul that rounds activations.
             helper.make_node("Max", [f"{matrix}.own"], [matrix]),
             helper.make_node("MatMul", [x, matrix], [product]),
             *([helper.make_node("Add", [product, *bias], [out])] if bias else []),
@@ -96,12 +94,12 @@ def multiplied_in_fp32(graph: GraphProto) -> None:
 
 
 def with_all_logits(model: ModelProto) -> ModelProto:
-    """A decoder that gives the logits of every token, and the residual stream behind each layer."""
+    """Change a decoder in place to output the logits of every token, and the residual stream after each layer."""
     graph = model.graph
     streams = [name for node in graph.node for name in node.output if name.startswith(f"{RESIDUAL}.")]
     last = next(at for at, node in enumerate(graph.node) if streams[-1] in node.output)
     for node in graph.node[last + 1 :]:
-        if node.op_type == "Slice":  # what is left of a stream behind the last layer is its last token
+        if node.op_type == "Slice":  # after the last layer, only the last token is kept
             node.op_type = "Identity"
             del node.input[1:], node.attribute[:]
     graph.output[0].type.tensor_type.shape.dim[1].dim_param = "seq"
@@ -110,13 +108,13 @@ def with_all_logits(model: ModelProto) -> ModelProto:
 
 
 def decoder_with_all_logits(path: Path) -> bytes:
-    """The serialized `with_all_logits` of the decoder at `path`."""
+    """Return the decoder at `path` with `with_all_logits`, serialized."""
     model: bytes = with_all_logits(onnx.load(path, load_external_data=False)).SerializeToString()
     return model
 
 
 def _graphs(graph: GraphProto) -> Iterator[GraphProto]:
-    """The graph and those inside its nodes."""
+    """Yield the graph and its subgraphs."""
     yield graph
     for node in graph.node:
         for attribute in node.attribute:

@@ -1,6 +1,6 @@
-"""Each graph of a folder against live PyTorch, on the reference's own inputs.
+"""Compare each graph of a folder with live PyTorch on the reference's own inputs.
 
-Besides every case: several images and frames in one call, and a batch.
+Covers every case, several images and frames in one call, and a batch of two.
 """
 
 from __future__ import annotations
@@ -27,18 +27,17 @@ NO_LOGITS = np.zeros((0, 0), np.float32)
 def layer_gates(
     folder: Path, target: str, reference: Reference, name: str, prompt: Prompt, limit: float
 ) -> Iterator[list[Gate]]:
-    """The residual stream after every vision block, then after every decoder layer: the first that differs is named.
+    """Compare the residual stream after every vision block, then after every decoder layer.
 
-    The graphs are run once more, cut into slices that give what is inside them; those that ship are compared as they
-    are by the other gates.
+    Runs the graphs again in slices, which output their intermediate values.
     """
-    graphs = SlicedGraphs(folder, target, reference.checkpoint.text.hidden, SLICE, apart=False)
+    graphs = SlicedGraphs(folder, target, reference.checkpoint.text.hidden, SLICE, separate=False)
     comparison = TraceComparison(graphs, reference)
     cases = [ReferenceCase(name, prompt, reference.hidden_states(prompt), limit)]
     for place, compute in (("vision layers", comparison.vision_gates), ("decoder layers", comparison.decoder_gates)):
         try:
             gates = guarded(place, name, in_order, compute, cases)
-        except BundleError as error:  # a graph that does not load is said by the session of the whole one
+        except BundleError as error:  # the session of the complete graph reports a graph that does not load
             gates = [uncomputed(place, name, error)]
         yield [gate for gate in gates if gate.place == place]
 
@@ -46,10 +45,10 @@ def layer_gates(
 def graph_gates(
     name: str, graphs: Graphs, reference: Reference, prompt: Prompt, checks: Sequence[str] = CHECKS, limit: float = FP32
 ) -> tuple[list[Gate], float]:
-    """Each graph on the reference's own inputs, so that an error of one is not an error of the next.
+    """Compare each graph on the reference's own inputs, so that an error in one does not propagate to the next.
 
     Args:
-        checks: what is compared, see `builder.reference.case_file.CHECKS`.
+        checks: what to compare, see `builder.reference.case_file.CHECKS`.
         limit: see `builder.reference.cases.Case`.
 
     Returns:
@@ -79,14 +78,14 @@ def _with_features(case: TraceCase, reference: Reference) -> TraceCase:
 
 
 def _embedding_gates(graphs: Graphs, comparison: TraceComparison, case: TraceCase) -> list[Gate]:
-    """What the decoder is fed, whether the graph or the client merges."""
+    """Compare the decoder's inputs, whether the graph or the client merges the features."""
     main, *levels = comparison.features(case)
     got, spread = graphs.embed(case.prompt.input_ids, main, levels, comparison.reference.image_token_id)
     return embedding_gates(case, [got, *spread], comparison.merged_embeddings(case))
 
 
 def geometry_gates(graphs: Graphs, reference: Reference) -> list[Gate]:
-    """Vision only: several frames, several images of different sizes in one call, one row of blocks."""
+    """Compare vision features: several frames, images of different sizes in one call, a single row of blocks."""
     vision, cases = reference.checkpoint.vision, []
     width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
     none = np.zeros((1, 0), np.int64)
@@ -100,11 +99,11 @@ def geometry_gates(graphs: Graphs, reference: Reference) -> list[Gate]:
 
 
 def batch_gates(graphs: Graphs, reference: Reference) -> list[Gate]:
-    """Two rows of equal length with different positions on the three axes, prefill and one step."""
+    """Compare a batch of two with different positions on the three axes, over prefill and one step."""
     text = reference.checkpoint.text
     ids = np.random.default_rng(0).integers(0, text.vocab, (2, 9), np.int64)
     embeds = reference.embed(ids)
-    # None is beyond its token's index, as none of a prompt is.
+    # As in a prompt, no position exceeds its token's index.
     positions = np.stack([np.arange(9)[None] // [[1 + axis], [2 + axis]] for axis in range(3)]).astype(np.int64)
     want = reference.text_logits(embeds, positions)
     levels = [np.zeros_like(embeds)] * len(reference.checkpoint.vision.deepstack)

@@ -1,7 +1,6 @@
-"""The three graphs of a folder on PyTorch's own inputs, in whole sessions or slice by slice.
+"""Compare the three graphs of a folder on PyTorch's own inputs, complete or slice by slice.
 
-Every graph is fed what PyTorch computed, so that an error of one is not an error of the next; the first layer whose
-residual stream leaves the tolerance has a gate of its own.
+Every graph is given PyTorch's values, so that an error in one does not propagate to the next.
 """
 
 from __future__ import annotations
@@ -35,33 +34,33 @@ class SlicedGraphs:
 
     Args:
         budget: bytes of weights in one slice.
-        apart: each slice in a process of its own, which gives its memory back.
+        separate: run each slice in a separate process, which frees its memory.
     """
 
-    def __init__(self, folder: Path, target: str, hidden: int, budget: int, apart: bool = True) -> None:
-        self.folder, self.hidden, self.budget, self.apart = folder, hidden, budget, apart
+    def __init__(self, folder: Path, target: str, hidden: int, budget: int, separate: bool = True) -> None:
+        self.folder, self.hidden, self.budget, self.separate = folder, hidden, budget, separate
         self.packed, self.merges = GRAPHS[target].packed, GRAPHS[target].merges
         self.peak = 0
 
     def run(self, graph: str, conversations: Sequence[Sequence[Values]]) -> list[list[Values]]:
-        """See `builder.verify.graphs.compare.GraphRunner`; `peak` becomes the largest peak of a slice's process."""
+        """See `builder.verify.graphs.compare.GraphRunner`; updates `peak`, the largest peak of a process in bytes."""
         if not conversations:
             return []
         path = graph_files(self.folder)[graph]
-        results, peak = run_slices(sliced(path, self.budget), path.parent, conversations, apart=self.apart)
+        results, peak = run_slices(sliced(path, self.budget), path.parent, conversations, separate=self.separate)
         self.peak = max(self.peak, peak)
         return results
 
 
 @dataclass(frozen=True)
 class TraceComparison:
-    """Graphs that are fed what PyTorch computed, against what it computed next; a list of gates for each case."""
+    """Compares graphs on PyTorch's inputs with PyTorch's outputs; each method returns a list of gates per case."""
 
     runner: GraphRunner
     reference: Reference
 
     def vision_gates(self, cases: Sequence[TraceCase]) -> list[list[Gate]]:
-        """The residual stream after each block, then main and DeepStack features; of cases with images."""
+        """Compare the residual stream after each block, then main and DeepStack features, for cases with images."""
         seen, calls = [], []
         for case in cases:
             if case.prompt.pixel_values is not None and case.prompt.image_grid_thw is not None:
@@ -72,7 +71,7 @@ class TraceComparison:
         return [vision_gates(case, self.runner, values) for case, (values,) in results]
 
     def embedding_gates(self, cases: Sequence[TraceCase]) -> list[list[Gate]]:
-        """The embeddings graph's own output: a lookup or, in a graph that merges, `merged_embeddings`."""
+        """Compare the embeddings graph's output: a lookup or, if the graph merges features, `merged_embeddings`."""
         calls = []
         for case in cases:
             call: Values = {"input_ids": case.prompt.input_ids, **case.more}
@@ -83,24 +82,24 @@ class TraceComparison:
         return [self._lookup_gates(case, values["inputs_embeds"]) for case, (values,) in results]
 
     def decoder_gates(self, cases: Sequence[TraceCase]) -> list[list[Gate]]:
-        """Prefill, a chunk of four tokens on that past, two single steps: every layer's stream, then the logits."""
+        """Compare all layers and logits over prefill, a chunk of four tokens on that past, and two single steps."""
         rows = [spans(case.prompt.input_ids.shape[1]) for case in cases]
         calls = []
         for case, row in zip(cases, rows, strict=True):
             parts = self.merged_embeddings(case)
-            found = decoder_calls(self.runner.packed, parts, case.prompt.position_ids, row)
-            calls.append([{**call, **case.more} for call in found])
+            inputs = decoder_calls(self.runner.packed, parts, case.prompt.position_ids, row)
+            calls.append([{**call, **case.more} for call in inputs])
         results = zip(cases, rows, self.runner.run(DECODER, calls), strict=True)
         return [decoder_gates(case, self.runner.packed, row, values) for case, row, values in results]
 
     def features(self, case: TraceCase) -> list[Array]:
-        """PyTorch's main features and DeepStack levels, [0, H] each without images."""
+        """Return PyTorch's main features and DeepStack levels, [0, H] each without images."""
         checkpoint = self.reference.checkpoint
         empty = np.zeros((0, checkpoint.text.hidden), np.float32)
         return list(case.expected.features) or [empty] * (1 + len(checkpoint.vision.deepstack))
 
     def merged_embeddings(self, case: TraceCase) -> list[Array]:
-        """PyTorch's embeddings with the features merged, then each DeepStack input."""
+        """Return PyTorch's embeddings with the features merged, then each DeepStack input."""
         ids, (main, *levels) = case.prompt.input_ids, self.features(case)
         embeds, spread = merged(self.reference.embed(ids), ids == self.reference.image_token_id, main, levels)
         return [embeds, *spread]

@@ -1,8 +1,6 @@
-"""The three graphs of a bundle in plain ONNX Runtime sessions, fed and read in one form whatever the target.
+"""Run the three graphs of a bundle in plain ONNX Runtime sessions, with one interface for all targets.
 
-In: a bundle's folder and its target. Out: main and DeepStack features apart, embeddings, logits.
-Guaranteed: nothing here computes; packing and unpacking are slices and concatenations of builder/graph/ports.py's
-ports.
+The ports are those of builder/graph/ports.py; packing and unpacking only slice and concatenate.
 """
 
 from __future__ import annotations
@@ -29,7 +27,7 @@ PAST, PRESENT = "past_key_values.", "present."
 
 @dataclass(frozen=True)
 class Graphs:
-    """Sessions of the three graphs; `packed` is whether DeepStack rides in the hidden axis."""
+    """Sessions of the three graphs; `packed` graphs concatenate the DeepStack levels along the hidden axis."""
 
     vision_encoder: Any
     embeddings: Any
@@ -39,13 +37,13 @@ class Graphs:
 
     @classmethod
     def load(cls, folder: Path, packed: bool, hidden: int, *, layer_outputs: bool = False) -> Graphs:
-        """Opens the sessions on the CPU.
+        """Open the sessions on the CPU.
 
         Args:
-            layer_outputs: give every `residual.N` as an output as well.
+            layer_outputs: add every `residual.N` to the outputs.
 
         Raises:
-            BundleError: ONNX Runtime does not accept a graph.
+            BundleError: ONNX Runtime cannot load a graph.
         """
         files, sessions = graph_files(folder), []
         for name in ROLES:
@@ -53,8 +51,8 @@ class Graphs:
             try:
                 sessions.append(open_session(_with_layer_outputs(path) if layer_outputs else path, path.parent))
             except Exception as error:
-                again = "build it again: qwen3vl-onnx build --force export"
-                raise does_not_load(path, error, next=again) from error
+                rebuild = "build it again: qwen3vl-onnx build --force export"
+                raise does_not_load(path, error, next=rebuild) from error
         vision_encoder, embeddings, model = sessions
         return cls(vision_encoder, embeddings, model, packed, hidden)
 
@@ -72,7 +70,7 @@ class Graphs:
             yield results
 
     def vision(self, pixels: Array, grid: Array) -> tuple[Array, list[Array]]:
-        """Main features [tokens, H] and D levels [tokens, H]."""
+        """Return the main features [tokens, H] and the DeepStack levels, [tokens, H] each."""
         main, *rest = self.vision_encoder.run(None, {"pixel_values": pixels, "image_grid_thw": grid})
         if self.packed:
             first, *levels = unpacked(main, self.hidden)
@@ -80,44 +78,44 @@ class Graphs:
         return main, list(rest[0]) if rest else []
 
     def embed(self, ids: Array, main: Array, levels: Sequence[Array], image_token_id: int) -> tuple[Array, list[Array]]:
-        """inputs_embeds [batch, seq, H] with the features merged, and D DeepStack inputs [batch, seq, H]."""
+        """Return inputs_embeds [batch, seq, H] with the features merged, and DeepStack inputs, [batch, seq, H] each."""
         if self.packed and self.merges:
             features = np.concatenate([main, *levels], axis=1)
-            (found,) = self.embeddings.run(None, {"input_ids": ids, PACKED_FEATURES: features})
-            first, *rest = unpacked(found, self.hidden)
+            (packed,) = self.embeddings.run(None, {"input_ids": ids, PACKED_FEATURES: features})
+            first, *rest = unpacked(packed, self.hidden)
             return first, rest
-        (found,) = self.embeddings.run(None, {"input_ids": ids})
-        embeds, *blank = unpacked(found, self.hidden)  # behind a lookup's own columns, those of DeepStack are 0
+        (packed,) = self.embeddings.run(None, {"input_ids": ids})
+        embeds, *blank = unpacked(packed, self.hidden)  # a lookup's DeepStack columns are 0
         first, rest = merged(embeds, ids == image_token_id, main, levels)
         return first, [a + b for a, b in zip(rest, blank, strict=True)] if self.packed else rest
 
     @property
     def merges(self) -> bool:
-        """Whether the embeddings graph puts the features in their place."""
+        """Whether the embeddings graph merges the features."""
         return any(port.name == PACKED_FEATURES for port in self.embeddings.get_inputs())
 
     def decode(
         self, embeds: Array, levels: Sequence[Array], positions: Array, mask: Array, past: Past | None = None
     ) -> tuple[Array, Past]:
-        """logits [batch, seq, vocab] (packed: [batch, 1, vocab], the last position's) and the next past."""
+        """Return logits [batch, seq, vocab] (packed: [batch, 1, vocab] of the last position) and the next past."""
         past = self.empty_past(embeds.shape[0]) if past is None else past
         call = decoder_call(self.packed, [embeds, *levels], positions, mask)
         logits, *present = self.model.run(None, {**call, **past})
         return logits, dict(zip(past, present, strict=True))
 
     def empty_past(self, batch: int) -> Past:
-        """past_key_values.N.key and .value, [batch, kv_heads, 0, head_dim] each."""
+        """Return past_key_values.N.key and .value, [batch, kv_heads, 0, head_dim] each."""
         ports = [port for port in self.model.get_inputs() if port.name.startswith(PAST)]
         return {port.name: np.zeros((batch, port.shape[1], 0, port.shape[3]), np.float32) for port in ports}
 
 
 def unpacked(packed: Array, hidden: int) -> list[Array]:
-    """Main and DeepStack parts [..., hidden] of an array [..., parts · hidden]."""
+    """Split an array [..., parts · hidden] into its main and DeepStack parts, [..., hidden] each."""
     return [packed[..., i : i + hidden] for i in range(0, packed.shape[-1], hidden)]
 
 
 def decoder_call(packed: bool, parts: Sequence[Array], positions: Array, mask: Array) -> Values:
-    """The decoder's inputs except its past, by name.
+    """Return the decoder's inputs by name, except its past.
 
     Args:
         parts: embeddings, then each DeepStack input, [batch, seq, H] each.
@@ -129,7 +127,7 @@ def decoder_call(packed: bool, parts: Sequence[Array], positions: Array, mask: A
 
 
 def merged(embeds: Array, mask: Array, main: Array, levels: Sequence[Array]) -> tuple[Array, list[Array]]:
-    """Features in the place of the image tokens; DeepStack levels scattered into zeros."""
+    """Replace the image tokens by the features, and scatter the DeepStack levels into zeros."""
     out, spread = embeds.copy(), [np.zeros_like(embeds) for _ in levels]
     out[mask] = main
     for target, level in zip(spread, levels, strict=True):
@@ -139,7 +137,7 @@ def merged(embeds: Array, mask: Array, main: Array, levels: Sequence[Array]) -> 
 
 def _with_layer_outputs(path: Path) -> bytes:
     model = onnx.load(path, load_external_data=False)
-    made = [value for node in model.graph.node for value in node.output if value.startswith(f"{RESIDUAL}.")]
-    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in made)
+    streams = [value for node in model.graph.node for value in node.output if value.startswith(f"{RESIDUAL}.")]
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in streams)
     serialized: bytes = model.SerializeToString()
     return serialized

@@ -1,4 +1,4 @@
-"""A report for the console: a row a place, then what was not compared, then the failures."""
+"""Render a report for the console: one row per place, then what was not compared, then the failures."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from rich.console import RenderableType
 from builder.util.console_table import console_table
 from builder.util.text import clean, figure
 from builder.verify.report.gates import PLACES, Report
-from builder.verify.report.summary import failures, notes, places, unasked
+from builder.verify.report.summary import failures, notes, places, skipped
 
 HEADINGS = ("place", "", "cases", "worst", "limit", "at")
 SHOWN = 8  # failures
 
 
 def renderables(report: Report) -> Iterator[RenderableType]:
-    """What `builder.util.console_table` prints or writes."""
+    """Yield the table and the lines below it, for `builder.util.console_table`."""
     title = f"{report.target} against PyTorch · {clean(report.checkpoint)}"
     yield console_table(title, HEADINGS, _rows(report), right=("cases", "worst", "limit"))
     for what, why in report.not_run.items():
@@ -24,7 +24,7 @@ def renderables(report: Report) -> Iterator[RenderableType]:
             yield f"{what}: the rest not run: {clean(why)}"
     for case, checks in notes(report):
         yield f"case {clean(case)}: not compared, as its file requests: {checks}"
-    for case, why in unasked(report):
+    for case, why in skipped(report):
         yield f"case {clean(case)}: {why}"
     for gate in failures(report)[:SHOWN]:
         yield f"{gate.place}: {clean(gate.case)}: {clean(gate.detail) or figure(gate.measured)}"

@@ -1,8 +1,6 @@
-"""What a report says besides the comparison: what was compared, what making it cost, what the self-test caught.
+"""Collect what a report shows besides the comparison: provenance, costs of the stages, results of the self-test.
 
-In: a bundle's manifest.json and evidence/, or a build that has come as far as the stage verify. Out: a `Context`.
-Guaranteed: what is not there is left out, and the report says that it is not known; nothing here fails a report, so a
-manifest that lies about a type is read as far as it can be.
+Guarantees: missing or malformed entries of manifest.json and evidence/ are skipped and never fail a report.
 """
 
 from __future__ import annotations
@@ -21,7 +19,8 @@ from builder.util.units import size
 MANIFEST, STAGES, SELF_TEST = "manifest.json", "stages", "self_test.json"
 _STAGES = ("fetch", "patch", "export", "optimize", "quantize", "configure", "verify")
 
-_UNSHOWN = ("detail", "at")  # of the self-test: the place and the case say as much
+_UNSHOWN = ("detail", "at")  # columns of the self-test that repeat the place and the case
+_TITLES = {"survivors": "Thresholds"}  # of the tables in self_test.json
 _SIGNS = {"caught": "✓ caught", "does not apply": "does not apply"}  # of a mutant
 
 Rows = tuple[tuple[str, ...], ...]
@@ -29,7 +28,7 @@ Rows = tuple[tuple[str, ...], ...]
 
 @dataclass(frozen=True)
 class Table:
-    """A heading, the columns' names, and rows of text."""
+    """A title, column names, and rows of text."""
 
     title: str
     columns: tuple[str, ...]
@@ -38,7 +37,7 @@ class Table:
 
 @dataclass(frozen=True)
 class MeasuredStage:
-    """Seconds of the clock, and bytes of memory at the peak; None where it is not known."""
+    """Wall-clock seconds and peak memory in bytes (None if unknown) of a stage."""
 
     name: str
     seconds: float
@@ -47,13 +46,13 @@ class MeasuredStage:
 
 @dataclass(frozen=True)
 class Context:
-    """Empty where nothing is known.
+    """What a report shows besides its gates; empty where unknown.
 
     Args:
-        facts: what was compared, with what: name → value.
+        facts: (name, value) pairs that identify what was compared.
         tables: packages, patches, files.
         stages: in the order in which they ran.
-        self_test: what `verify --self-test` found.
+        self_test: results of `verify --self-test`.
     """
 
     facts: tuple[tuple[str, str], ...] = ()
@@ -63,7 +62,7 @@ class Context:
 
 
 def of_bundle(bundle: Path) -> Context:
-    """What a bundle tells of itself.
+    """Read the context from a bundle's manifest.json and evidence/.
 
     Raises:
         BundleError: the folder has no manifest.
@@ -96,12 +95,14 @@ def _manifest_facts(manifest: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
 
 def _manifest_tables(manifest: Mapping[str, Any]) -> tuple[Table, ...]:
     checkpoint = _mapping(manifest.get("checkpoint"))
-    patches = {name: _mapping(one) for name, one in _mapping(manifest.get("patches")).items()}
+    patches = {name: _mapping(patch) for name, patch in _mapping(manifest.get("patches")).items()}
     tables = (
         Table(
-            "Patches of upstream",
+            "Patches of transformers",
             ("patch", "of", "why"),
-            tuple((name, _text(one.get("target", "")), _text(one.get("why", ""))) for name, one in patches.items()),
+            tuple(
+                (name, _text(patch.get("target", "")), _text(patch.get("why", ""))) for name, patch in patches.items()
+            ),
         ),
         Table("Built with", ("package", "version"), _pairs(manifest.get("versions"))),
         Table("Files of the bundle", ("file", "size", "sha256"), _files(manifest.get("files"))),
@@ -112,38 +113,36 @@ def _manifest_tables(manifest: Mapping[str, Any]) -> tuple[Table, ...]:
 
 def _files(files: object) -> Rows:
     rows = []
-    for name, one in _mapping(files).items():
-        told = _mapping(one)
-        bytes_ = told.get("size")
-        rows.append((name, size(bytes_) if isinstance(bytes_, int) else "", _text(told.get("sha256", ""))))
+    for name, entry in _mapping(files).items():
+        bytes_, digest = _mapping(entry).get("size"), _mapping(entry).get("sha256", "")
+        rows.append((name, size(bytes_) if isinstance(bytes_, int) else "", _text(digest)))
     return tuple(rows)
 
 
-def _pairs(found: object) -> Rows:
-    return tuple((name, _text(value)) for name, value in _mapping(found).items())
+def _pairs(entries: object) -> Rows:
+    return tuple((name, _text(value)) for name, value in _mapping(entries).items())
 
 
 def _costs(records: Sequence[tuple[str, Path]]) -> tuple[MeasuredStage, ...]:
-    found = []
+    stages = []
     for name, path in records:
         cost = _mapping(_read(path).get("cost"))
         seconds, memory = cost.get("wall_s"), cost.get("peak_rss")
         if isinstance(seconds, int | float) and 0 <= seconds < float("inf"):
-            found.append(
-                MeasuredStage(name, float(seconds), memory if isinstance(memory, int) and memory >= 0 else None)
-            )
-    return tuple(found)
+            known = memory if isinstance(memory, int) and memory >= 0 else None
+            stages.append(MeasuredStage(name, float(seconds), known))
+    return tuple(stages)
 
 
-def _self_test(found: Mapping[str, Any]) -> tuple[Table, ...]:
-    """Each list of objects becomes a table, whatever columns it has; those that say nothing are left out."""
+def _self_test(document: Mapping[str, Any]) -> tuple[Table, ...]:
+    """Turn each list of objects into a table; columns that are empty throughout are left out."""
     tables = []
-    for title, rows in found.items():
+    for title, rows in document.items():
         listed = [_mapping(row) for row in rows] if isinstance(rows, list) else []
         columns = tuple(dict.fromkeys(key for row in listed for key in row if key not in _UNSHOWN and row[key] != ""))
         if columns:
-            told = tuple(tuple(_cell(key, row.get(key, "")) for key in columns) for row in listed)
-            tables.append(Table(title.capitalize(), columns, told))
+            cells = tuple(tuple(_cell(key, row.get(key, "")) for key in columns) for row in listed)
+            tables.append(Table(_TITLES.get(title, title.capitalize()), columns, cells))
     return tuple(tables)
 
 
@@ -153,15 +152,15 @@ def _cell(column: str, value: object) -> str:
 
 
 def _read(path: Path) -> Mapping[str, Any]:
-    """The object in a file; empty where there is none."""
+    """Read the JSON object in a file; empty if it is missing or malformed."""
     try:
         return read_json(path) if path.is_file() else {}
     except CheckpointError:
         return {}
 
 
-def _mapping(found: object) -> Mapping[str, Any]:
-    return found if isinstance(found, dict) else {}
+def _mapping(value: object) -> Mapping[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 def _text(value: object) -> str:

@@ -1,8 +1,7 @@
-"""What a person wants to see of a comparison: images, both answers, logits side by side, their divergence.
+"""Collect what a report shows of each case: images, both answers, sampled logits, divergences.
 
-In: both sides' arrays, told through `show_…` while a verification runs. Out: `Exhibit`s, for a report's pages.
-Guaranteed: without a `collecting()` around it nothing is computed; no exhibit decides anything, gates do; whatever the
-size of the model, an exhibit holds at most `POINTS` logits a case and `POSITIONS` divergences.
+The `show_…` functions record while a verification runs, and do nothing outside `collecting()`. Exhibits never decide a
+verdict; gates do.
 """
 
 from __future__ import annotations
@@ -32,15 +31,15 @@ TEXT = 400  # characters of an answer or a prompt
 
 @dataclass(frozen=True)
 class Pixels:
-    """One image's pixel values on both sides, in the units that the vision encoder is given.
+    """One image's pixel values on both sides, normalized as the vision encoder takes them.
 
     Args:
-        way: whose values these are: our preprocessing's, or the runtime's own.
-        values: how many were compared.
-        differing: how many differ.
-        largest: the largest absolute difference; None where the grids differ, or a value is no finite number.
-        difference: the absolute difference as an image, a data URI, black where equal; "" where nothing differs.
-        sides: data URIs of what PyTorch is given and of what the artifact is given; empty where nothing differs.
+        way: who computed them: our preprocessing, or the runtime's own processor.
+        values: number compared.
+        differing: number that differ.
+        largest: the largest absolute difference; None if the grids differ or a value is not finite.
+        difference: the absolute difference as an image, a data URI, black where equal; "" if nothing differs.
+        sides: data URIs of both images, PyTorch's first; empty if nothing differs.
     """
 
     way: str
@@ -53,7 +52,7 @@ class Pixels:
 
 @dataclass(frozen=True)
 class Thumbnail:
-    """An image of a case: its file's name, a small copy (a data URI, "" if it was left out), what was compared."""
+    """An image of a case: its file name, a small copy (a data URI, "" if left out), and its comparisons."""
 
     name: str
     thumbnail: str
@@ -62,15 +61,15 @@ class Thumbnail:
 
 @dataclass(frozen=True)
 class Exhibit:
-    """One case, seen from both sides.
+    """One case, with the outputs of PyTorch and of the artifact.
 
     Args:
         kind: `case` (compared token by token) or `task` (a held-out question, compared by its answer).
         expected: the held-out answer.
-        answers: texts, PyTorch's then the artifact's; empty where none were generated.
-        logits: (PyTorch's, the artifact's) of the same token at the same position, a sample.
-        divergences: Kullback-Leibler divergence of the next-token distributions, nats, one a position.
-        undefined: positions at which a logit was no finite number.
+        answers: texts, PyTorch's then the artifact's; empty if none was generated.
+        logits: sampled pairs (PyTorch's, the artifact's) of the same token at the same position.
+        divergences: Kullback-Leibler divergence of the next-token distributions at each position, in nats.
+        undefined: number of positions at which a logit is not finite.
     """
 
     case: str
@@ -86,7 +85,7 @@ class Exhibit:
 
 @dataclass
 class _Collected:
-    """What has been shown so far; `current` is the case that the next things belong to."""
+    """Everything recorded so far; `current` is the case being recorded."""
 
     vision: Vision
     shown: dict[tuple[str, str, tuple[Path, ...]], Exhibit] = field(default_factory=dict)
@@ -107,10 +106,10 @@ _COLLECTED: ContextVar[_Collected | None] = ContextVar("collected", default=None
 
 @contextmanager
 def collecting(vision: Vision) -> Iterator[Callable[[], tuple[Exhibit, ...]]]:
-    """Keep what is shown inside; the call gives it.
+    """Record exhibits inside the block; call the yielded function to get them.
 
     Args:
-        vision: the sizes that turn pixel values back into images.
+        vision: sizes needed to turn pixel values back into images.
     """
     collected = _Collected(vision)
     token = _COLLECTED.set(collected)
@@ -123,7 +122,7 @@ def collecting(vision: Vision) -> Iterator[Callable[[], tuple[Exhibit, ...]]]:
 def show_case(
     name: str, prompt: str, images: Sequence[Path], *, kind: str = "case", expected: str | None = None
 ) -> None:
-    """What is shown from now on belongs to this case."""
+    """Start recording a case."""
     collected = _COLLECTED.get()
     if collected is None:
         return
@@ -136,7 +135,7 @@ def show_case(
 def show_pixels(
     way: str, got: Array | None, want: Array | None, got_grid: Array | None, want_grid: Array | None
 ) -> None:
-    """Pixel values of every image of the case.
+    """Record the pixel values of every image of the case.
 
     Args:
         way: see `Pixels`.
@@ -153,24 +152,24 @@ def show_pixels(
     images = list(collected.exhibit.images)
     for index, (patches, size) in enumerate(theirs[: len(images)]):
         other = ours[index] if len(ours) == len(theirs) else None
-        found = _pixels(way, other, (patches, size), collected.vision)
-        images[index] = replace(images[index], pixels=(*images[index].pixels, found))
+        pixels = _pixels(way, other, (patches, size), collected.vision)
+        images[index] = replace(images[index], pixels=(*images[index].pixels, pixels))
     collected.change(images=tuple(images))
 
 
 def show_answers(got: str, want: str) -> None:
-    """The texts of both sides."""
+    """Record the answers of both sides."""
     collected = _COLLECTED.get()
     if collected is not None and collected.exhibit is not None:
         collected.change(answers=(_cut(want), _cut(got)))
 
 
 def show_logits(name: str, span: tuple[int, int], got: Array, want: Array) -> None:
-    """Logits of the same positions on both sides; what does not fit in the sample is left out.
+    """Record a sample of the logits of both sides, and their divergences.
 
     Args:
-        name: of the case, shown before.
-        span: first and last of the tokens; those that were shown before are not shown again.
+        name: of a case that was passed to `show_case`.
+        span: begin and end of the tokens; a span is recorded only once.
         got: the artifact's, [… positions, vocab].
         want: PyTorch's.
     """
@@ -183,11 +182,11 @@ def show_logits(name: str, span: tuple[int, int], got: Array, want: Array) -> No
         return
     collected.spans.add((name, span))
     ours, theirs = got.reshape(-1, got.shape[-1]), want.reshape(-1, want.shape[-1])
-    pairs, found, undefined = list(before.logits), list(before.divergences), before.undefined
-    for row in _spread(len(theirs), POSITIONS - len(found)):
+    pairs, divergences, undefined = list(before.logits), list(before.divergences), before.undefined
+    for row in _spread(len(theirs), POSITIONS - len(divergences)):
         divergence = float(kl_divergence(log_softmax(theirs[row]), log_softmax(ours[row])))
         undefined += not np.isfinite(divergence)
-        found += [_short(divergence)] if np.isfinite(divergence) else []
+        divergences += [_short(divergence)] if np.isfinite(divergence) else []
     for row in _spread(len(theirs), max(1, (POINTS - len(pairs)) // (8 * LEADING))):
         columns = _sample(theirs[row])
         pairs += [
@@ -195,25 +194,25 @@ def show_logits(name: str, span: tuple[int, int], got: Array, want: Array) -> No
             for a, b in zip(theirs[row][columns], ours[row][columns], strict=True)
             if np.isfinite(a) and np.isfinite(b)
         ]
-    collected.change(logits=tuple(pairs[:POINTS]), divergences=tuple(found), undefined=undefined)
+    collected.change(logits=tuple(pairs[:POINTS]), divergences=tuple(divergences), undefined=undefined)
 
 
 def _spread(count: int, wanted: int) -> list[int]:
-    """At most `wanted` of `count` rows, evenly spread, the last among them."""
+    """Return at most `wanted` of `count` row indices, evenly spread and including the last."""
     if wanted <= 0:
         return []
     return sorted({count - 1 - step * count // min(count, wanted) for step in range(min(count, wanted))})
 
 
 def _sample(row: Array) -> Array:
-    """Columns: the `LEADING` largest, and others from the whole range of values, evenly spread by rank."""
+    """Return column indices: the `LEADING` largest, and others evenly spread by rank."""
     order = np.argsort(row)
     spread = np.linspace(0, len(order) - 1, min(7 * LEADING, len(order))).astype(int)
     return np.unique(np.concatenate([order[-LEADING:], order[spread]]))
 
 
 def _by_image(pixels: Array, grid: Array) -> list[tuple[Array, Array]]:
-    """Each image's patches and its (frames, rows, columns)."""
+    """Split into each image's patches and its (frames, rows, columns)."""
     ends = np.cumsum(grid.prod(-1))
     if len(ends) and ends[-1] != len(pixels):
         return []
@@ -228,7 +227,7 @@ def _pixels(way: str, got: tuple[Array, Array] | None, want: tuple[Array, Array]
         return Pixels(way, patches.size, 0, 0.0)
     images = [patches_to_image(*side, vision) for side in (want, got)]
     low, high = float(images[0].min()), float(images[0].max())
-    sides = tuple(scaled(one, low, high) for one in images)
+    sides = tuple(scaled(image, low, high) for image in images)
     if not np.array_equal(got[1], size):
         return Pixels(way, patches.size, patches.size, None, "", sides)
     gap = np.abs(got[0].astype(np.float64) - patches)
@@ -239,7 +238,7 @@ def _pixels(way: str, got: tuple[Array, Array] | None, want: tuple[Array, Array]
 
 
 def _short(value: float, digits: int = 4) -> float:
-    """Few bytes of JSON; nine digits are all that an fp32 number has."""
+    """Round to a few digits, to keep the JSON small."""
     return float(f"{float(value):.{digits}g}")
 
 

@@ -1,8 +1,7 @@
-"""parity.json and exhibits.json: how they are written, what they look like, how they are read back.
+"""Write and read parity.json and exhibits.json.
 
-In: a `Report`. Out: its text, and the same report again. Guaranteed: parity.json keeps to `schema.json`, which is made
-from the models here; exhibits.json stays below `MAX_BYTES` bytes; a file
-that does not keep to its model, or holds an image that is anything but a small image, is a `BundleError`.
+Guarantees: parity.json validates against `schema.json`, which is generated from `ParityFile`; exhibits.json stays below
+`MAX_BYTES`; reading accepts images only as inline PNG or JPEG data.
 """
 
 from __future__ import annotations
@@ -42,10 +41,10 @@ class GateFigures(BaseModel):
         float | Literal["inf", "-inf", "nan"],
         Field(
             description="For tolerances: the largest absolute difference over the standard deviation of PyTorch's "
-            "values. For exact comparisons: how many values differ. As text where it is no finite number."
+            "values. For exact comparisons: the number of values that differ. Text if it is not finite."
         ),
     ]
-    limit: Annotated[float, Field(ge=0, description="The largest figure that passes; 0 for exact comparisons.")]
+    limit: Annotated[float, Field(ge=0, description="The largest `measured` that passes; 0 for exact comparisons.")]
     detail: Annotated[str, Field(description="Where and how it differs.")]
     ok: Annotated[bool, Field(description="Whether `measured` is finite and at most `limit`.")]
     layer: Annotated[
@@ -54,41 +53,43 @@ class GateFigures(BaseModel):
 
 
 class ParityFile(BaseModel):
-    """What a verification of a bundle against PyTorch found."""
+    """The result of verifying a bundle against PyTorch."""
 
     model_config = ConfigDict(extra="forbid", populate_by_name=True)
 
     format: Annotated[Literal[2], Field(description="Version of this file's format.")]
     target: Annotated[str, Field(description="The runtime that the bundle is for.")]
-    checkpoint: Annotated[str, Field(description="Name of the checkpoint that it was compared with.")]
-    verdict: Annotated[Verdict, Field(description="`partial`: all that was compared holds, `not run` could not be.")]
+    checkpoint: Annotated[str, Field(description="Name of the checkpoint that the bundle was compared with.")]
+    verdict: Annotated[
+        Verdict, Field(description="`partial`: every comparison passed, those in `not run` were not made.")
+    ]
     first_difference: Annotated[
         str | None,
-        Field(alias="first difference", description="The failing gate that comes first in the computation."),
+        Field(alias="first difference", description="The failing gate that is earliest in the computation."),
     ]
     not_run: Annotated[dict[str, str], Field(alias="not run", description="Place → why it was not compared.")]
     gates: list[GateFigures]
-    facts: Annotated[dict[str, Any], Field(description="Versions, scores, memory: what was found besides.")]
+    facts: Annotated[dict[str, Any], Field(description="Versions, scores, memory and other measurements.")]
 
 
 def schema() -> dict[str, Any]:
-    """The JSON Schema of parity.json."""
-    made = ParityFile.model_json_schema(by_alias=True)
+    """Return the JSON Schema of parity.json."""
+    model = ParityFile.model_json_schema(by_alias=True)
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "$id": f"urn:qwen3vl-onnx:parity:{FORMAT}",
-        **made,
+        **model,
     }
 
 
 def parity_text(report: Report) -> str:
-    """parity.json."""
+    """Return the text of parity.json."""
     return encodable(json.dumps(report.as_dict(), indent=1, ensure_ascii=False)) + "\n"
 
 
 def exhibits_text(report: Report) -> str:
-    """exhibits.json; the last exhibits lose their images where it would be too large, and then go altogether."""
-    rows = [_row(one) for one in report.exhibits]
+    """Return the text of exhibits.json; if too large, the last exhibits lose their images, then are left out."""
+    rows = [_row(exhibit) for exhibit in report.exhibits]
     room = MAX_BYTES - 200 - sum(_bytes(row) for row in rows)
     for index in reversed(range(len(rows))):
         if room < 0:
@@ -106,40 +107,40 @@ def _row(exhibit: Exhibit) -> str:
 
 
 def _bytes(row: str) -> int:
-    return len(row.encode("utf-8")) + 2  # with the comma and the line's end
+    return len(row.encode("utf-8")) + 2  # with the comma and the newline
 
 
 def encodable(text: str) -> str:
-    """The same with `?` for what is no Unicode: the bytes of a file's name, say."""
+    """Replace lone surrogates, such as undecodable bytes of a file name, with `?`."""
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _without_images(exhibit: Exhibit) -> Exhibit:
     def lighter(image: Thumbnail) -> Thumbnail:
-        bare = tuple(replace(one, difference="", sides=()) for one in image.pixels)
+        bare = tuple(replace(pixels, difference="", sides=()) for pixels in image.pixels)
         return replace(image, thumbnail="", pixels=bare)
 
-    return replace(exhibit, images=tuple(lighter(one) for one in exhibit.images))
+    return replace(exhibit, images=tuple(map(lighter, exhibit.images)))
 
 
 def read_report(evidence: Path) -> Report:
-    """The report in a bundle's `evidence/`; without exhibits where exhibits.json is not there.
+    """Read the report in a bundle's `evidence/`, without exhibits if there is no exhibits.json.
 
     Raises:
-        BundleError: a file that is missing, of another format, or not what it should be.
+        BundleError: a file is missing, of another format, or malformed.
     """
     parity = _object(evidence / "parity.json", FORMAT, upgraded_parity)
     try:
-        found = ParityFile.model_validate(parity)
+        file = ParityFile.model_validate(parity)
         gates = tuple(
             Gate(gate.place, gate.case, float(gate.measured), gate.limit, gate.detail, gate.layer)
-            for gate in found.gates
+            for gate in file.gates
         )
     except (ValidationError, ValueError) as error:
         raise _unreadable(evidence / "parity.json", error) from error
-    report = Report(found.target, found.checkpoint, gates, found.facts, found.not_run, _read_exhibits(evidence))
-    if report.verdict != found.verdict:
-        raise _unreadable(evidence / "parity.json", f"verdict {found.verdict}, but its gates say {report.verdict}")
+    report = Report(file.target, file.checkpoint, gates, file.facts, file.not_run, _read_exhibits(evidence))
+    if report.verdict != file.verdict:
+        raise _unreadable(evidence / "parity.json", f"verdict {file.verdict}, but its gates give {report.verdict}")
     return report
 
 
@@ -155,17 +156,17 @@ def _read_exhibits(evidence: Path) -> tuple[Exhibit, ...]:
         raise _unreadable(path, error) from error
     for exhibit in exhibits:
         if not all(_IMAGE.fullmatch(uri) for uri in _images(exhibit)):
-            raise _unreadable(path, f"an image of {exhibit.case[:80]!r} is no image")
+            raise _unreadable(path, f"an image of {exhibit.case[:80]!r} is not an inline PNG or JPEG")
         figures = [*exhibit.divergences, *(value for pair in exhibit.logits for value in pair)]
         if not all(map(math.isfinite, figures)):
-            raise _unreadable(path, f"a figure of {exhibit.case[:80]!r} is no finite number")
+            raise _unreadable(path, f"a figure of {exhibit.case[:80]!r} is not finite")
     return exhibits
 
 
 def _images(exhibit: Exhibit) -> list[str]:
-    pixels: list[Pixels] = [one for image in exhibit.images for one in image.pixels]
-    shown = [one.thumbnail for one in exhibit.images]
-    return shown + [uri for one in pixels for uri in (one.difference, *one.sides)]
+    compared: list[Pixels] = [pixels for image in exhibit.images for pixels in image.pixels]
+    thumbnails = [image.thumbnail for image in exhibit.images]
+    return thumbnails + [uri for pixels in compared for uri in (pixels.difference, *pixels.sides)]
 
 
 def _upgraded_exhibits(document: dict[str, Any]) -> dict[str, Any]:
@@ -174,7 +175,7 @@ def _upgraded_exhibits(document: dict[str, Any]) -> dict[str, Any]:
 
 def _object(path: Path, version: int, upgrade: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Any]:
     try:
-        found = read_json(path)
+        document = read_json(path)
     except CheckpointError as error:
         raise BundleError(
             f"{path} cannot be read",
@@ -182,20 +183,20 @@ def _object(path: Path, version: int, upgrade: Callable[[dict[str, Any]], dict[s
             found=error.what,
             next="qwen3vl-onnx verify BUNDLE --reference CHECKPOINT",
         ) from error
-    found = upgrade(found)
-    if found.get("format") != version:
-        raise BundleError(f"{path} has another format", expected=version, found=str(found.get("format"))[:80])
-    return found
+    document = upgrade(document)
+    if document.get("format") != version:
+        raise BundleError(f"{path} has another format", expected=version, found=str(document.get("format"))[:80])
+    return document
 
 
 def _unreadable(path: Path, error: Exception | str) -> BundleError:
     first, *_ = f"{error}".splitlines() or [""]
     if isinstance(error, ValidationError):
-        one = error.errors(include_url=False, include_input=False)[0]
-        first = f"{'.'.join(map(str, one['loc']))}: {one['msg']}"
+        problem = error.errors(include_url=False, include_input=False)[0]
+        first = f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}"
     return BundleError(
-        f"{path} is no report of this tool",
-        expected="parity.json and exhibits.json as `verify` wrote them",
+        f"{path} is not a report of this tool",
+        expected="parity.json and exhibits.json as written by `verify`",
         found=first,
         next="qwen3vl-onnx verify BUNDLE --reference CHECKPOINT",
     )

@@ -1,7 +1,6 @@
-"""What a verification found: gates, their margins, the first place that differs.
+"""Gates and reports: measured figures with their limits, and the first place that differs.
 
-In: measured figures with their limits, in the order in which the model computes. Out: a `Report`, as a table and JSON.
-Guaranteed: a report without gates does not pass; the first failure named is the earliest stage of the computation.
+Guarantees: a report without gates fails; `first_failure` is the earliest in the order of the computation.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 FORMAT = 2  # of parity.json, see builder/verify/report/schema.json
-# The order in which a wrong value travels: what differs first is where it began.
+# In the order of the computation: the first place that differs is where an error began.
 PLACES = (
     "decoded image",
     "pixel values",
@@ -51,15 +50,23 @@ PLACES = (
 
 @dataclass(frozen=True)
 class Gate:
-    """One comparison.
+    """One comparison with its limit.
+
+    Example:
+        >>> gate = Gate("embeddings", "one image", measured=3e-7, limit=1e-4)
+        >>> gate.ok
+        True
 
     Args:
         place: one of `PLACES`.
         case: what it was computed on.
-        measured: the figure; for exact comparisons the number of values that differ.
-        limit: the largest figure that passes.
-        detail: what a person needs to see where and how it differs.
-        layer: index of the decoder layer, vision block or DeepStack level; None where the place has none.
+        measured: an error, or the number of differing values in an exact comparison.
+        limit: the largest value of `measured` that passes.
+        detail: where and how it differs, for a person.
+        layer: index of the decoder layer, vision block or DeepStack level; None if the place has none.
+
+    Raises:
+        ValueError: `place` is not one of `PLACES`.
     """
 
     place: str
@@ -71,7 +78,7 @@ class Gate:
 
     def __post_init__(self) -> None:
         if self.place not in PLACES:
-            raise ValueError(f"{self.place!r} is no place of the computation: one of {', '.join(PLACES)}")
+            raise ValueError(f"{self.place!r} is not a place of the computation, which are {', '.join(PLACES)}")
 
     @property
     def ok(self) -> bool:
@@ -79,7 +86,7 @@ class Gate:
 
     @property
     def excess(self) -> float:
-        """By which gates are ranked, see `builder.bundle.evidence.excess`."""
+        """`measured` relative to `limit`, by which gates are ranked; see `builder.bundle.evidence.excess`."""
         return excess(self.measured, self.limit)
 
 
@@ -87,8 +94,9 @@ class Gate:
 class Report:
     """All gates of one bundle.
 
-    `not_run` says, of each place (or case) that could not be compared on this machine, why; `exhibits` are for people
-    to look at.
+    Args:
+        not_run: place (or case) → why it could not be compared on this machine.
+        exhibits: illustrations for the report's pages.
     """
 
     target: str
@@ -104,17 +112,17 @@ class Report:
 
     @property
     def verdict(self) -> str:
-        """`failed`; `passed`; or `partial`: all that was compared holds, and something could not be."""
+        """`failed`, `passed`, or `partial`: every comparison passed, and some could not be run."""
         return "failed" if not self.ok else "partial" if self.not_run else "passed"
 
     @property
     def first_failure(self) -> Gate | None:
-        """The failing gate that comes first in the order of the computation."""
+        """The failing gate that is earliest in the order of the computation."""
         failing = [gate for gate in self.gates if not gate.ok]
         return min(failing, key=lambda gate: PLACES.index(gate.place), default=None)
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON: numbers stay numbers; a figure that is no number is written as text."""
+        """Return the content of parity.json; figures that are not finite become text."""
         first = self.first_failure
         return {
             "format": FORMAT,
@@ -129,7 +137,7 @@ class Report:
 
 
 def relative_error(got: npt.NDArray[Any], want: npt.NDArray[Any]) -> float:
-    """max |got - want| over the standard deviation of `want`; infinite where shapes differ or a value is not finite."""
+    """Return max |got - want| / std(want); infinite if shapes differ or a value is not finite."""
     if got.shape != want.shape or not np.isfinite(got).all():
         return math.inf
     if want.size == 0:
@@ -139,7 +147,7 @@ def relative_error(got: npt.NDArray[Any], want: npt.NDArray[Any]) -> float:
 
 
 def compare_close(place: str, case: str, got: npt.NDArray[Any], want: npt.NDArray[Any], limit: float) -> Gate:
-    """A gate on `relative_error`."""
+    """Return a gate on `relative_error`."""
     detail = f"shape {got.shape}, expected {want.shape}" if got.shape != want.shape else ""
     error = relative_error(got, want)
     if not detail and math.isfinite(error) and error > limit:
@@ -151,7 +159,7 @@ def compare_close(place: str, case: str, got: npt.NDArray[Any], want: npt.NDArra
 def compare_exact(
     place: str, case: str, got: npt.NDArray[Any] | Sequence[Any], want: npt.NDArray[Any] | Sequence[Any]
 ) -> Gate:
-    """A gate on the number of values that differ, bit for bit."""
+    """Return a gate on the number of values that are not bitwise equal."""
     a, b = np.asarray(got), np.asarray(want)
     if a.shape != b.shape:
         return Gate(place, case, float(max(a.size, b.size, 1)), 0.0, f"shape {a.shape}, expected {b.shape}")
@@ -166,24 +174,24 @@ def compare_exact(
 
 
 def guarded(place: str, case: str, compute: Callable[..., list[Gate]], *arguments: Any) -> list[Gate]:
-    """The gates that `compute(*arguments)` gives, or one that fails and says why there are none."""
+    """Return `compute(*arguments)`, or a failing gate with the exception if it raises one."""
     return guarded_pair(place, case, lambda: (compute(*arguments), None), None)[0]
 
 
 def guarded_pair(
     place: str, case: str, compute: Callable[..., tuple[list[Gate], T]], default: T, *arguments: Any
 ) -> tuple[list[Gate], T]:
-    """As `guarded`, where `compute` gives a result besides; `default` where it fails."""
+    """Like `guarded`, for a `compute` with a second result, which is `default` if it raises."""
     try:
         return compute(*arguments)
     except BuildError:
         raise
-    except Exception as error:  # each runtime throws errors of its own for what its graphs cannot take
+    except Exception as error:  # each runtime raises its own exception types
         return [uncomputed(place, case, error)], default
 
 
 def uncomputed(place: str, case: str, error: Exception) -> Gate:
-    """The gate of a comparison that `error` has ended."""
+    """Return the failing gate of a comparison that raised `error`."""
     first, *_ = str(error).splitlines() or [""]
     return Gate(place, case, math.inf, 0.0, f"{type(error).__name__}: {first}")
 

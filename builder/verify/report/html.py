@@ -1,7 +1,6 @@
-"""One page that holds everything in itself.
+"""Render a report as one self-contained HTML page.
 
-In: a `Report` and its `Context`. Out: HTML with its styles, plots and images inline. Guaranteed: no script, nothing
-is loaded from anywhere (a content security policy says so too), and every text is escaped.
+Guarantees: no scripts, no external resources (enforced by a content security policy), and all text is escaped.
 """
 
 from __future__ import annotations
@@ -22,20 +21,20 @@ from builder.verify.report.exhibits import Exhibit
 from builder.verify.report.gates import PLACES, Gate, Report
 from builder.verify.report.plots import error_plot, histogram, scatter
 from builder.verify.report.quality_tables import loss_tables
-from builder.verify.report.summary import failures, headline, margin, measured, notes, places, unasked
+from builder.verify.report.summary import failures, headline, margin, measured, notes, places, skipped
 
 FOLDER = Path(__file__).parent
 SHOWN = 48  # exhibits with an answer; those that differ come first
-FOLDED = 9  # held-out questions behind which the rest is folded away; none that differs is
-LISTED = 3  # failing gates of one place
-LIMIT_AT = 70.0  # per cent of a bar's width, where the limit is
-DECADES_BELOW, DECADES_OVER = 4.0, 3.0  # that a bar shows on either side of it
+FOLDED = 9  # held-out questions shown before the rest is collapsed; those that differ are always shown
+LISTED = 3  # failing gates per place
+LIMIT_AT = 70.0  # position of the limit in a bar, in percent of its width
+DECADES_BELOW, DECADES_OVER = 4.0, 3.0  # shown by a bar on either side of the limit
 _VERDICTS = {"passed": ("✓", "Passed"), "partial": ("✓", "Passed, in part"), "failed": ("✗", "Failed")}
 
 
 @dataclass(frozen=True)
 class Tile:
-    """One figure that a reader looks for first."""
+    """A key figure at the top of the page."""
 
     value: str
     label: str
@@ -43,14 +42,14 @@ class Tile:
 
 @dataclass(frozen=True)
 class Bar:
-    """A stage's cost; `width` in per cent of the largest."""
+    """The cost of a stage; `width` is in percent of the largest."""
 
     words: str
     width: float
 
 
 def html(report: Report, context: Context) -> str:
-    """The page."""
+    """Return the page."""
     glyph, verdict = _VERDICTS[report.verdict]
     failing = failures(report)
     cases, tasks = _shown(report.exhibits, "case"), _shown(report.exhibits, "task")
@@ -64,7 +63,7 @@ def html(report: Report, context: Context) -> str:
         tiles=_tiles(report),
         places=places(report),
         notes=notes(report),
-        unasked=unasked(report),
+        skipped=skipped(report),
         bar=bar,
         limit_at=LIMIT_AT,
         failing=(listed := _first_of_each(failing)),
@@ -76,7 +75,7 @@ def html(report: Report, context: Context) -> str:
         total=duration(sum(stage.seconds for stage in context.stages)),
         cases=cases,
         tasks=tasks,
-        folded=max(FOLDED, sum(differs(one) for one in tasks)),
+        folded=max(FOLDED, sum(map(differs, tasks))),
         left_out=len(report.exhibits) - len(cases) - len(tasks),
         facts=_facts(report, context),
         tables=_tables(report, context),
@@ -98,7 +97,7 @@ def _template() -> Template:
 
 
 def bar(gate: Gate) -> float:
-    """How far a margin's bar reaches, in per cent: logarithmic, the limit at `LIMIT_AT`."""
+    """Return the length of a margin's bar in percent: logarithmic, with the limit at `LIMIT_AT`."""
     over = gate.excess
     if over == 0:
         return 0.0
@@ -112,24 +111,26 @@ def bar(gate: Gate) -> float:
 
 def _tiles(report: Report) -> list[Tile]:
     good = sum(gate.ok for gate in report.gates)
-    tiles = [Tile(f"{good:,} / {len(report.gates):,}", "comparisons hold")]
+    tiles = [Tile(f"{good:,} / {len(report.gates):,}", "comparisons pass")]
     close = [gate for gate in report.gates if gate.limit > 0 and gate.measured > 0 and gate.case != "near ties"]
     if close:
         worst = max(close, key=lambda gate: gate.excess)
-        tiles.append(Tile(margin(worst), f"{'least margin' if worst.ok else 'farthest off'}: {worst.place}"))
+        tiles.append(
+            Tile(margin(worst), f"{'closest to its limit' if worst.ok else 'furthest over its limit'}: {worst.place}")
+        )
     tokens = [gate for gate in report.gates if gate.place.startswith("tokens") and gate.case != "near ties"]
     if tokens:
         tiles.append(Tile(f"{sum(gate.ok for gate in tokens)} / {len(tokens)}", "answers equal, token by token"))
     task = report.facts.get("task")
     if isinstance(task, dict):
-        tiles.append(Tile(" · ".join(str(value) for value in task.values()), f"right answers: {' · '.join(task)}"))
+        tiles.append(Tile(" · ".join(str(value) for value in task.values()), f"correct answers: {' · '.join(task)}"))
     if report.not_run:
         tiles.append(Tile(f"{len(report.not_run)}", "places not run"))
     return tiles
 
 
 def _first_of_each(failing: Sequence[Gate]) -> list[Gate]:
-    """The first `LISTED` of every place."""
+    """Return the first `LISTED` gates of every place."""
     kept: dict[str, list[Gate]] = {}
     for gate in failing:
         kept.setdefault(gate.place, []).append(gate)
@@ -154,19 +155,19 @@ def _seconds(seconds: float) -> str:
 
 
 def _shown(exhibits: Sequence[Exhibit], kind: str) -> list[Exhibit]:
-    found = [one for one in exhibits if one.kind == kind]
-    return sorted(found, key=lambda one: not differs(one))[:SHOWN]
+    of_kind = [exhibit for exhibit in exhibits if exhibit.kind == kind]
+    return sorted(of_kind, key=lambda exhibit: not differs(exhibit))[:SHOWN]
 
 
 def differs(exhibit: Exhibit) -> bool:
-    """Whether the answers do."""
+    """Return whether the two answers differ."""
     return bool(exhibit.answers) and exhibit.answers[0] != exhibit.answers[-1]
 
 
 def _facts(report: Report, context: Context) -> list[tuple[str, str]]:
-    told = list(context.facts) or [("checkpoint", report.checkpoint), ("target", report.target)]
+    facts = list(context.facts) or [("checkpoint", report.checkpoint), ("target", report.target)]
     peak = report.facts.get("peak_rss")
-    return told + ([("memory of the verification", size(peak))] if isinstance(peak, int) else [])
+    return facts + ([("memory of the verification", size(peak))] if isinstance(peak, int) else [])
 
 
 def _tables(report: Report, context: Context) -> list[Table]:

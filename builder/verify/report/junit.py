@@ -1,9 +1,4 @@
-"""JUnit XML, which every CI server shows as tests.
-
-In: a `Report`. Out: XML: one testsuite a target, one testcase a gate. Guaranteed: well-formed whatever a case is
-called; a gate that does not hold is a failure with its figures, a place that was not run is skipped and says why; a
-report without gates is a failure.
-"""
+"""Render a report as JUnit XML: one testcase per gate; places that were not run are skipped."""
 
 from __future__ import annotations
 
@@ -16,7 +11,7 @@ from builder.verify.report.summary import failures, headline, measured
 
 
 def junit(report: Report, context: Context) -> str:
-    """The file's text."""
+    """Return the text of junit.xml; a report without gates is a failure."""
     suites = ElementTree.Element("testsuites", name="verification")
     failing = len(failures(report)) if report.gates else 1
     counts = {
@@ -30,10 +25,8 @@ def junit(report: Report, context: Context) -> str:
     suite = ElementTree.SubElement(suites, "testsuite", {"name": clean(report.target), **counts})
     properties = ElementTree.SubElement(suite, "properties")
     versions = report.facts.get("versions")
-    told = {"checkpoint": report.checkpoint, "verdict": report.verdict} | (
-        versions if isinstance(versions, dict) else {}
-    )
-    for name, value in told.items():
+    facts = {"checkpoint": report.checkpoint, "verdict": report.verdict}
+    for name, value in (facts | (versions if isinstance(versions, dict) else {})).items():
         ElementTree.SubElement(properties, "property", name=clean(name), value=clean(value))
     for gate in report.gates:
         case = _testcase(suite, report, gate.place, gate.case)

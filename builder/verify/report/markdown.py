@@ -1,8 +1,7 @@
-"""Markdown for a comment on a pull request.
+"""Render a report as GitHub-flavored Markdown for a comment on a pull request.
 
-In: a `Report` and its `Context`. Out: GitHub-flavoured Markdown: the verdict, a table of places, the first difference,
-details that unfold. Guaranteed: at most `MAX_CHARACTERS`, which is what GitHub takes; names are shown as code, so that
-no name becomes a link, a mention, a heading or HTML.
+Guarantees: at most `MAX_CHARACTERS`, GitHub's limit for a comment; names are shown as code, so that none becomes a
+link, a mention, a heading or HTML.
 """
 
 from __future__ import annotations
@@ -14,14 +13,14 @@ from builder.util.units import duration, size
 from builder.verify.report.context import Context, Table
 from builder.verify.report.gates import Report
 from builder.verify.report.quality_tables import loss_tables
-from builder.verify.report.summary import failures, headline, margin, measured, notes, places, unasked
+from builder.verify.report.summary import failures, headline, margin, measured, notes, places, skipped
 
 MAX_CHARACTERS = 65_000
 _SIGNS = {"passed": "✅", "partial": "✅", "failed": "❌"}
 
 
 def markdown(report: Report, context: Context) -> str:
-    """The comment; what does not fit is counted instead of listed."""
+    """Return the comment; rows that do not fit are counted instead of listed."""
     head = _head(report) + _table(report)
     room = MAX_CHARACTERS - len(head) - 200
     parts: list[str] = []
@@ -60,39 +59,39 @@ def _table(report: Report) -> str:
             f"| {'✅' if place.ok else '❌'} | {place.name} | {place.good}/{place.cases} | {figure(gate.measured)} "
             f"| {figure(gate.limit)} | {margin(gate)} | {code(gate.case, 80)} |"
         )
-    rows += ["", *(f"Not compared, by the case's own choice: {code(a, 80)}: {code(b)}  " for a, b in notes(report))]
-    rows += [f"{code(a, 80)}: {code(b)}  " for a, b in unasked(report)]
+    rows += ["", *(f"Not compared, as the case requests: {code(a, 80)}: {code(b)}  " for a, b in notes(report))]
+    rows += [f"{code(a, 80)}: {code(b)}  " for a, b in skipped(report)]
     return "\n".join(rows) + "\n\n"
 
 
 def _details(report: Report, context: Context) -> list[tuple[str, list[str]]]:
-    found: list[tuple[str, list[str]]] = []
+    sections: list[tuple[str, list[str]]] = []
     failing = failures(report)
     if failing:
-        rows = [f"- **{one.place}**, {code(one.case)}: {measured(one)} {code(one.detail, 300)}" for one in failing]
-        found.append((f"What differs, in the order of the computation ({len(failing)})", rows))
-    found += [(table.title, _rows(table)) for table in loss_tables(report)]
-    answers = [one for one in report.exhibits if one.answers]
+        rows = [f"- **{gate.place}**, {code(gate.case)}: {measured(gate)} {code(gate.detail, 300)}" for gate in failing]
+        sections.append((f"What differs, in the order of the computation ({len(failing)})", rows))
+    sections += [(table.title, _rows(table)) for table in loss_tables(report)]
+    answers = [exhibit for exhibit in report.exhibits if exhibit.answers]
     if answers:
         rows = ["| case | prompt | PyTorch | here | |", "|---|---|---|---|---|"]
         rows += [
-            f"| {code(one.case, 60)} | {code(one.prompt, 80)} | {' | '.join(code(text, 80) for text in one.answers)} "
-            f"| {'equal' if one.answers[0] == one.answers[-1] else '**differs**'} |"
-            for one in sorted(answers, key=lambda one: one.answers[0] == one.answers[-1])
+            f"| {code(x.case, 60)} | {code(x.prompt, 80)} | {' | '.join(code(text, 80) for text in x.answers)} "
+            f"| {'equal' if x.answers[0] == x.answers[-1] else '**differs**'} |"
+            for x in sorted(answers, key=lambda x: x.answers[0] == x.answers[-1])
         ]
-        found.append((f"Answers ({len(answers)})", rows))
-    found += [(f"Self-test: {code(table.title, 60)}", _rows(table)) for table in context.self_test]
+        sections.append((f"Answers ({len(answers)})", rows))
+    sections += [(f"Self-test: {code(table.title, 60)}", _rows(table)) for table in context.self_test]
     if context.stages:
-        rows = ["| stage | time | memory at the peak |", "|---|--:|--:|"]
+        rows = ["| stage | time | peak memory |", "|---|--:|--:|"]
         rows += [
-            f"| {one.name} | {duration(one.seconds)} | {'' if one.memory is None else size(one.memory)} |"
-            for one in context.stages
+            f"| {stage.name} | {duration(stage.seconds)} | {'' if stage.memory is None else size(stage.memory)} |"
+            for stage in context.stages
         ]
-        found.append(("Time and memory", rows))
-    told = [*context.facts, *((str(name), str(value)) for name, value in _versions(report))]
-    if told:
-        found.append(("Provenance", ["| | |", "|---|---|", *(f"| {code(a)} | {code(b)} |" for a, b in told)]))
-    return found
+        sections.append(("Time and memory", rows))
+    facts = [*context.facts, *((str(name), str(value)) for name, value in _versions(report))]
+    if facts:
+        sections.append(("Provenance", ["| | |", "|---|---|", *(f"| {code(a)} | {code(b)} |" for a, b in facts)]))
+    return sections
 
 
 def _versions(report: Report) -> list[tuple[str, object]]:
@@ -101,12 +100,12 @@ def _versions(report: Report) -> list[tuple[str, object]]:
 
 
 def _rows(table: Table) -> list[str]:
-    head = ["| " + " | ".join(code(one) for one in table.columns) + " |", "|" + "---|" * len(table.columns)]
+    head = ["| " + " | ".join(map(code, table.columns)) + " |", "|" + "---|" * len(table.columns)]
     return head + ["| " + " | ".join(code(cell, 120) for cell in row) + " |" for row in table.rows]
 
 
 def _folded(title: str, rows: Sequence[str], room: int) -> str:
-    """A section that unfolds; rows that do not fit are counted."""
+    """Return a collapsed section; rows that do not fit are counted."""
     begin, end = f"<details><summary>{title}</summary>\n\n", "\n\n</details>\n\n"
     left = room - len(begin) - len(end) - 60
     kept = 0

@@ -1,7 +1,6 @@
-"""Plots as SVG that a page holds in itself.
+"""Plots of a report as inline SVG.
 
-In: a report's gates and exhibits. Out: `Plot`s. Guaranteed: no text of a checkpoint or a bundle enters but escaped;
-colours are the page's (classes of style.css), and never tell alone what a shape or a word does not tell too.
+Guarantees: text from a checkpoint or a bundle is escaped; color (classes of style.css) never carries meaning alone.
 """
 
 from __future__ import annotations
@@ -17,8 +16,8 @@ from builder.util.text import figure
 from builder.verify.report.exhibits import Exhibit
 from builder.verify.report.gates import Gate, Report
 
-FLOOR, ROOF = 1e-9, 1e3  # of a standard deviation: what is drawn at the lower and the upper edge
-# What is compared with a tolerance, in the order of the computation; those with layers have a point a layer.
+FLOOR, ROOF = 1e-9, 1e3  # in standard deviations: errors plotted at the lower and the upper edge
+# Places compared with a tolerance, in the order of the computation; layered places have a point per layer.
 _GROUPS = (
     ("vision layers", "vision layers"),
     ("image features", "features"),
@@ -34,7 +33,7 @@ _LAYERED = ("vision layers", "deepstack features", "decoder layers")
 
 @dataclass(frozen=True)
 class Plot:
-    """An image and what it shows; `svg` is empty where there is nothing to draw, and the caption says why."""
+    """A plot with its caption; `svg` is empty if there is nothing to plot, and the caption gives the reason."""
 
     title: str
     svg: Markup
@@ -43,7 +42,7 @@ class Plot:
 
 @dataclass(frozen=True)
 class _Point:
-    """The cases of one layer, or of one place: the smallest and the largest error, and how many fail."""
+    """All cases of one layer or place: the smallest and the largest error, and the number of failing gates."""
 
     place: str
     label: str
@@ -54,7 +53,7 @@ class _Point:
 
 
 def error_plot(report: Report) -> Plot:
-    """The error along the computation, a point a layer."""
+    """Plot the error along the computation, one point per layer."""
     groups = [(name, _points(place, report.gates)) for place, name in _GROUPS]
     groups = [(name, points) for name, points in groups if points]
     title = "Error along the computation"
@@ -87,7 +86,7 @@ def error_plot(report: Report) -> Plot:
         x += span + 0.6 * step
     caption = (
         "Largest absolute difference from PyTorch, in standard deviations of PyTorch's values. A dot is the worst "
-        "case, the line below it reaches to the best; a ring is 0, a cross is over its limit."
+        "case, and the line below it extends to the best; a ring is 0, a cross is over its limit."
     )
     if not layered:
         caption += " This verification did not compare layer by layer."
@@ -95,8 +94,8 @@ def error_plot(report: Report) -> Plot:
 
 
 def scatter(exhibits: Sequence[Exhibit]) -> Plot:
-    """Logits of the artifact over PyTorch's, and below, enlarged, how far they are apart."""
-    title = "Logits, here against PyTorch"
+    """Plot logits of the artifact against PyTorch's, and their differences below."""
+    title = "Logits, bundle against PyTorch"
     pairs = np.array([pair for exhibit in exhibits for pair in exhibit.logits], float).reshape(-1, 2)
     if not len(pairs):
         return Plot(title, Markup(), "No logits were sampled.")
@@ -106,35 +105,35 @@ def scatter(exhibits: Sequence[Exhibit]) -> Plot:
     largest = float(np.abs(gaps).max())
     reach = (1.15 * largest) or 1.0
     across = _Linear(low - pad, high + pad, 52, 406)
-    up, apart = _Linear(low - pad, high + pad, 262, 12), _Linear(-reach, reach, 374, 284)
+    up, gap = _Linear(low - pad, high + pad, 262, 12), _Linear(-reach, reach, 374, 284)
     ticks = _ticks(low - pad, high + pad)
     parts = [_line(across(tick), 12, across(tick), 374, "grid") for tick in ticks]
     parts += [_text(across(tick), 391, f"{tick:g}", "tick", "middle") for tick in ticks]
-    for axis, values in ((up, ticks), (apart, (-largest, 0.0, largest))):
+    for axis, values in ((up, ticks), (gap, (-largest, 0.0, largest))):
         for value in values:
             parts.append(_line(52, axis(value), 406, axis(value), "grid"))
             parts.append(_text(46, axis(value) + 4, f"{value:.2g}".replace("e-0", "e-"), "tick", "end"))
     parts.append(_line(across(low), up(low), across(high), up(high), "diagonal"))
-    for axis, heights in ((up, pairs[:, 1]), (apart, gaps)):
+    for axis, heights in ((up, pairs[:, 1]), (gap, gaps)):
         spots = "".join(f"M{across(x):.1f} {axis(y):.1f}h0" for x, y in zip(pairs[:, 0], heights, strict=True))
         parts.append(Markup('<path class="cloud" d="{}"/>').format(spots))
-    parts += [_text(229, 412, "PyTorch", "label", "middle"), _upright(137, "here"), _upright(329, "apart")]
+    parts += [_text(229, 412, "PyTorch", "label", "middle"), _upright(137, "bundle"), _upright(329, "difference")]
     caption = (
-        f"{len(pairs):,} logits: the largest of each position and others from the whole range. Above, on the line both "
-        f"are equal; below, here minus PyTorch, {figure(largest)} at most."
+        f"{len(pairs):,} logits: the largest of each position and others from the full range. Above: both are equal "
+        f"on the line. Below: bundle minus PyTorch, at most {figure(largest)}."
     )
     return Plot(title, _svg(420, 420, parts, title), caption)
 
 
 def histogram(exhibits: Sequence[Exhibit]) -> Plot:
-    """How far the next-token distributions are apart."""
+    """Plot a histogram of the divergences of the next-token distributions."""
     title = "Divergence of the next token's distribution"
-    found = np.array([value for exhibit in exhibits for value in exhibit.divergences], float)
+    values = np.array([value for exhibit in exhibits for value in exhibit.divergences], float)
     undefined = sum(exhibit.undefined for exhibit in exhibits)
-    if not len(found):
+    if not len(values):
         return Plot(title, Markup(), "No distributions were compared.")
-    least = 1e-16  # below it is the rounding of the comparison's own float64
-    exponents = np.floor(np.log10(np.maximum(found, least))).astype(int)
+    least = 1e-16  # smaller values are float64 rounding of the comparison itself
+    exponents = np.floor(np.log10(np.maximum(values, least))).astype(int)
     first, last = min(int(exponents.min()), -9), max(int(exponents.max()), -7)
     counts = [(exponent, int((exponents == exponent).sum())) for exponent in range(first, last + 1)]
     width, height, left, bottom, top = 420, 420, 48, 44, 22
@@ -153,17 +152,17 @@ def histogram(exhibits: Sequence[Exhibit]) -> Plot:
     parts.append(_text((left + width - 12) / 2, height - 8, "Kullback–Leibler divergence, nats", "label", "middle"))
     parts.append(_upright((top + height - bottom) / 2, "positions"))
     caption = (
-        f"{len(found):,} positions: mean {figure(float(found.mean()))}, 99th percentile "
-        f"{figure(float(np.percentile(found, 99)))}, largest {figure(float(found.max()))} nats."
+        f"{len(values):,} positions: mean {figure(float(values.mean()))}, 99th percentile "
+        f"{figure(float(np.percentile(values, 99)))}, largest {figure(float(values.max()))} nats."
     )
     if undefined:
-        caption += f" At {undefined:,} more a logit was no finite number."
+        caption += f" At {undefined:,} more positions a logit was not finite."
     return Plot(title, _svg(width, height, parts, title), caption)
 
 
 @dataclass(frozen=True)
 class _Linear:
-    """Values to pixels, from `low` at `begin` to `high` at `end`."""
+    """Maps values to pixels, from `low` at `begin` to `high` at `end`."""
 
     low: float
     high: float
@@ -176,7 +175,7 @@ class _Linear:
 
 @dataclass(frozen=True)
 class _Log:
-    """Values to pixels, logarithmic, from `low` at `bottom` to `high` at `top`."""
+    """Maps values to pixels logarithmically, from `low` at `bottom` to `high` at `top`."""
 
     low: float
     high: float
@@ -199,15 +198,15 @@ def _points(place: str, gates: Iterable[Gate]) -> list[_Point]:
         if gate.place == place:
             rows.setdefault(gate.layer if place in _LAYERED else None, []).append(gate)
     if len(rows) > 1:
-        rows.pop(None, None)  # a gate of the whole place among those of its layers: what could not be computed
-    found = []
+        rows.pop(None, None)  # a gate of the place itself next to its layers: a comparison that raised
+    points = []
     for layer in sorted(rows, key=lambda layer: layer or 0):
         errors = [gate.measured if math.isfinite(gate.measured) else ROOF for gate in rows[layer]]
         failing = sum(not gate.ok for gate in rows[layer])
         limit = max(gate.limit for gate in rows[layer])
         label = "" if layer is None else str(layer)
-        found.append(_Point(place, label, min(errors), max(errors), limit, failing))
-    return found
+        points.append(_Point(place, label, min(errors), max(errors), limit, failing))
+    return points
 
 
 def _point(x: float, point: _Point, axis: _Log) -> Markup:
@@ -221,7 +220,7 @@ def _point(x: float, point: _Point, axis: _Log) -> Markup:
     if point.failing:
         cross = f"M{x - 5:.1f} {high - 5:.1f}l10 10m0 -10l-10 10"
         shape = Markup('<path class="cross" d="{}"/>').format(cross)
-    reach = _line(x, high, x, low, "reach fails" if point.failing else "reach")
+    reach = _line(x, high, x, low, "reach fail" if point.failing else "reach")
     return Markup("<g>{}{}<title>{}</title></g>").format(reach, shape, words)
 
 
@@ -244,7 +243,7 @@ def _above(value: float) -> float:
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """About five round numbers."""
+    """Return about five round numbers."""
     rough = (high - low) / 5
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(power * nice for nice in (1, 2, 5, 10) if power * nice >= rough)
@@ -274,6 +273,6 @@ def _text(x: float, y: float, words: str, kind: str, anchor: str) -> Markup:
 
 
 def _upright(y: float, words: str) -> Markup:
-    """The name of the axis at the left."""
-    turned = '<text class="label" text-anchor="middle" transform="translate(13 {:.1f}) rotate(-90)">{}</text>'
-    return Markup(turned).format(y, words)
+    """Return the label of the vertical axis."""
+    rotated = '<text class="label" text-anchor="middle" transform="translate(13 {:.1f}) rotate(-90)">{}</text>'
+    return Markup(rotated).format(y, words)

@@ -1,8 +1,4 @@
-"""What a report comes down to: a verdict in words, a row a place, margins.
-
-In: a `Report`. Out: text and figures that every form of the report shows. Guaranteed: places in the order of the
-computation, and in each the case with the least margin; text has no control or direction characters.
-"""
+"""Summarize a report for all of its forms: the verdict in words, one row per place, margins."""
 
 from __future__ import annotations
 
@@ -18,11 +14,11 @@ class PlaceSummary:
     """One place of the computation.
 
     Args:
-        name: one of `PLACES`, or of a case that was not run.
-        good: how many cases hold.
-        cases: how many there are; 0 where it was not run.
-        worst: the gate with the least margin; None where it was not run.
-        not_run: why; "" where it was.
+        name: one of `PLACES`, or the name of a case that was not run.
+        good: number of gates that pass.
+        cases: number of gates; 0 if not run.
+        worst: the gate that is closest to its limit, or furthest over it; None if not run.
+        not_run: why it was not run; "" if it was.
     """
 
     name: str
@@ -37,7 +33,7 @@ class PlaceSummary:
 
 
 def places(report: Report) -> tuple[PlaceSummary, ...]:
-    """Every place that was compared, or could not be; then the cases that could not be."""
+    """Return every place that was compared or could not be, then the cases that could not be."""
     found = []
     for name in PLACES:
         gates = [gate for gate in report.gates if gate.place == name]
@@ -51,28 +47,26 @@ def places(report: Report) -> tuple[PlaceSummary, ...]:
 
 
 def notes(report: Report) -> tuple[tuple[str, str], ...]:
-    """(case, what its file says not to compare)."""
-    found = report.facts.get("not checked")
-    if not isinstance(found, dict):
+    """Return (case, the checks that its file leaves out)."""
+    checks = report.facts.get("not checked")
+    if not isinstance(checks, dict):
         return ()
-    return tuple(
-        (str(name), ", ".join(map(str, one)) if isinstance(one, list) else str(one)) for name, one in found.items()
-    )
+    return tuple((str(case), ", ".join(map(str, x)) if isinstance(x, list) else str(x)) for case, x in checks.items())
 
 
-def unasked(report: Report) -> tuple[tuple[str, str], ...]:
-    """(case, why the runtime's own processor was not asked it)."""
-    found = report.facts.get("skipped")
-    return tuple((str(name), str(why)) for name, why in found.items()) if isinstance(found, dict) else ()
+def skipped(report: Report) -> tuple[tuple[str, str], ...]:
+    """Return (case, why it was not run through the runtime's own processor)."""
+    cases = report.facts.get("skipped")
+    return tuple((str(name), str(why)) for name, why in cases.items()) if isinstance(cases, dict) else ()
 
 
 def failures(report: Report) -> tuple[Gate, ...]:
-    """The gates that do not hold, in the order of the computation."""
+    """Return the failing gates in the order of the computation."""
     return tuple(sorted((gate for gate in report.gates if not gate.ok), key=lambda gate: PLACES.index(gate.place)))
 
 
 def margin(gate: Gate) -> str:
-    """How far from its limit: `16× below`, `130× over`, `exact`, `3 differ`, `not computed`."""
+    """Format the distance from the limit: `16× below`, `130× over`, `exact`, `3 differ`, `not comparable`."""
     if not math.isfinite(gate.measured):
         return "not comparable"
     if gate.limit == 0 or gate.place in ("tokens", "tokens of the runtime's pixels", "held-out accuracy"):
@@ -84,19 +78,19 @@ def margin(gate: Gate) -> str:
 
 
 def headline(report: Report) -> str:
-    """The verdict in one sentence."""
+    """Return the verdict as a sentence without its period."""
     compared = f"{len(report.gates):,} comparisons"
     if report.verdict == "passed":
-        return f"equals PyTorch: all {compared} hold"
+        return f"equals PyTorch: all {compared} pass"
     if report.verdict == "partial":
-        return f"equals PyTorch in all that was compared: {compared} hold; {len(report.not_run)} could not be run"
+        return f"equals PyTorch where it was compared: all {compared} pass; {len(report.not_run)} could not be run"
     if not report.gates:
         return "nothing was compared"
     return f"does not equal PyTorch: {len(failures(report)):,} of {compared} fail"
 
 
 def measured(gate: Gate) -> str:
-    """The figure with its limit, in words."""
+    """Format the measured figure with its limit."""
     if gate.limit == 0:
         return "not comparable" if not math.isfinite(gate.measured) else f"{figure(gate.measured)} differ, none may"
     return f"{figure(gate.measured)}, limit {figure(gate.limit)} ({margin(gate)})"

@@ -1,8 +1,6 @@
-"""A verification's report, in every form that somebody reads.
+"""Write a verification's report: parity.json, exhibits.json, parity.txt, report.html, report.md and junit.xml.
 
-In: a `Report`, and what the folder beside it tells (manifest, stages, self-test). Out: parity.json and exhibits.json
-for machines, parity.txt, report.html, report.md and junit.xml. Guaranteed: all forms say the same; `render` makes the
-last three again from the two JSON files alone, without torch; whatever a checkpoint or a bundle names is shown as text.
+Guarantees: `render` rebuilds the last three from the two JSON files, without torch.
 """
 
 from __future__ import annotations
@@ -31,7 +29,7 @@ PAGES: Mapping[str, Callable[[Report, Context], str]] = {
 
 
 def write(report: Report, folder: Path, context: Context) -> None:
-    """All forms of a report into `folder`."""
+    """Write all forms of a report into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "parity.json", parity_text(report))
     write_text(folder / "exhibits.json", exhibits_text(report))
@@ -40,25 +38,26 @@ def write(report: Report, folder: Path, context: Context) -> None:
 
 
 def write_pages(report: Report, folder: Path, context: Context) -> None:
-    """What is made for people and for CI, into `folder`."""
+    """Write the pages for people and CI into `folder`."""
     for name, render in PAGES.items():
         write_text(folder / name, render(report, context))
 
 
-def render(bundle: Path, asked: Mapping[str, Path]) -> tuple[Report, list[Path]]:
-    """Pages of a bundle's last report, made again.
+def render(bundle: Path, requested: Mapping[str, Path]) -> tuple[Report, list[Path]]:
+    """Rebuild the pages of a bundle's last report.
 
     Args:
-        asked: name of a page (see `PAGES`) → where to write it; empty for all of them in the bundle's evidence/.
+        requested: page name (see `PAGES`) → where to write it; if empty, all pages go into the bundle's evidence/.
 
     Returns:
         the report, and the files written.
 
     Raises:
-        BundleError: see `rendered`; OutputError: a file that cannot be written.
+        BundleError: see `rendered`.
+        OutputError: a file cannot be written.
     """
     report, context = rendered(bundle)
-    files = dict(asked) or {name: own_evidence(bundle) / name for name in PAGES}
+    files = dict(requested) or {name: own_evidence(bundle) / name for name in PAGES}
     for name, path in files.items():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -66,7 +65,7 @@ def render(bundle: Path, asked: Mapping[str, Path]) -> tuple[Report, list[Path]]
         except OSError as error:
             raise OutputError(
                 f"{path} cannot be written",
-                expected="a file that can be",
+                expected="a writable file",
                 found=error.strerror,
                 next="give another file",
             ) from error
@@ -74,10 +73,10 @@ def render(bundle: Path, asked: Mapping[str, Path]) -> tuple[Report, list[Path]]
 
 
 def rendered(bundle: Path) -> tuple[Report, Context]:
-    """The last report of a bundle, and what the bundle tells of itself.
+    """Read the last report of a bundle, and its context.
 
     Raises:
-        BundleError: no bundle, or no report in it that can be read.
+        BundleError: `bundle` is not a bundle, or has no readable report.
     """
     context = of_bundle(bundle)
     return read_report(bundle / EVIDENCE), context

@@ -1,8 +1,7 @@
-"""Edits of a bundle's graphs and settings, for breaking a copy on purpose.
+"""Edit the graphs and settings of a bundle's copy, to break it on purpose.
 
-In: a folder whose files may be hard links to a bundle's. Out: the same folder, one thing in it changed.
-Guaranteed: a file is replaced, never written through a link, so that what the folder was linked from stays whole;
-weights stay in the file that they are in.
+Guarantees: files are replaced, never written through hard links, so that the original bundle stays intact; weights stay
+in their data files.
 """
 
 from __future__ import annotations
@@ -25,12 +24,12 @@ DOWN = "layers.{}.mlp.down_proj.weight"
 
 
 class InapplicableError(Exception):
-    """Why a bundle cannot be broken in this way."""
+    """A bundle cannot be broken in this way; the message is the reason."""
 
 
 @contextmanager
 def edited(bundle: Path, name: str) -> Iterator[ir.Graph]:
-    """A graph to change, by its role."""
+    """Open a graph by its role, and save it on exit."""
     path = graph_files(bundle).get(name, bundle / f"{name}.onnx")
     model = ir.load(path)
     yield model.graph
@@ -39,42 +38,43 @@ def edited(bundle: Path, name: str) -> Iterator[ir.Graph]:
 
 
 def edit_json(path: Path, change: Callable[[Any], None]) -> None:
-    """A JSON file to change.
+    """Change a JSON file.
 
     Raises:
-        ValueError: nothing has changed.
+        ValueError: `change` changed nothing.
     """
     before = path.read_text(encoding="utf-8")
     document = json.loads(before)
     change(document)
     if document == json.loads(before):
-        raise ValueError(f"{path.name} is what it was")
+        raise ValueError(f"{path.name} is unchanged")
     write_text(path, json.dumps(document))
 
 
 def port(ports: Any, name: str) -> ir.Value:
-    """The graph's input or output of that name."""
-    (found,) = [one for one in ports if one.name == name]
-    assert isinstance(found, ir.Value)
-    return found
+    """Return the graph input or output of that name."""
+    (value,) = [value for value in ports if value.name == name]
+    assert isinstance(value, ir.Value)
+    return value
 
 
 def constant(graph: ir.Graph, name: str, value: Any) -> ir.Value:
-    """A new initializer."""
-    made = ir.val(f"mutation_{name}", const_value=ir.tensor(np.asarray(value), name=f"mutation_{name}"))
-    graph.register_initializer(made)
-    return made
+    """Add an initializer to the graph."""
+    initializer = ir.val(f"mutation_{name}", const_value=ir.tensor(np.asarray(value), name=f"mutation_{name}"))
+    graph.register_initializer(initializer)
+    return initializer
 
 
 def weight(graph: ir.Graph, ending: str) -> ir.Value:
-    """The initializer whose name ends so; of a matrix that is quantized, its levels."""
+    """Return the initializer whose name has this ending; for a quantized matrix, its codes."""
     endings = (ending, f"{ending}.levels", f"{ending}.stored")
-    (found,) = [value for name, value in graph.initializers.items() if name.endswith(endings)]
-    return found
+    (initializer,) = [value for name, value in graph.initializers.items() if name.endswith(endings)]
+    return initializer
 
 
 def need_layer(graph: ir.Graph, layer: int) -> None:
-    """
+    """Check that the decoder has the layer.
+
     Raises:
         InapplicableError: the decoder has fewer layers.
     """
@@ -83,7 +83,7 @@ def need_layer(graph: ir.Graph, layer: int) -> None:
 
 
 def numbers(value: ir.Value) -> np.ndarray:
-    """What an initializer holds; read here, as onnx_ir reads no data file that has several hard links."""
+    """Read an initializer; onnx_ir refuses data files with several hard links."""
     tensor = value.const_value
     assert tensor is not None
     if not isinstance(tensor, ir.ExternalTensor):
@@ -94,21 +94,21 @@ def numbers(value: ir.Value) -> np.ndarray:
 
 
 def reader(value: ir.Value) -> ir.Node:
-    """The one node that reads the value; behind the cast where it is stored in less than it is computed in."""
+    """Return the only node that reads the value, looking through the Cast of a stored weight."""
     (node,) = value.consumers()
     return reader(node.outputs[0]) if node.op_type == "Cast" and value.is_initializer() else node
 
 
-def into_input(graph: ir.Graph, node: ir.Node, index: int, *fresh: ir.Node) -> None:
-    """The node reads the last of the fresh nodes there."""
+def insert_before_input(graph: ir.Graph, node: ir.Node, index: int, *fresh: ir.Node) -> None:
+    """Insert nodes before `node`, and make the last one its input `index`."""
     graph.insert_before(node, fresh)
     node.replace_input_with(index, fresh[-1].outputs[0])
 
 
-def behind(graph: ir.Graph, value: ir.Value, *fresh: ir.Node) -> None:
-    """Whatever reads the value, no output of the graph, reads the last of the fresh nodes: same type and shape."""
+def insert_after(graph: ir.Graph, value: ir.Value, *fresh: ir.Node) -> None:
+    """Insert nodes after a value that is not a graph output; its readers then read the last node."""
     result = fresh[-1].outputs[0]
-    # A slice of the graph (builder/verify/graphs/slices.py) may begin between this node and one that reads it.
+    # Type and shape are needed if builder/verify/graphs/slices.py cuts between this node and its readers.
     result.type, result.shape = value.type, value.shape
     readers = [(node, index) for node, index in value.uses() if node not in fresh]
     assert readers
@@ -121,8 +121,8 @@ def behind(graph: ir.Graph, value: ir.Value, *fresh: ir.Node) -> None:
         node.replace_input_with(index, result)
 
 
-def as_output(graph: ir.Graph, value: ir.Value, *fresh: ir.Node) -> None:
-    """The last of the fresh nodes gives what the graph's output gave."""
+def replace_output(graph: ir.Graph, value: ir.Value, *fresh: ir.Node) -> None:
+    """Append nodes after a graph output; the last one takes over its name."""
     result = fresh[-1].outputs[0]
     result.name, result.shape, result.type = value.name, value.shape, value.type
     value.name = f"{value.name}_whole"
@@ -130,35 +130,34 @@ def as_output(graph: ir.Graph, value: ir.Value, *fresh: ir.Node) -> None:
     graph.outputs[list(graph.outputs).index(value)] = result
 
 
-def rolled(graph: ir.Graph, value: ir.Value) -> list[ir.Node]:
-    """Rows 1, 2, … , 0."""
+def roll_rows(graph: ir.Graph, value: ir.Value) -> list[ir.Node]:
+    """Return nodes that move the first row to the end: 1, 2, …, 0."""
     numbers = (0, 1, np.iinfo(np.int64).max)
-    zero, one, end = (constant(graph, f"row_{n}", np.array([n], np.int64)) for n in numbers)
-    first, rest = ir.node("Slice", [value, zero, one, zero]), ir.node("Slice", [value, one, end, zero])
+    zero, first_row, end = (constant(graph, f"row_{n}", np.array([n], np.int64)) for n in numbers)
+    first, rest = ir.node("Slice", [value, zero, first_row, zero]), ir.node("Slice", [value, first_row, end, zero])
     return [first, rest, ir.node("Concat", [rest.outputs[0], first.outputs[0]], {"axis": 0})]
 
 
 def feature_levels(graph: ir.Graph, target: str) -> tuple[ir.Node, list[int]]:
-    """The node that makes the output with the DeepStack levels, and which of its inputs they are.
+    """Return the node that outputs the DeepStack levels, and the indices of its inputs that are levels.
 
     Raises:
-        InapplicableError: the checkpoint has none.
+        InapplicableError: the checkpoint has no DeepStack.
     """
     runtime = GRAPHS[target]
     name = runtime.features if runtime.packed else "deepstack_features"
-    found = [one.producer() for one in graph.outputs if one.name == name]
-    node = found[0] if found else None
+    node = next((value.producer() for value in graph.outputs if value.name == name), None)
     packed = node is not None and node.op_type == "Concat"
     if node is None or (runtime.packed and not packed):
         raise InapplicableError("the checkpoint has no DeepStack")
     if runtime.packed:
         return node, list(range(1, len(node.inputs)))
-    # One level alone is not put beside others.
+    # A single level is not concatenated.
     return node, list(range(len(node.inputs))) if packed else [0]
 
 
-def zeros_behind(graph: ir.Graph, value: ir.Value, start: ir.Value) -> list[ir.Node]:
-    """The rows from `start` on (int64 [1]) become 0."""
+def zero_rows_from(graph: ir.Graph, value: ir.Value, start: ir.Value) -> list[ir.Node]:
+    """Return nodes that set the rows from `start` (int64 [1]) on to 0."""
     numbers = (0, np.iinfo(np.int64).max)
     zero, end = (constant(graph, f"from_{n}", np.array([n], np.int64)) for n in numbers)
     kept = ir.node("Slice", [value, zero, start, zero])
@@ -168,6 +167,6 @@ def zeros_behind(graph: ir.Graph, value: ir.Value, start: ir.Value) -> list[ir.N
 
 
 def steps(document: Any, kind: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """The attributes of the steps in vision_processor.json that have all the keys of `kind`."""
-    found = [transform["operation"].get("attrs", {}) for transform in document["processor"]["transforms"]]
-    return [one for one in found if all(key in one for key in kind)]
+    """Return the attributes of the steps in vision_processor.json that have all the keys of `kind`."""
+    attributes = [transform["operation"].get("attrs", {}) for transform in document["processor"]["transforms"]]
+    return [step for step in attributes if all(key in step for key in kind)]

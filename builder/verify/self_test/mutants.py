@@ -1,9 +1,4 @@
-"""Every way to break a bundle that a verification must notice, and the place that it must name for it.
-
-In: builder/verify/self_test/mutations.py, builder/verify/self_test/quantized_mutations.py. Out: `MUTANTS`, a table.
-Guaranteed: names are unique; every
-kind of gate that compares numbers, and every kind of input, has a mutant that it must catch.
-"""
+"""The mutants of the self-test: each way to break a bundle, and where a verification must catch it."""
 
 from __future__ import annotations
 
@@ -25,12 +20,12 @@ class Mutant:
     """One way to break a bundle.
 
     Args:
-        name: short, for a table.
-        what: what is broken, for a person.
-        change: breaks the bundle in a folder; raises InapplicableError where it cannot.
-        places: target → the places at which its first difference may be.
-        layer: of the first difference; None where any will do.
-        stored: what is broken is a stored weight: where it is quantized, that is seen before anything is computed.
+        name: short and unique.
+        what: description of what is broken.
+        change: breaks the bundle in a folder; raises InapplicableError if it cannot.
+        places: target → the allowed places of its first difference.
+        layer: of the first difference; None for any.
+        stored: a stored weight is broken, which is caught at `weights` if it is quantized.
     """
 
     name: str
@@ -42,12 +37,12 @@ class Mutant:
 
     @property
     def at(self) -> str:
-        """The layer (or DeepStack level) of the first difference in words, for self_test.json."""
+        """The layer or DeepStack level of the first difference in words, for self_test.json."""
         kind = "level" if "deepstack features" in self.places["genai"] else "layer"
         return "" if self.layer is None else f"{kind} {self.layer}"
 
     def explains(self, target: str, first: Gate | None) -> bool:
-        """Whether that is the first difference that this mutant must have."""
+        """Return whether `first` is an expected first difference of this mutant."""
         if first is None:
             return False
         return (self.stored and first.place == WEIGHTS) or (
@@ -67,7 +62,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("newline lost", "no line break before the answer", mutations.newline_lost, _both("token ids")),
     Mutant(
         "preprocessor",
-        "the image preprocessor's levels, 1 % off",
+        "the image preprocessor's pixel values, 1 % off",
         mutations.preprocessor_brighter,
         _both("image preprocessor"),
     ),
@@ -76,11 +71,13 @@ MUTANTS: tuple[Mutant, ...] = (
         "features shifted",
         "each image token takes the next one's features",
         mutations.image_features_shifted,
-        # Where the client merges, the features themselves are shifted.
-        {name: frozenset({"embeddings" if one.merges else "image features"}) for name, one in GRAPHS.items()},
+        # If the client merges features, the vision encoder's output is shifted.
+        {name: frozenset({"embeddings" if graphs.merges else "image features"}) for name, graphs in GRAPHS.items()},
     ),
     Mutant("last image lost", "its features are 0", mutations.last_image_dropped, _both("image features")),
-    Mutant("DeepStack zeroed", "the usual recipes' fault", mutations.deepstack_zeroed, _both("deepstack features")),
+    Mutant(
+        "DeepStack zeroed", "a common error of export recipes", mutations.deepstack_zeroed, _both("deepstack features")
+    ),
     Mutant(
         "DeepStack swapped",
         "levels 0 and 1",
@@ -93,7 +90,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("rotary axes", "height and width swapped", mutations.rotary_axes_swapped, _both(LAYERS), 0),
     Mutant(
         "MRoPE sections",
-        "blocks where they are interleaved",
+        "contiguous instead of interleaved",
         mutations.mrope_sections_permuted,
         _both(LAYERS),
         0,
@@ -118,12 +115,12 @@ MUTANTS: tuple[Mutant, ...] = (
         stored=True,
     ),
     Mutant("scales shifted", "by one block, in layer 1", quantized.scales_shifted, _both(WEIGHTS), stored=True),
-    Mutant("zero points", "one level off, in layer 1", quantized.zero_points_shifted, _both(WEIGHTS), stored=True),
+    Mutant("zero points", "one code off, in layer 1", quantized.zero_points_shifted, _both(WEIGHTS), stored=True),
     Mutant("nibbles swapped", "in layer 1", quantized.nibbles_swapped, _both(WEIGHTS), stored=True),
     Mutant(
-        "whole numbers",
-        "zero one level off, in vision block 1",
-        quantized.whole_zero_point_shifted,
+        "int8 activations",
+        "zero point one code off, in vision block 1",
+        quantized.int8_zero_point_shifted,
         _both("vision layers"),
         1,
     ),

@@ -1,8 +1,6 @@
-"""Ways to break a bundle, each a function of a folder.
+"""Break a copy of a bundle in one respect, as functions of its folder and target.
 
-In: a copy of a bundle that may be changed, and its target. Out: the same folder, one thing in it wrong. Guaranteed: the
-runtimes load and run what is broken; a bundle that cannot be broken so is told by InapplicableError; a file is
-replaced, never written through a hard link.
+Guarantees: the runtimes load and run the broken bundle; InapplicableError if the bundle cannot be broken in this way.
 """
 
 from __future__ import annotations
@@ -21,41 +19,41 @@ from builder.verify.image_preprocessor import preprocessor_file
 from builder.verify.self_test.edits import (
     DOWN,
     InapplicableError,
-    as_output,
-    behind,
     constant,
     edit_json,
     edited,
     feature_levels,
-    into_input,
+    insert_after,
+    insert_before_input,
     need_layer,
     numbers,
     port,
     reader,
-    rolled,
+    replace_output,
+    roll_rows,
     steps,
     weight,
-    zeros_behind,
+    zero_rows_from,
 )
 
 
 def mean_changed(bundle: Path, target: str) -> None:
-    """The mean of one channel."""
+    """Change the mean of one channel."""
     edit_json(bundle / "vision_processor.json", lambda document: _scale_first(steps(document, ("qwen3_vl",)), "mean"))
 
 
 def std_changed(bundle: Path, target: str) -> None:
-    """The standard deviation of one channel."""
+    """Change the standard deviation of one channel."""
     edit_json(bundle / "vision_processor.json", lambda document: _scale_first(steps(document, ("qwen3_vl",)), "std"))
 
 
-def _scale_first(found: list[dict[str, Any]], key: str) -> None:
-    (attributes,) = found
+def _scale_first(processor_steps: list[dict[str, Any]], key: str) -> None:
+    (attributes,) = processor_steps
     attributes[key][0] *= 1.01
 
 
 def patch_size_changed(bundle: Path, target: str) -> None:
-    """Half of the patch size, in every step that has one."""
+    """Halve the patch size in every step that has one."""
 
     def halve(document: Any) -> None:
         for step in steps(document, ("patch_size",)):
@@ -65,7 +63,7 @@ def patch_size_changed(bundle: Path, target: str) -> None:
 
 
 def newline_lost(bundle: Path, target: str) -> None:
-    """The line break at the end of the prompt, behind which the answer begins."""
+    """Remove the line break at the end of the prompt, before the answer."""
 
     def lose(settings: Any) -> None:
         settings["prompt"]["suffix"] = settings["prompt"]["suffix"].removesuffix("\n")
@@ -74,28 +72,28 @@ def newline_lost(bundle: Path, target: str) -> None:
 
 
 def vision_mlp_scaled(bundle: Path, target: str, block: int = 1) -> None:
-    """What the feed-forward network of one vision block adds to the residual stream, 1 % too large."""
+    """Scale the output of the MLP of one vision block by 1.01."""
     with edited(bundle, VISION) as graph:
         name = f"{RESIDUAL}.{block}"
         (node,) = [node for node in graph if any(value.name == name for value in node.outputs)]
         more = constant(graph, "more", np.float32(1.01))
-        into_input(graph, node, 1, ir.node("Mul", [node.inputs[1], more]))
+        insert_before_input(graph, node, 1, ir.node("Mul", [node.inputs[1], more]))
 
 
 def image_features_shifted(bundle: Path, target: str) -> None:
-    """Each image token takes the features of the next one, the last one those of the first."""
+    """Give each image token the features of the next, and the last those of the first."""
     runtime = GRAPHS[target]
     with edited(bundle, EMBEDDINGS if runtime.merges else VISION) as graph:
         if runtime.merges:
             features = port(graph.inputs, runtime.features)
-            behind(graph, features, *rolled(graph, features))
+            insert_after(graph, features, *roll_rows(graph, features))
         else:
             features = port(graph.outputs, runtime.features)
-            as_output(graph, features, *rolled(graph, features))
+            replace_output(graph, features, *roll_rows(graph, features))
 
 
 def last_image_dropped(bundle: Path, target: str) -> None:
-    """Features of the last image of a call are 0."""
+    """Set the features of the last image of a call to 0."""
     with edited(bundle, VISION) as graph:
         pixels, grid = port(graph.inputs, "pixel_values"), port(graph.inputs, "image_grid_thw")
         features = port(graph.outputs, GRAPHS[target].features)
@@ -103,26 +101,26 @@ def last_image_dropped(bundle: Path, target: str) -> None:
         row = ir.node("Slice", [grid, last, end, axis])
         patches = ir.node("ReduceProd", [row.outputs[0]], {"keepdims": 0})
         count = ir.node("Shape", [features], {"start": 0, "end": 1})
-        whole = ir.node("Shape", [pixels], {"start": 0, "end": 1})
-        # Tokens are to patches as one is to merge².
+        total = ir.node("Shape", [pixels], {"start": 0, "end": 1})
+        # tokens = patches · all tokens / all patches
         share = ir.node("Mul", [patches.outputs[0], count.outputs[0]])
-        tokens = ir.node("Div", [share.outputs[0], whole.outputs[0]])
+        tokens = ir.node("Div", [share.outputs[0], total.outputs[0]])
         start = ir.node("Sub", [count.outputs[0], tokens.outputs[0]])
-        counted = [row, patches, count, whole, share, tokens, start]
-        as_output(graph, features, *counted, *zeros_behind(graph, features, start.outputs[0]))
+        nodes = [row, patches, count, total, share, tokens, start]
+        replace_output(graph, features, *nodes, *zero_rows_from(graph, features, start.outputs[0]))
 
 
 def deepstack_zeroed(bundle: Path, target: str) -> None:
-    """The vision encoder's DeepStack features times 0; its main features stay."""
+    """Set the vision encoder's DeepStack features to 0, but not its main features."""
     with edited(bundle, VISION) as graph:
         node, levels = feature_levels(graph, target)
         zero = constant(graph, "zero", np.float32(0))
         for index in levels:
-            into_input(graph, node, index, ir.node("Mul", [node.inputs[index], zero]))
+            insert_before_input(graph, node, index, ir.node("Mul", [node.inputs[index], zero]))
 
 
 def deepstack_levels_swapped(bundle: Path, target: str) -> None:
-    """The first two DeepStack levels are given in each other's place."""
+    """Swap the first two DeepStack levels."""
     with edited(bundle, VISION) as graph:
         node, levels = feature_levels(graph, target)
         if len(levels) < 2:
@@ -133,43 +131,45 @@ def deepstack_levels_swapped(bundle: Path, target: str) -> None:
 
 
 def attention_mask_off_by_one(bundle: Path, target: str) -> None:
-    """Every token is masked as the one behind it, the last one away; fused: the operator counts one token too few."""
+    """Shift the attention mask by one token; fused: decrease the operator's token count by one."""
     with edited(bundle, DECODER) as graph:
         fused = [node for node in graph if node.op_type == "GroupQueryAttention"]
         for node in fused:
             fewer = ir.node("Add", [node.inputs[5], _once(graph, "fewer", np.int32(-1))])
-            into_input(graph, node, 5, fewer)
+            insert_before_input(graph, node, 5, fewer)
         if fused:
             return
         mask = port(graph.inputs, "attention_mask")
-        one, end, axis = (constant(graph, f"column_{n}", np.array([n], np.int64)) for n in (1, 2**62, -1))
-        rest = ir.node("Slice", [mask, one, end, axis])
-        shape = ir.node("Slice", [mask, constant(graph, "column_first", np.array([0], np.int64)), one, axis])
+        start, end, axis = (constant(graph, f"column_{n}", np.array([n], np.int64)) for n in (1, 2**62, -1))
+        rest = ir.node("Slice", [mask, start, end, axis])
+        shape = ir.node("Slice", [mask, constant(graph, "column_first", np.array([0], np.int64)), start, axis])
         blank = ir.node("Sub", [shape.outputs[0], shape.outputs[0]])
-        behind(graph, mask, rest, shape, blank, ir.node("Concat", [rest.outputs[0], blank.outputs[0]], {"axis": -1}))
+        insert_after(
+            graph, mask, rest, shape, blank, ir.node("Concat", [rest.outputs[0], blank.outputs[0]], {"axis": -1})
+        )
 
 
 def causal_mask_off_by_one(bundle: Path, target: str) -> None:
-    """A query sees one token behind itself."""
+    """Let each query attend to one token after itself."""
     with edited(bundle, DECODER) as graph:
         causal = [node for node in graph if node.op_type == "LessOrEqual"]
         if not causal:
             raise InapplicableError("attention is fused: the mask is inside the operator")
         for node in causal:
             later = ir.node("Add", [node.inputs[1], _once(graph, "later", np.int64(1))])
-            into_input(graph, node, 1, later)
+            insert_before_input(graph, node, 1, later)
 
 
 def rotary_axes_swapped(bundle: Path, target: str) -> None:
-    """The decoder takes a position's height for its width and the other way round."""
+    """Swap the height and width axes of the decoder's positions."""
     with edited(bundle, DECODER) as graph:
         positions = port(graph.inputs, "position_ids")
         order = constant(graph, "time_width_height", np.array([0, 2, 1], np.int64))
-        behind(graph, positions, ir.node("Gather", [positions, order], {"axis": 0}))
+        insert_after(graph, positions, ir.node("Gather", [positions, order], {"axis": 0}))
 
 
 def mrope_sections_permuted(bundle: Path, target: str) -> None:
-    """The sections of the rotary embedding as blocks one after the other, where they are interleaved."""
+    """Make the interleaved sections of the rotary embedding contiguous."""
     with edited(bundle, DECODER) as graph:
         positions = port(graph.inputs, "position_ids")
         bounded = [node.outputs[0] for node, _ in positions.uses() if node.op_type == "Min"]
@@ -179,12 +179,12 @@ def mrope_sections_permuted(bundle: Path, target: str) -> None:
         interleaved = numbers(axes)
         blocks = np.sort(interleaved)
         if (blocks == interleaved).all():
-            raise InapplicableError("the sections are blocks")
+            raise InapplicableError("the sections are contiguous")
         axes.const_value = ir.tensor(blocks, name=axes.name)
 
 
 def rotary_theta_changed(bundle: Path, target: str) -> None:
-    """The base of the rotary frequencies, 1 % too large."""
+    """Scale the base of the rotary frequencies by 1.01."""
     with edited(bundle, DECODER) as graph:
         frequencies = weight(graph, "rotary_emb.inv_freq")
         values = numbers(frequencies)
@@ -193,7 +193,7 @@ def rotary_theta_changed(bundle: Path, target: str) -> None:
 
 
 def norm_epsilon_changed(bundle: Path, target: str) -> None:
-    """The decoder's norms add 1e-5 where the checkpoint says 1e-6: ten times as much."""
+    """Multiply the epsilon of the decoder's norms by 10."""
     with edited(bundle, DECODER) as graph:
         norms = [node for node in graph if "epsilon" in node.attributes]
         for node in norms:
@@ -207,45 +207,45 @@ def norm_epsilon_changed(bundle: Path, target: str) -> None:
             small = node.inputs[index]
             assert small is not None
             ten = _once(graph, "ten", np.float32(10))
-            into_input(graph, node, index, ir.node("Mul", [small, ten]))
+            insert_before_input(graph, node, index, ir.node("Mul", [small, ten]))
 
 
 def mlp_scaled(bundle: Path, target: str, layer: int = 3) -> None:
-    """What the feed-forward network of one decoder layer adds to the residual stream, 1 % too large."""
+    """Scale the output of the MLP of one decoder layer by 1.01."""
     with edited(bundle, DECODER) as graph:
         need_layer(graph, layer)
         down = reader(weight(graph, DOWN.format(layer))).outputs[0]
-        behind(graph, down, ir.node("Mul", [down, constant(graph, "more", np.float32(1.01))]))
+        insert_after(graph, down, ir.node("Mul", [down, constant(graph, "more", np.float32(1.01))]))
 
 
 def layers_swapped(bundle: Path, target: str, layers: tuple[int, int] = (1, 2)) -> None:
-    """Two decoder layers read each other's down projection."""
+    """Swap the down projections of two decoder layers."""
     with edited(bundle, DECODER) as graph:
         need_layer(graph, max(layers))
-        one, two = (weight(graph, DOWN.format(layer)) for layer in layers)
-        one.const_value, two.const_value = two.const_value, one.const_value
+        first, second = (weight(graph, DOWN.format(layer)) for layer in layers)
+        first.const_value, second.const_value = second.const_value, first.const_value
 
 
 def weight_transposed(bundle: Path, target: str, layer: int = 1) -> None:
-    """The output projection of one decoder layer holds its numbers column by column where the graph reads rows."""
+    """Store the output projection of one decoder layer in column-major order, without changing its shape."""
     with edited(bundle, DECODER) as graph:
         need_layer(graph, layer)
         matrix = weight(graph, f"layers.{layer}.self_attn.o_proj.weight")
         values = numbers(matrix)
-        turned = np.ascontiguousarray(values.T).reshape(values.shape)
-        matrix.const_value = ir.tensor(turned, name=matrix.name)
+        transposed = np.ascontiguousarray(values.T).reshape(values.shape)
+        matrix.const_value = ir.tensor(transposed, name=matrix.name)
 
 
 def image_token_unknown(bundle: Path, target: str) -> None:
-    """genai_config.json names another token for images."""
+    """Change the image token in genai_config.json."""
     path = bundle / "genai_config.json"
     if not path.exists():
-        raise InapplicableError("the target has no settings but those that make its inputs")
+        raise InapplicableError("the target has only settings for its inputs")
     edit_json(path, lambda settings: settings["model"].update(image_token_id=settings["model"]["bos_token_id"]))
 
 
 def preprocessor_brighter(bundle: Path, target: str) -> None:
-    """The image preprocessor's table of what becomes of each level."""
+    """Scale the image preprocessor's table of normalized pixel values by 1.01."""
     if preprocessor_file(bundle) is None:
         raise InapplicableError("the bundle has no image preprocessor")
     with edited(bundle, PREPROCESSOR) as graph:

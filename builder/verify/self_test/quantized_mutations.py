@@ -1,4 +1,4 @@
-"""Ways to break what a bundle stores in few bits; contracts are those of builder/verify/self_test/mutations.py."""
+"""Break the quantized weights of a bundle, like builder/verify/self_test/mutations.py."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from builder.verify.self_test.edits import (
 
 
 def scales_shifted(bundle: Path, target: str, layer: int = 1) -> None:
-    """Each block of a down projection has the scale of the next one."""
+    """Give each block of a down projection the scale of the next block."""
     with edited(bundle, DECODER) as graph:
         node = _quantized(graph, layer)
         scales = node.inputs[2]
@@ -32,7 +32,7 @@ def scales_shifted(bundle: Path, target: str, layer: int = 1) -> None:
 
 
 def zero_points_shifted(bundle: Path, target: str, layer: int = 1) -> None:
-    """Zero is one level higher in a down projection."""
+    """Raise the zero points of a down projection by one code."""
     with edited(bundle, DECODER) as graph:
         node = _quantized(graph, layer)
         bits = node.attributes.get_int("bits", 0)
@@ -46,35 +46,34 @@ def zero_points_shifted(bundle: Path, target: str, layer: int = 1) -> None:
 
 
 def nibbles_swapped(bundle: Path, target: str, layer: int = 1) -> None:
-    """The first of two levels in the higher four bits, in a down projection."""
+    """Swap the two 4-bit codes in each byte of a down projection."""
     with edited(bundle, DECODER) as graph:
         node = _quantized(graph, layer)
         if node.attributes.get_int("bits", 0) != 4:
-            raise InapplicableError("a level has a byte of its own")
-        levels = node.inputs[1]
-        assert levels is not None
-        values = numbers(levels)
-        levels.const_value = ir.tensor((values >> 4) | (values << 4), name=levels.name)
+            raise InapplicableError("each code has its own byte")
+        codes = node.inputs[1]
+        assert codes is not None
+        values = numbers(codes)
+        codes.const_value = ir.tensor((values >> 4) | (values << 4), name=codes.name)
 
 
-def whole_zero_point_shifted(bundle: Path, target: str, block: int = 1) -> None:
-    """Zero is one level higher in a matrix of one vision block that is multiplied as whole numbers.
+def int8_zero_point_shifted(bundle: Path, target: str, block: int = 1) -> None:
+    """Raise the zero point of a matrix with int8 activations by one code, in one vision block.
 
-    What is compared with PyTorch dequantizes it (builder/verify/graphs/fp32_copy.py), from the zero point of the
-    product.
+    Breaks the fp32 copy (builder/verify/graphs/fp32_copy.py), which dequantizes the matrix.
     """
     with edited(bundle, VISION) as graph:
-        ours = [node for node in graph if node.op_type == "DequantizeLinear"]
-        found = [node for node in ours if f"blocks.{block}." in str(node.inputs[0].name)]  # type: ignore[union-attr]
-        if not found:
-            raise InapplicableError("no activations are rounded")
-        zeros = found[0].inputs[2]
+        nodes = [node for node in graph if node.op_type == "DequantizeLinear"]
+        nodes = [node for node in nodes if f"blocks.{block}." in str(node.inputs[0].name)]  # type: ignore[union-attr]
+        if not nodes:
+            raise InapplicableError("no activations are quantized")
+        zeros = nodes[0].inputs[2]
         assert zeros is not None
-        found[0].replace_input_with(2, constant(graph, "zero_point", numbers(zeros) + np.uint8(1)))
+        nodes[0].replace_input_with(2, constant(graph, "zero_point", numbers(zeros) + np.uint8(1)))
 
 
 def _quantized(graph: ir.Graph, layer: int) -> ir.Node:
-    """The product with a decoder layer's down projection."""
+    """Return the matmul with a decoder layer's quantized down projection."""
     need_layer(graph, layer)
     node = reader(weight(graph, DOWN.format(layer)))
     if node.op_type != "MatMulNBits":

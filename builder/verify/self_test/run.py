@@ -1,8 +1,8 @@
-"""`verify --self-test`: break copies of a bundle, and see that the verification notices each and says where.
+"""Break copies of a bundle, and check that the verification catches each mutant at the right place.
 
-In: a bundle and its checkpoint. Out: a `SelfTest`. Guaranteed: the bundle itself passes first; a mutant counts as
-caught only where the report's own first difference is the place that it must be; a mutant that a bundle cannot have is
-listed with the reason; nothing of the bundle is changed.
+The bundle itself must pass first. A mutant is caught only if the report's first difference is at an expected place.
+
+Guarantees: only the bundle's evidence/ is written.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from builder.util.files import link, write_text
 from builder.util.json_files import read_json
 from builder.util.progress import progress
 from builder.verify.graphs.compare import ReferenceCase
-from builder.verify.graphs.fp32_copy import write_twins
+from builder.verify.graphs.fp32_copy import write_fp32_copy
 from builder.verify.graphs.per_layer import SlicedGraphs, TraceComparison
 from builder.verify.layerwise import slice_budget, verify_layerwise
 from builder.verify.memory_budget import SLICE, verify_mode
@@ -41,21 +41,21 @@ from builder.verify.report.gates import Gate, Report
 from builder.verify.self_test.edits import InapplicableError
 from builder.verify.self_test.mutants import MUTANTS, Mutant
 from builder.verify.self_test.table import catch_markdown, renderables
-from builder.verify.self_test.thresholds import Survivor, sites, survivor
+from builder.verify.self_test.thresholds import Threshold, measure_threshold, sites
 from builder.verify.whole import verify
 
 TOKENS = 6
-PASSING = ".self_test-"  # how the folder of its copies is called
+TEMPORARY = ".self_test-"  # prefix of the folder of copies
 
 
 @dataclass(frozen=True)
 class Catch:
-    """What became of one mutant.
+    """The result of one mutant.
 
     Args:
-        first: the first difference that the report names; None if it names none.
-        inapplicable: why this bundle cannot be broken so; "" where it can.
-        refused: what a runtime said that did not even load it.
+        first: the first difference in the report, if any.
+        inapplicable: why this bundle cannot be broken in this way; "" if it can.
+        refused: the error of a runtime that did not load the broken bundle; "" if it did.
     """
 
     mutant: Mutant
@@ -66,7 +66,7 @@ class Catch:
 
     @property
     def status(self) -> str:
-        """`caught`, `not caught`, `wrong place`, `refused` (it did not load: nothing is proven) or `does not apply`."""
+        """`caught`, `not caught`, `wrong place`, `refused` (did not load, so proves nothing) or `does not apply`."""
         if self.inapplicable:
             return "does not apply"
         if self.refused:
@@ -80,7 +80,7 @@ class Catch:
         return self.status in ("caught", "does not apply")
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON; a figure that is no number is written as text."""
+        """Return the result for JSON; figures that are not finite become text."""
         first = self.first
         measured = None if first is None else first.measured
         return {
@@ -99,25 +99,25 @@ class Catch:
 
 @dataclass(frozen=True)
 class SelfTest:
-    """The catch table of one bundle.
+    """The results of the self-test of one bundle.
 
     Args:
         control: the report of the bundle itself.
-        survivors: what each gate with a tolerance lets live.
+        thresholds: the largest error that each gate with a tolerance passes.
     """
 
     target: str
     checkpoint: str
     control: Report
     catches: tuple[Catch, ...]
-    survivors: tuple[Survivor, ...]
+    thresholds: tuple[Threshold, ...]
 
     @property
     def ok(self) -> bool:
-        """The bundle passes, at least one mutant was caught, all that apply were, and every gate can fail."""
-        caught = any(one.status == "caught" for one in self.catches)
-        live = any(one.fails is None for one in self.survivors)
-        return self.control.ok and caught and not live and all(one.ok for one in self.catches)
+        """Whether the bundle passes, every applicable mutant (at least one) is caught, and every gate can fail."""
+        caught = any(catch.status == "caught" for catch in self.catches)
+        can_fail = all(threshold.fails is not None for threshold in self.thresholds)
+        return self.control.ok and caught and can_fail and all(catch.ok for catch in self.catches)
 
     def as_dict(self) -> dict[str, Any]:
         first = self.control.first_failure
@@ -129,22 +129,22 @@ class SelfTest:
                 "verdict": self.control.verdict,
                 "first difference": None if first is None else f"{first.place}: {first.case}",
             },
-            "mutants": [one.as_dict() for one in self.catches],
-            "survivors": [one.as_dict() for one in self.survivors],
+            "mutants": [catch.as_dict() for catch in self.catches],
+            "survivors": [threshold.as_dict() for threshold in self.thresholds],
         }
 
     def renderables(self) -> Iterator[RenderableType]:
-        """For the console."""
+        """Yield the tables for the console."""
         return renderables(self.as_dict())
 
     def markdown(self) -> str:
-        """For a README or a comment."""
+        """Return the tables as Markdown."""
         return catch_markdown(self.as_dict())
 
 
 @dataclass(frozen=True)
-class _Ways:
-    """How this checkpoint is compared on this machine: a whole folder until something fails, or graph by graph."""
+class _Comparisons:
+    """How to compare on this machine: a folder until the first failure, or graph by graph."""
 
     reference: Reference
     compare: Callable[[Path], Report]
@@ -158,112 +158,115 @@ def self_test(
     store: Path | None = None,
     mutants: Sequence[Mutant] | None = None,
 ) -> SelfTest:
-    """Breaks copies of a bundle in every way, and writes `self_test.json` and `.txt` into its `evidence/`.
+    """Break copies of a bundle in every way, and write `self_test.json` and `.txt` into its `evidence/`.
 
     Args:
-        checkpoint: that the bundle was made from.
-        memory: bytes that may be used; None for all that this process may have.
-        store: where the reference's outputs are kept for the next time; None keeps nothing.
+        checkpoint: of the bundle.
+        memory: bytes that may be used; None for the limit of this process.
+        store: folder that caches the reference's outputs; None for no cache.
         mutants: `MUTANTS` if None.
 
     Raises:
-        BundleError: the folder is no bundle.
+        BundleError: the folder is not a bundle.
     """
     target, evidence = check_bundle(bundle), own_evidence(bundle)
     evidence.mkdir(exist_ok=True)
-    for left in evidence.glob(f"{PASSING}*"):  # by a self-test that was killed
+    for left in evidence.glob(f"{TEMPORARY}*"):  # from a self-test that was killed
         rmtree(left, ignore_errors=True)
     terms = LossLimits.of(read_json(bundle / MANIFEST).get("recipe", {}))
-    # Hard links need the file system that the bundle is on.
-    with TemporaryDirectory(prefix=PASSING, dir=evidence) as passing:
-        kept = Path(passing) / "store" if store is None else store
-        chosen, broken = MUTANTS if mutants is None else mutants, Path(passing) / "broken"
+    # Hard links need the file system of the bundle.
+    with TemporaryDirectory(prefix=TEMPORARY, dir=evidence) as temporary:
+        kept = Path(temporary) / "store" if store is None else store
+        chosen, broken = MUTANTS if mutants is None else mutants, Path(temporary) / "broken"
         if terms is None:
-            done = _tested(bundle, target, _ways(checkpoint, target, memory, kept), chosen, broken)
-        else:  # its twin: graphs can be broken there whatever the precision
-            write_twins(bundle, Path(passing) / "twin")
-            own = Path(passing) / "weights" / checkpoint.name
+            done = _tested(bundle, target, _comparisons(checkpoint, target, memory, kept), chosen, broken)
+        else:  # break an fp32 copy, which works at any precision
+            fp32_copy = Path(temporary) / "fp32_copy"
+            write_fp32_copy(bundle, fp32_copy)
+            own = Path(temporary) / "weights" / checkpoint.name
             write_dequantized(bundle, checkpoint, terms.precision, own)
-            ways = _ways(open_checkpoint(own), target, memory, Path(passing) / "store")
-            ways = replace(ways, compare=partial(_weights_first, ways, target, checkpoint, terms))
-            done = _tested(Path(passing) / "twin", target, ways, chosen, broken)
+            comparisons = _comparisons(open_checkpoint(own), target, memory, Path(temporary) / "store")
+            comparisons = replace(comparisons, compare=partial(_weights_first, comparisons, target, checkpoint, terms))
+            done = _tested(fp32_copy, target, comparisons, chosen, broken)
     write_text(evidence / "self_test.json", json.dumps(done.as_dict(), indent=1, ensure_ascii=False) + "\n")
     write_text(evidence / "self_test.txt", as_text(*done.renderables()) + "\n")
     return done
 
 
 def failed(done: SelfTest, folder: Path) -> VerificationError:
-    """The error that names what is not as it must be."""
-    wrong = [f"{one.mutant.name} ({one.status})" for one in done.catches if not one.ok]
-    wrong += [f"{one.place} lets {one.what} be doubled" for one in done.survivors if one.fails is None]
+    """Return the error for a self-test that failed."""
+    wrong = [f"{catch.mutant.name} ({catch.status})" for catch in done.catches if not catch.ok]
+    wrong += [f"{gate.place} passes with {gate.what} doubled" for gate in done.thresholds if gate.fails is None]
     first = done.control.first_failure
     if first is not None:
         wrong = [f"the bundle itself fails: {first.place}, {first.case}"]
     return VerificationError(
-        f"the verification of {done.target} does not notice what it must, or not where it is",
-        expected="every mutant caught, at its place",
+        f"the verification of {done.target} misses a mutant, or reports it at the wrong place",
+        expected="every mutant caught at its place",
         found="; ".join(wrong) or "no mutant applies",
         next=f"read {folder / 'self_test.txt'}",
     )
 
 
-def _ways(checkpoint: Checkpoint, target: str, memory: int | None, store: Path) -> _Ways:
+def _comparisons(checkpoint: Checkpoint, target: str, memory: int | None, store: Path) -> _Comparisons:
     chosen = tuple(case for case in shipped_cases() if "self-test" in case.tags)
     available, hidden = machine.memory_limit() if memory is None else memory, checkpoint.text.hidden
     if verify_mode(checkpoint, available) == "whole":
-        whole, suite = Reference(checkpoint), Suite(chosen, tokens=TOKENS)
-        return _Ways(
-            whole,
-            lambda folder: verify(folder, target, whole, suite, fail_fast=True),
-            lambda folder: TraceComparison(SlicedGraphs(folder, target, hidden, SLICE, apart=False), whole),
+        reference, suite = Reference(checkpoint), Suite(chosen, tokens=TOKENS)
+        return _Comparisons(
+            reference,
+            lambda folder: verify(folder, target, reference, suite, fail_fast=True),
+            lambda folder: TraceComparison(SlicedGraphs(folder, target, hidden, SLICE, separate=False), reference),
         )
     streamed = Reference(checkpoint, streamed=True)
-    return _Ways(
+    return _Comparisons(
         streamed,
         lambda folder: verify_layerwise(folder, target, streamed, available, store, chosen, fail_fast=True),
         lambda folder: TraceComparison(SlicedGraphs(folder, target, hidden, slice_budget(available)), streamed),
     )
 
 
-def _weights_first(ways: _Ways, target: str, checkpoint: Checkpoint, terms: LossLimits, folder: Path) -> Report:
-    """A quantized bundle's weights against the checkpoint's, then its graphs against PyTorch on its own weights."""
-    with TemporaryDirectory(dir=folder.parent) as passing:
-        errors = write_dequantized(folder, checkpoint, terms.precision, Path(passing))
+def _weights_first(
+    comparisons: _Comparisons, target: str, checkpoint: Checkpoint, terms: LossLimits, folder: Path
+) -> Report:
+    """Compare a lossy bundle's weights with the checkpoint, then its graphs with PyTorch on its own weights."""
+    with TemporaryDirectory(dir=folder.parent) as temporary:
+        errors = write_dequantized(folder, checkpoint, terms.precision, Path(temporary))
     gates = tuple(weight_gates(errors, terms.limits))
     if all(gate.ok for gate in gates):
-        report = ways.compare(folder)
+        report = comparisons.compare(folder)
         return replace(report, gates=(*gates, *report.gates))
     return Report(target, checkpoint.name, gates, {})
 
 
-def _tested(bundle: Path, target: str, ways: _Ways, mutants: Sequence[Mutant], folder: Path) -> SelfTest:
-    checkpoint = ways.reference.checkpoint
+def _tested(bundle: Path, target: str, comparisons: _Comparisons, mutants: Sequence[Mutant], folder: Path) -> SelfTest:
+    checkpoint = comparisons.reference.checkpoint
     scaled = sites(target, len(checkpoint.vision.deepstack), checkpoint.vision.depth, checkpoint.text.layers)
     with progress(f"self-test {target}", 1 + len(mutants) + len(scaled)) as advance:
         with _copied(bundle, folder):
-            control = ways.compare(folder)
+            control = comparisons.compare(folder)
         advance()
         catches: list[Catch] = []
-        survivors: list[Survivor] = []
+        thresholds: list[Threshold] = []
         if control.ok:
             for mutant in mutants:
-                catches.append(_catch(mutant, bundle, target, ways, folder))
+                catches.append(_catch(mutant, bundle, target, comparisons, folder))
                 advance()
             case = next(case for case in shipped_cases() if "self-test" in case.tags)
-            prompt = ways.reference.prepare(case.prompt, case.images)
-            asked = ReferenceCase(case.name, prompt, ways.reference.hidden_states(prompt))
+            prompt = comparisons.reference.prepare(case.prompt, case.images)
+            traced = ReferenceCase(case.name, prompt, comparisons.reference.hidden_states(prompt))
             for site in scaled:
                 with _copied(bundle, folder):
-                    survivors.append(survivor(site, folder, target, asked, ways.graphs))
+                    thresholds.append(measure_threshold(site, folder, target, traced, comparisons.graphs))
                 advance()
-    return SelfTest(target, checkpoint.name, control, tuple(catches), tuple(survivors))
+    return SelfTest(target, checkpoint.name, control, tuple(catches), tuple(thresholds))
 
 
-def _catch(mutant: Mutant, bundle: Path, target: str, ways: _Ways, folder: Path) -> Catch:
+def _catch(mutant: Mutant, bundle: Path, target: str, comparisons: _Comparisons, folder: Path) -> Catch:
     with _copied(bundle, folder):
         try:
             mutant.change(folder, target)
-            return Catch(mutant, target, ways.compare(folder).first_failure)
+            return Catch(mutant, target, comparisons.compare(folder).first_failure)
         except InapplicableError as reason:
             return Catch(mutant, target, inapplicable=str(reason))
         except BundleError as error:
@@ -272,7 +275,7 @@ def _catch(mutant: Mutant, bundle: Path, target: str, ways: _Ways, folder: Path)
 
 @contextmanager
 def _copied(bundle: Path, folder: Path) -> Iterator[None]:
-    """The bundle's files, but for its evidence, as links in a folder that goes."""
+    """Link the bundle's files, without its evidence, into a folder that exists inside the block."""
     folder.mkdir()
     with TemporaryDirectory(dir=folder.parent) as gone:
         for name in own_files(bundle):

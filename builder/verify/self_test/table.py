@@ -1,7 +1,4 @@
-"""The catch table of a self-test in words.
-
-In: `SelfTest.as_dict()`. Out: text, Markdown. Guaranteed: every mutant has a row, whatever became of it.
-"""
+"""Render the results of a self-test, from `SelfTest.as_dict()`, as console tables and Markdown."""
 
 from __future__ import annotations
 
@@ -13,47 +10,47 @@ from rich.console import RenderableType
 from builder.util.console_table import console_table
 
 HEADINGS = ("mutant", "what is broken", "first difference", "figure", "limit", "")
-GATES = ("gate", "what is scaled", "largest error that lives", "smallest that is caught")
+GATES = ("gate", "what is scaled", "largest error that passes", "smallest that is caught")
 
 
-def renderables(found: Mapping[str, Any]) -> Iterator[RenderableType]:
-    """Two tables for the console: the mutants, and what each gate lets live."""
-    title = f"{found['target']} broken on purpose · {found['checkpoint']}"
-    yield console_table(title, HEADINGS, _catches(found), right=("figure", "limit"))
-    yield console_table("what each gate lets live", GATES, _survivors(found), right=GATES[2:])
-    if found["bundle"]["first difference"]:
-        yield f"the bundle itself fails: {found['bundle']['first difference']}"
+def renderables(results: Mapping[str, Any]) -> Iterator[RenderableType]:
+    """Yield two tables for the console: the mutants, and the threshold of each gate."""
+    title = f"{results['target']} broken on purpose · {results['checkpoint']}"
+    yield console_table(title, HEADINGS, _catches(results), right=("figure", "limit"))
+    yield console_table("threshold of each gate", GATES, _thresholds(results), right=GATES[2:])
+    if results["bundle"]["first difference"]:
+        yield f"the bundle itself fails: {results['bundle']['first difference']}"
 
 
-def catch_markdown(found: Mapping[str, Any]) -> str:
-    """The same as GitHub-flavoured tables."""
-    return "\n\n".join([_marked(HEADINGS, _catches(found)), _marked(GATES, _survivors(found))])
+def catch_markdown(results: Mapping[str, Any]) -> str:
+    """Return both tables as GitHub-flavored Markdown."""
+    return "\n\n".join([_marked(HEADINGS, _catches(results)), _marked(GATES, _thresholds(results))])
 
 
-def _catches(found: Mapping[str, Any]) -> list[tuple[str, ...]]:
+def _catches(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
-    for one in found["mutants"]:
-        if one["place"] is None:
-            where, figure, limit = one["detail"] or "none", "", ""
+    for mutant in results["mutants"]:
+        if mutant["place"] is None:
+            where, figure, limit = mutant["detail"] or "none", "", ""
         else:
-            where = f"{one['place']}: {one['case']}"
-            figure, limit = _figure(one["measured"]), _figure(one["limit"])
-        status = one["status"]
+            where = f"{mutant['place']}: {mutant['case']}"
+            figure, limit = _figure(mutant["measured"]), _figure(mutant["limit"])
+        status = mutant["status"]
         if status not in ("caught", "does not apply"):
-            status = f"{status.upper()}, expected {' or '.join(one['expected'])} {one['at']}".rstrip()
-        rows.append((one["name"], one["what"], where, figure, limit, status))
+            status = f"{status.upper()}, expected {' or '.join(mutant['expected'])} {mutant['at']}".rstrip()
+        rows.append((mutant["name"], mutant["what"], where, figure, limit, status))
     return rows
 
 
-def _survivors(found: Mapping[str, Any]) -> list[tuple[str, ...]]:
+def _thresholds(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
     return [
         (
-            one["place"],
-            one["what"],
-            f"{one['passes']:.1e}",
-            "NONE UP TO 1" if one["fails"] is None else f"{one['fails']:.1e}",
+            threshold["place"],
+            threshold["what"],
+            f"{threshold['passes']:.1e}",
+            "NONE UP TO 1" if threshold["fails"] is None else f"{threshold['fails']:.1e}",
         )
-        for one in found["survivors"]
+        for threshold in results["survivors"]
     ]
 
 

@@ -1,8 +1,6 @@
-"""How much may be wrong before a gate with a tolerance says so.
+"""Measure the threshold of each gate with a tolerance: the largest relative error that passes.
 
-In: a bundle's folder, what PyTorch went through for one case, a way to run graphs. Out: a `Survivor` for each gate: the
-largest relative error of one value that it lets live. Guaranteed: a gate is asked at every power of ten from 1e-7 to 1
-and at ten steps within the decade where it begins to fail; one that lets a doubled value live is shown as such.
+Errors are tried at powers of ten from 1e-7 to 1, then at ten steps within the decade where the gate begins to fail.
 """
 
 from __future__ import annotations
@@ -25,23 +23,23 @@ from builder.verify.report.gates import Gate
 from builder.verify.self_test.edits import (
     DOWN,
     InapplicableError,
-    as_output,
-    behind,
     edited,
     feature_levels,
+    insert_after,
     port,
     reader,
+    replace_output,
     weight,
 )
 
 FACTOR = "mutation_factor"
 DECADES = tuple(10.0**power for power in range(-7, 1))
-STEPS = 10  # within a decade
+STEPS = 10  # per decade
 
 
 @dataclass(frozen=True)
 class Site:
-    """A value that is scaled: `graph` holds it, `place` is the gate that must notice."""
+    """A value of `graph` to scale, and the place of the gate that must notice."""
 
     place: str
     what: str
@@ -50,14 +48,14 @@ class Site:
 
 
 @dataclass(frozen=True)
-class Survivor:
-    """The largest relative error that passes.
+class Threshold:
+    """The largest relative error that a gate passes.
 
     Args:
-        place: the gate.
+        place: of the gate.
         what: the value that is scaled by 1 + error.
-        passes: the largest that was tried and passes; 0 if none does.
-        fails: the smallest that was tried and fails; None if none does, which makes the gate no check.
+        passes: the largest error tried that passes; 0 if none.
+        fails: the smallest error tried that fails; None if none, so that the gate checks nothing.
     """
 
     place: str
@@ -70,7 +68,7 @@ class Survivor:
 
 
 def sites(target: str, levels: int, blocks: int, layers: int) -> tuple[Site, ...]:
-    """What is scaled: a feed-forward network in the middle of either stack, and what each graph gives."""
+    """Return the values to scale: an MLP in the middle of each stack, and each graph's outputs."""
     block, layer = blocks // 2, layers // 2
     features = GRAPHS[target].features
     return (
@@ -83,22 +81,22 @@ def sites(target: str, levels: int, blocks: int, layers: int) -> tuple[Site, ...
     )
 
 
-def survivor(
-    site: Site, folder: Path, target: str, asked: TraceCase, graphs: Callable[[Path], TraceComparison]
-) -> Survivor:
-    """What one gate lets live.
+def measure_threshold(
+    site: Site, folder: Path, target: str, case: TraceCase, graphs: Callable[[Path], TraceComparison]
+) -> Threshold:
+    """Measure the threshold of one gate.
 
     Args:
-        folder: a copy of the bundle that may be changed.
-        asked: a case with images.
-        graphs: runs those of a folder.
+        folder: a copy of the bundle, which is changed.
+        case: a traced case with images.
+        graphs: opens the graphs of a folder.
     """
     with edited(folder, site.graph) as graph:
         value = site.find(graph, target)
         factor = ir.val(FACTOR, type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([]))
         graph.inputs.append(factor)
-        place = as_output if value.is_graph_output() else behind
-        place(graph, value, ir.node("Mul", [value, factor]))
+        insert = replace_output if value.is_graph_output() else insert_after
+        insert(graph, value, ir.node("Mul", [value, factor]))
     opened = graphs(folder)
     compute: Mapping[str, Callable[[Sequence[TraceCase]], list[list[Gate]]]] = {
         VISION: opened.vision_gates,
@@ -106,31 +104,31 @@ def survivor(
         DECODER: opened.decoder_gates,
     }
 
-    def holds(errors: Sequence[float]) -> list[bool]:
+    def passes(errors: Sequence[float]) -> list[bool]:
         factors = [np.asarray(1 + error, np.float32) for error in errors]
-        many = [replace(asked, more={FACTOR: factor}) for factor in factors]
-        rows = [[gate.ok for gate in gates if gate.place == site.place] for gates in compute[site.graph](many)]
+        scaled = [replace(case, more={FACTOR: factor}) for factor in factors]
+        rows = [[gate.ok for gate in gates if gate.place == site.place] for gates in compute[site.graph](scaled)]
         return [bool(row) and all(row) for row in rows]
 
-    return Survivor(site.place, site.what, *edge(holds))
+    return Threshold(site.place, site.what, *find_threshold(passes))
 
 
-def edge(holds: Callable[[Sequence[float]], list[bool]]) -> tuple[float, float | None]:
-    """The largest error below which all that were tried hold, and the smallest that does not.
+def find_threshold(passes: Callable[[Sequence[float]], list[bool]]) -> tuple[float, float | None]:
+    """Return the largest error up to which all errors tried pass, and the smallest that fails.
 
     Args:
-        holds: errors, ascending → of each, whether the gate holds.
+        passes: ascending errors → for each, whether the gate passes.
     """
-    passes, fails = _split(DECADES, holds(DECADES))
-    if fails is None or passes == 0:
-        return passes, fails
-    finer = [passes * 10 ** (step / STEPS) for step in range(1, STEPS)]
-    below, above = _split(finer, holds(finer))
-    return below or passes, fails if above is None else above
+    passing, failing = _split(DECADES, passes(DECADES))
+    if failing is None or passing == 0:
+        return passing, failing
+    finer = [passing * 10 ** (step / STEPS) for step in range(1, STEPS)]
+    below, above = _split(finer, passes(finer))
+    return below or passing, failing if above is None else above
 
 
-def _split(errors: Sequence[float], held: Sequence[bool]) -> tuple[float, float | None]:
-    at = next((index for index, ok in enumerate(held) if not ok), None)
+def _split(errors: Sequence[float], passed: Sequence[bool]) -> tuple[float, float | None]:
+    at = next((index for index, ok in enumerate(passed) if not ok), None)
     if at is None:
         return errors[-1], None
     return errors[at - 1] if at else 0.0, errors[at]

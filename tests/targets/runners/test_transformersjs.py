@@ -82,7 +82,7 @@ def test_it_equals_pytorch_to_the_last_token(bundle: Callable[[str], Path], refe
     assert played == {"tokens": 4, "pixel values": 2}  # three cases, and their near ties
     assert [gate.measured for gate in own] == [0, 0]
     assert report.facts["skipped"] == {
-        "wide, tall": "not asked of the runtime's own processor, which takes 1 image a question"
+        "wide, tall": "not run through the runtime's own processor, which takes 1 image per prompt"
     }
     versions = report.facts["versions"]
     assert isinstance(versions, dict)

@@ -1,4 +1,4 @@
-"""Goldens: what is whole passes without PyTorch, what is broken is named, what is stale is refused."""
+"""Test goldens: intact bundles pass without PyTorch, broken places are named, stale goldens are refused."""
 
 from __future__ import annotations
 
@@ -50,9 +50,9 @@ def edited(path: Path, change: Callable[[dict[str, Any]], object]) -> Path:
 
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """The shipped golden, and the shipped cases, without most of them."""
+    """The shipped golden, and the shipped cases, reduced to a few."""
     monkeypatch.setattr(
-        verify, "read_cases", lambda paths: tuple(one for one in read_cases(paths) if one.name in {*FEW, "mine"})
+        verify, "read_cases", lambda paths: tuple(case for case in read_cases(paths) if case.name in {*FEW, "mine"})
     )
 
     def change(document: dict[str, Any]) -> None:
@@ -63,7 +63,7 @@ def few(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def made(bundle: Callable[[str], Path]) -> Callable[[str], Path]:
-    """`made(target)`: the miniature's bundle, whose manifest says of which checkpoint it is."""
+    """`made(target)`: the miniature's bundle with its checkpoint in the manifest."""
 
     def folder(target: str) -> Path:
         of = read_golden(GOLDEN).checkpoint
@@ -94,7 +94,7 @@ def test_the_shipped_golden_is_small_and_of_the_shipped_cases() -> None:
     assert os.path.expanduser("~") + "/" not in text
 
 
-def test_samples_are_spread_and_keep_every_bit() -> None:
+def test_samples_are_spread_and_lossless() -> None:
     tensor = np.random.default_rng(0).standard_normal((5, 100), np.float32)
     sample = sampled(tensor, "seed")
     assert sample == sampled(tensor, "seed")
@@ -108,7 +108,7 @@ def test_samples_are_spread_and_keep_every_bit() -> None:
     assert sampled(np.zeros((0, 4), np.float32), "seed").at == ()
 
 
-def test_a_sample_tells_what_is_off() -> None:
+def test_a_sample_detects_differences() -> None:
     tensor = np.random.default_rng(0).standard_normal((6, 32), np.float32)
     want = sampled(tensor, "seed")
     assert compare_sampled("embeddings", "case", tensor, want).measured == 0
@@ -127,36 +127,34 @@ def test_a_sample_tells_what_is_off() -> None:
 
 
 STALE: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
-    "of a later format": (lambda d: d.update(format=3), "no golden of this version"),
-    "of no format": (lambda d: d.pop("format"), "no golden of this version"),
-    "with an unknown key": (lambda d: d.update(extra=1), "not whole: `extra`"),
-    "without its cases": (lambda d: d.update(cases=[]), "not whole: `cases`"),
-    "with a broken case": (lambda d: d["cases"][0].pop("input_ids"), "not whole: `cases.0.input_ids`"),
+    "of a later format": (lambda d: d.update(format=3), "not a golden of this version"),
+    "of no format": (lambda d: d.pop("format"), "not a golden of this version"),
+    "with an unknown key": (lambda d: d.update(extra=1), "incomplete or malformed: `extra`"),
+    "without its cases": (lambda d: d.update(cases=[]), "incomplete or malformed: `cases`"),
+    "with a broken case": (lambda d: d["cases"][0].pop("input_ids"), "incomplete or malformed: `cases.0.input_ids`"),
 }
 
 
 @pytest.mark.parametrize(("change", "what"), STALE.values(), ids=STALE.keys())
-def test_a_golden_that_is_not_whole_is_refused(
-    tmp_path: Path, change: Callable[[dict[str, Any]], object], what: str
-) -> None:
+def test_an_incomplete_golden_is_refused(tmp_path: Path, change: Callable[[dict[str, Any]], object], what: str) -> None:
     with pytest.raises(GoldenError) as caught:
         read_golden(edited(tmp_path / "changed.json", change))
     assert what in caught.value.what
     assert "qwen3vl-onnx golden" in str(caught.value.next)
 
 
-def test_a_golden_that_is_cut_or_absent_is_refused(tmp_path: Path) -> None:
+def test_a_truncated_or_missing_golden_is_refused(tmp_path: Path) -> None:
     cut = tmp_path / "cut.json"
     cut.write_bytes(GOLDEN.read_bytes()[:10_000])
-    for path, what in ((cut, "not whole"), (tmp_path / "absent.json", "cannot be read")):
+    for path, what in ((cut, "incomplete or malformed"), (tmp_path / "absent.json", "cannot be read")):
         with pytest.raises(GoldenError, match=what):
             read_golden(path)
 
 
 def test_a_verification_needs_something_to_compare_with(tmp_path: Path) -> None:
-    code, _, said = command(tmp_path)
+    code, _, stderr = command(tmp_path)
     assert code == 2
-    assert "--golden" in said
+    assert "--golden" in stderr
 
 
 # --- with the miniature's bundle ---
@@ -168,10 +166,10 @@ def report(folder: Path, path: Path, reference: Path | None = None) -> Report:
 
 @pytest.mark.torch  # to build the bundle
 @pytest.mark.parametrize("target", TARGETS)
-def test_what_is_whole_passes(made: Callable[[str], Path], few: Path, target: str) -> None:
+def test_an_intact_bundle_passes(made: Callable[[str], Path], few: Path, target: str) -> None:
     found = report(made(target), few)
     assert found.ok, shown(found)
-    counts = {gate.place: sum(one.place == gate.place for one in found.gates) for gate in found.gates}
+    counts = {gate.place: sum(other.place == gate.place for other in found.gates) for gate in found.gates}
     assert counts["decoded image"] == 4
     assert counts["decoder layers"] == 4 * 5
     assert counts["vision layers"] == 3 * 5
@@ -198,9 +196,9 @@ CONTROLS: tuple[tuple[Mutation, str, str], ...] = (
 
 @pytest.mark.torch
 @pytest.mark.parametrize(
-    ("mutation", "target", "place"), CONTROLS, ids=[f"{one.__name__}-{target}" for one, target, _ in CONTROLS]
+    ("mutation", "target", "place"), CONTROLS, ids=[f"{change.__name__}-{target}" for change, target, _ in CONTROLS]
 )
-def test_what_is_broken_fails_where_it_is_broken(
+def test_a_broken_bundle_fails_at_the_broken_place(
     made: Callable[[str], Path], few: Path, mutation: Mutation, target: str, place: str
 ) -> None:
     folder = made(target)
@@ -212,10 +210,10 @@ def test_what_is_broken_fails_where_it_is_broken(
 
 
 @pytest.mark.torch
-def test_another_decoder_is_reported_as_that(
+def test_another_image_decoder_is_reported(
     made: Callable[[str], Path], few: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A JPEG decoder that rounds another way; the graphs are right, and nothing says otherwise."""
+    """A JPEG decoder that rounds differently fails its own gate and no other."""
 
     def other(path: Path) -> Image.Image:
         image = load_image(path)
@@ -223,31 +221,31 @@ def test_another_decoder_is_reported_as_that(
 
     monkeypatch.setattr(record, "load_image", other)
     folder = made("genai")
-    code, table, said = command(folder, "--golden", few)
+    code, table, stderr = command(folder, "--golden", few)
     assert code == 20
-    assert "decoded in another way" in said
-    assert "genai is not to blame: JPEG 4:2:0, photo.jpg" in said
-    assert "decoded by Pillow" in said
+    assert "decoded differently" in stderr
+    assert "genai is not at fault: JPEG 4:2:0, photo.jpg" in stderr
+    assert "decoded by Pillow" in stderr
     written = json.loads((folder / "evidence" / "golden" / "parity.json").read_text())
     assert written["first difference"].startswith("decoded image: JPEG")
     assert [gate["place"] for gate in written["gates"] if not gate["ok"]] == ["decoded image"]
     assert [gate["place"] for gate in written["gates"] if gate["case"].startswith("JPEG")] == ["decoded image"]
-    assert "decoded in another way" in written["not run"]["case JPEG 4:2:0"]
-    assert "case JPEG 4:2:0: the rest not run: its image is decoded in another way" in table
+    assert "decoded differently" in written["not run"]["case JPEG 4:2:0"]
+    assert "case JPEG 4:2:0: not run: its image is decoded differently" in table
 
     mutations.deepstack_zeroed(folder, "genai")
-    code, _, said = command(folder, "--golden", few)
-    assert "genai does not equal PyTorch; first difference: deepstack features" in said
+    code, _, stderr = command(folder, "--golden", few)
+    assert "genai does not equal PyTorch; first difference: deepstack features" in stderr
 
 
 @pytest.mark.torch
-def test_tokens_are_exact_but_for_ties(made: Callable[[str], Path], few: Path, tmp_path: Path) -> None:
+def test_tokens_are_exact_except_for_near_ties(made: Callable[[str], Path], few: Path, tmp_path: Path) -> None:
     def change(lead: str) -> Callable[[dict[str, Any]], None]:
         def edit(document: dict[str, Any]) -> None:
-            (case,) = [one for one in document["cases"] if one["name"] == "text"]
-            case["tokens"][-1] = (case["tokens"][-1] + 1) % 4000
-            case["margins"] = " ".join([*case["margins"].split()[:-1], lead])
-            document["cases"] = [one for one in document["cases"] if one["name"] in FEW]
+            (text,) = [case for case in document["cases"] if case["name"] == "text"]
+            text["tokens"][-1] = (text["tokens"][-1] + 1) % 4000
+            text["margins"] = " ".join([*text["margins"].split()[:-1], lead])
+            document["cases"] = [case for case in document["cases"] if case["name"] in FEW]
 
         return edit
 
@@ -290,14 +288,14 @@ def _more_cases(document: dict[str, Any]) -> None:
 def test_a_stale_golden_is_refused(
     made: Callable[[str], Path], tmp_path: Path, change: Callable[[dict[str, Any]], object], what: str
 ) -> None:
-    code, printed, said = command(made("genai"), "--golden", edited(tmp_path / "stale.json", change))
+    code, printed, stderr = command(made("genai"), "--golden", edited(tmp_path / "stale.json", change))
     assert (code, printed) == (26, "")
-    assert what in said
-    assert "next:" in said
+    assert what in stderr
+    assert "next:" in stderr
 
 
 @pytest.mark.torch
-def test_a_bundle_that_does_not_say_its_checkpoint_needs_the_reference(
+def test_a_bundle_without_its_checkpoint_needs_the_reference(
     bundle: Callable[[str], Path], few: Path, checkpoint: Callable[[str], Path]
 ) -> None:
     folder = bundle("onnxruntime")
@@ -313,20 +311,20 @@ def test_a_bundle_that_does_not_say_its_checkpoint_needs_the_reference(
 
 
 @pytest.mark.torch
-def test_a_image_that_changes_makes_a_golden_stale(
+def test_a_changed_image_makes_a_golden_stale(
     made: Callable[[str], Path], reference: Reference, few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A golden of the user's own cases, from the command line, and the same cases with another image."""
+    """A golden of the user's own cases from the command line, then the same cases with another image."""
     (tmp_path / "own").mkdir()
     Image.new("RGB", (64, 64), (9, 99, 200)).save(tmp_path / "own" / "blue.png")
     cases = tmp_path / "own" / "mine.toml"
     cases.write_text('[[case]]\nname = "mine"\nprompt = "What?"\nimages = ["blue.png"]\nmax_new_tokens = 4\n')
     monkeypatch.setattr(record, "SUITE", tmp_path / "own")
     monkeypatch.setattr(record, "held_out", lambda checkpoint: ())
-    asked = ["golden", str(MINIATURE), "--output", str(tmp_path / "new" / "mine.json")]
-    done = CliRunner().invoke(app, asked)
+    arguments = ["golden", str(MINIATURE), "--output", str(tmp_path / "new" / "mine.json")]
+    done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 0, done.output
-    assert done.stdout.splitlines()[-1] == asked[-1]
+    assert done.stdout.splitlines()[-1] == arguments[-1]
 
     document = json.loads((tmp_path / "new" / "mine.json").read_text())
     own = edited(tmp_path / "both.json", lambda d: d["cases"].extend(document["cases"]))
@@ -335,40 +333,40 @@ def test_a_image_that_changes_makes_a_golden_stale(
     own.write_text(json.dumps(both))
     folder = made("onnxruntime")
     assert command(folder, "--golden", own, "--cases", cases)[0] == 0
-    code, _, said = command(folder, "--golden", own)
-    assert (code, "'mine' is only there" in said, "--cases" in said) == (26, True, True)
+    code, _, stderr = command(folder, "--golden", own)
+    assert (code, "'mine' is only there" in stderr, "--cases" in stderr) == (26, True, True)
     Image.new("RGB", (64, 64), (9, 99, 201)).save(tmp_path / "own" / "blue.png")
-    code, _, said = command(folder, "--golden", own, "--cases", cases)
-    assert (code, "another case 'mine'" in said) == (26, True)
+    code, _, stderr = command(folder, "--golden", own, "--cases", cases)
+    assert (code, "another case 'mine'" in stderr) == (26, True)
 
 
 @pytest.mark.torch
-def test_what_does_not_fit_in_memory_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ResourceError, match="whole checkpoint in memory"):
+def test_a_checkpoint_that_does_not_fit_in_memory_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ResourceError, match="complete checkpoint in memory"):
         record.golden_of(open_checkpoint(MINIATURE), tmp_path / "golden.json", memory=10**6)
     with pytest.raises(CheckpointError):
         record.golden_of(open_checkpoint(tmp_path), tmp_path / "golden.json")
 
 
 def same(got: GoldenCase, want: GoldenCase) -> None:
-    """Inputs and tokens equal; samples of the same places, and of the same values to the tolerance."""
+    """Check that inputs and tokens are equal, and samples equal within the tolerance."""
     for key in ("name", "digest", "images", "input_ids", "position_ids", "pixel_values", "grids", "tokens"):
         assert getattr(got, key) == getattr(want, key), key
     for key in ("vision", "features", "embeddings", "decoder", "logits"):
-        for one, two in zip(getattr(got, key), getattr(want, key), strict=True):
-            assert one.shape == two.shape
-            assert key == "logits" or one.at == two.at
-            values = dict(zip(two.at, floats(two.values), strict=True))
-            off = [abs(a - values[at]) for at, a in zip(one.at, floats(one.values), strict=True) if at in values]
+        for a, b in zip(getattr(got, key), getattr(want, key), strict=True):
+            assert a.shape == b.shape
+            assert key == "logits" or a.at == b.at
+            values = dict(zip(b.at, floats(b.values), strict=True))
+            off = [abs(x - values[at]) for at, x in zip(a.at, floats(a.values), strict=True) if at in values]
             assert len(off) >= 0.9 * len(values)
-            assert max(off, default=0.0) <= FP32 * (float.fromhex(two.std) or 1.0)
+            assert max(off, default=0.0) <= FP32 * (float.fromhex(b.std) or 1.0)
 
 
 @pytest.mark.torch
 @pytest.mark.parametrize("name", FEW)
-def test_the_shipped_golden_is_what_pytorch_says(reference: Reference, name: str) -> None:
-    (case,) = [one for one in shipped_cases() if one.name == name]
-    (want,) = [one for one in read_golden(GOLDEN).cases if one.name == name]
+def test_the_shipped_golden_equals_pytorch(reference: Reference, name: str) -> None:
+    (case,) = [case for case in shipped_cases() if case.name == name]
+    (want,) = [case for case in read_golden(GOLDEN).cases if case.name == name]
     same(golden_case(case, reference), want)
 
 
@@ -379,8 +377,8 @@ def test_a_new_golden_equals_the_shipped_one(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     got, want = read_golden(tmp_path / "golden.json"), read_golden(GOLDEN)
     assert (got.checkpoint, got.limits, got.task) == (want.checkpoint, want.limits, want.task)
-    for one, two in zip(got.cases, want.cases, strict=True):
-        same(one, two)
+    for a, b in zip(got.cases, want.cases, strict=True):
+        same(a, b)
 
 
 # --- without torch ---
@@ -395,15 +393,15 @@ app({arguments!r})
 
 @pytest.mark.torch  # to build the bundle
 def test_neither_torch_nor_transformers_is_imported(made: Callable[[str], Path], tmp_path: Path) -> None:
-    """The whole golden, as a user runs it; the same blocker stops a comparison with the checkpoint."""
+    """The complete golden from the command line; the same blocker stops a comparison with the checkpoint."""
     folder = made("genai")
-    golden_way = ["verify", str(folder), "--golden", str(GOLDEN), "--reference", str(MINIATURE)]
-    done = python("-c", BLOCKED.format(arguments=golden_way), cwd=tmp_path)
+    golden_command = ["verify", str(folder), "--golden", str(GOLDEN), "--reference", str(MINIATURE)]
+    done = python("-c", BLOCKED.format(arguments=golden_command), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "FAIL" not in done.stdout
     assert "case more than 10,000 patches: not compared, as its file requests: inputs" in done.stdout
-    torch_way = ["verify", str(folder), "--reference", str(MINIATURE)]
-    done = python("-c", BLOCKED.format(arguments=torch_way), cwd=tmp_path)
+    torch_command = ["verify", str(folder), "--reference", str(MINIATURE)]
+    done = python("-c", BLOCKED.format(arguments=torch_command), cwd=tmp_path)
     assert done.returncode != 0
     assert 'pip install "qwen3vl-onnx[build]"' in done.stderr
 

@@ -1,4 +1,4 @@
-"""Twins: the same nodes on the same data files, in fp32, or with the logits of every token."""
+"""Test copies of graphs: the same nodes on the same data files, in fp32 or with all logits."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from builder.targets.recipe import Target
 from builder.targets.recipe_file import load_recipe
 from builder.util.json_files import read_json
 from builder.verify.graphs.all_logits import FloatSession
-from builder.verify.graphs.fp32_copy import HALF, decoder_with_all_logits, in_fp32, write_twins
+from builder.verify.graphs.fp32_copy import HALF, decoder_with_all_logits, in_fp32, write_fp32_copy
 from builder.verify.graphs.sessions import Graphs
 from builder.verify.report.gates import relative_error
 from tests.conftest import Built
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.torch
 
 GRAPHS = (VISION, EMBEDDINGS, DECODER)
 GENAI = (Target("genai", "fused"),)
-# Its weights are fp16's own: what is computed on them in fp32 is the fp32 bundle's, to the last digits.
+# Its weights are exact in fp16, so that an fp32 copy computes the same as the fp32 bundle.
 EXACT_IN_FP16 = "deepstack0"
 
 
@@ -42,13 +42,13 @@ def graph(folder: Path, name: str) -> ModelProto:
 
 
 def places(model: ModelProto) -> list[list[tuple[str, str]]]:
-    """File, offset and length of every initializer that lies in a data file."""
-    stored = [one for one in model.graph.initializer if one.data_location == TensorProto.EXTERNAL]
-    return [[(entry.key, entry.value) for entry in one.external_data] for one in stored]
+    """Return file, offset and length of every initializer in a data file."""
+    external = [tensor for tensor in model.graph.initializer if tensor.data_location == TensorProto.EXTERNAL]
+    return [[(entry.key, entry.value) for entry in tensor.external_data] for tensor in external]
 
 
 def half_precision(inner: GraphProto) -> list[str]:
-    """Values that are fp16 or bf16 behind the casts of what is stored, those of loops' bodies included."""
+    """Return the values and constants in fp16 or bf16, including those of loop bodies, but not initializers."""
     values = [*inner.input, *inner.output, *inner.value_info]
     found = [value.name for value in values if value.type.tensor_type.elem_type in HALF]
     for node in inner.node:
@@ -61,18 +61,20 @@ def half_precision(inner: GraphProto) -> list[str]:
 
 
 @pytest.mark.parametrize("name", GRAPHS)
-def test_a_quantized_twin_differs_in_its_accuracy_alone(finished: Callable[[str], Path], name: str) -> None:
-    own, twin = graph(finished("int4"), name), in_fp32(graph(finished("int4"), name))
-    levels = [one for node in own.graph.node for one in node.attribute if one.name == "accuracy_level"]
-    assert ({one.i for one in levels} == {4}) == (name == DECODER)
-    for one in levels:
-        one.i = 1
-    assert own == twin
+def test_the_copy_of_a_quantized_bundle_differs_only_in_its_accuracy_level(
+    finished: Callable[[str], Path], name: str
+) -> None:
+    own, fp32_copy = graph(finished("int4"), name), in_fp32(graph(finished("int4"), name))
+    levels = [x for node in own.graph.node for x in node.attribute if x.name == "accuracy_level"]
+    assert ({level.i for level in levels} == {4}) == (name == DECODER)
+    for level in levels:
+        level.i = 1
+    assert own == fp32_copy
 
 
-def test_no_data_of_a_twin_is_its_own(finished: Callable[[str], Path], tmp_path: Path) -> None:
+def test_a_copy_links_all_data_files(finished: Callable[[str], Path], tmp_path: Path) -> None:
     bundle = finished("int4")
-    write_twins(bundle, tmp_path)
+    write_fp32_copy(bundle, tmp_path)
     files = {path.name for path in bundle.iterdir() if path.is_file()}
     assert {path.name for path in tmp_path.iterdir()} == files
     own = {name for name in files if not os.path.samefile(bundle / name, tmp_path / name)}
@@ -93,8 +95,8 @@ def half(built: Built, checkpoint: Callable[[str], Path]) -> Path:
 
 
 @pytest.fixture
-def twin(half: Path, tmp_path: Path) -> Path:
-    write_twins(half, tmp_path)
+def fp32_copy(half: Path, tmp_path: Path) -> Path:
+    write_fp32_copy(half, tmp_path)
     return tmp_path
 
 
@@ -117,39 +119,39 @@ def computed(graphs: Graphs, checkpoint: Checkpoint) -> list[Array]:
     return [main, embeds, logits, *past.values()]
 
 
-def test_a_twin_of_fp16_has_no_fp16_but_what_is_stored(half: Path, twin: Path) -> None:
+def test_the_copy_of_an_fp16_bundle_has_fp16_only_in_storage(half: Path, fp32_copy: Path) -> None:
     assert any(half_precision(graph(half, name).graph) for name in GRAPHS)
     for name in GRAPHS:
-        assert half_precision(graph(twin, name).graph) == []
-        assert places(graph(half, name)) == places(graph(twin, name)) != []
-    loops = [node for node in graph(twin, VISION).graph.node if node.op_type == "Loop"]
-    assert loops  # or their bodies are tested nowhere
+        assert half_precision(graph(fp32_copy, name).graph) == []
+        assert places(graph(half, name)) == places(graph(fp32_copy, name)) != []
+    loops = [node for node in graph(fp32_copy, VISION).graph.node if node.op_type == "Loop"]
+    assert loops  # otherwise their bodies are not tested
 
 
-def test_a_twin_of_fp16_computes_what_fp32_does(
-    half: Path, twin: Path, built: Built, checkpoint: Callable[[str], Path]
+def test_the_copy_of_an_fp16_bundle_computes_in_fp32(
+    half: Path, fp32_copy: Path, built: Built, checkpoint: Callable[[str], Path]
 ) -> None:
-    """Where the weights are fp16's own; the graph as it ships, which rounds at every node, does not."""
+    """With weights that are exact in fp16; the shipped graph rounds at every node and differs."""
     opened = open_checkpoint(checkpoint(EXACT_IN_FP16))
-    whole = built(checkpoint(EXACT_IN_FP16), replace(load_recipe("fp32"), targets=GENAI)) / "genai"
-    want = computed(Graphs.load(whole, True, opened.text.hidden), opened)
-    got = computed(Graphs.load(twin, True, opened.text.hidden), opened)
+    exact = built(checkpoint(EXACT_IN_FP16), replace(load_recipe("fp32"), targets=GENAI)) / "genai"
+    want = computed(Graphs.load(exact, True, opened.text.hidden), opened)
+    got = computed(Graphs.load(fp32_copy, True, opened.text.hidden), opened)
     shipped = computed(narrow(half, opened), opened)
     for mine, theirs in zip(got, want, strict=True):
         assert relative_error(mine, theirs) < 1e-3
     assert max(relative_error(mine, theirs) for mine, theirs in zip(shipped, want, strict=True)) > 3e-3
 
 
-def test_the_settings_of_a_twin_are_the_cpus(half: Path, twin: Path) -> None:
+def test_the_settings_of_a_copy_are_for_the_cpu(half: Path, fp32_copy: Path) -> None:
     def providers(folder: Path) -> list[Any]:
         model = read_json(folder / "genai_config.json")["model"]
         return [model[part]["session_options"]["provider_options"] for part in ("vision", "embedding", "decoder")]
 
     assert all("cuda" in options[0] for options in providers(half))
-    assert providers(twin) == [[], [], []]
+    assert providers(fp32_copy) == [[], [], []]
 
 
-def test_all_logits_are_the_shipped_graphs_last_one_at_every_token(finished: Callable[[str], Path]) -> None:
+def test_all_logits_equal_the_shipped_graphs_last_logits_at_every_token(finished: Callable[[str], Path]) -> None:
     folder = finished("int4")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
@@ -179,5 +181,5 @@ def test_all_logits_are_the_shipped_graphs_last_one_at_every_token(finished: Cal
     assert outputs[-layers:] == [f"residual.{n}" for n in range(layers)]
     assert all(stream.shape[:2] == (1, seq) for stream in streams)
     for count in range(1, seq + 1):
-        (one, *_) = run(shipped, count)
-        np.testing.assert_allclose(logits[:, count - 1 : count], one, atol=1e-4 * float(logits.std()))
+        (last, *_) = run(shipped, count)
+        np.testing.assert_allclose(logits[:, count - 1 : count], last, atol=1e-4 * float(logits.std()))

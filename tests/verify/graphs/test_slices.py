@@ -1,4 +1,4 @@
-"""slices: run one after the other they are the graph, bit for bit, whatever their size."""
+"""Test slices: run in sequence they equal the graph bitwise, at any size."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def session(folder: Path, name: str) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(str(folder / f"{name}.onnx"), providers=["CPUExecutionProvider"])
 
 
-def drawn(ports: list[onnxruntime.NodeArg], seq: int, past: int, batch: int, seed: int) -> Values:
-    """Inputs of a decoder call, without its past."""
+def random_inputs(ports: list[onnxruntime.NodeArg], seq: int, past: int, batch: int, seed: int) -> Values:
+    """Return inputs of a decoder call, without its past."""
     rng = np.random.default_rng(seed)
     sizes = {"batch": batch, "seq": seq, "total": past + seq}
     values: Values = {}
@@ -44,8 +44,8 @@ def drawn(ports: list[onnxruntime.NodeArg], seq: int, past: int, batch: int, see
     return values
 
 
-def whole(folder: Path, calls: list[Values]) -> list[Values]:
-    """The decoder as one session."""
+def run_complete(folder: Path, calls: list[Values]) -> list[Values]:
+    """Run the decoder in one session."""
     decoder = session(folder, DECODER)
     names = [port.name for port in decoder.get_outputs()]
     batch = calls[0]["attention_mask"].shape[0]
@@ -64,25 +64,25 @@ def whole(folder: Path, calls: list[Values]) -> list[Values]:
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize(("budget", "count"), [(0, 6), (2_000_000, 4), (10**9, 1)])
-def test_conversations_through_slices_are_the_whole_graphs(
+def test_conversations_through_slices_equal_the_complete_graph(
     miniature_built: Path, target: str, budget: int, count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two conversations of three calls each, one of them of two rows; the processes' work is done in this one."""
-    monkeypatch.setattr(slices, "_apart", slices.compute)
+    """Two conversations of three calls each, one with a batch of two, without separate processes."""
+    monkeypatch.setattr(slices, "_in_process", slices.compute)
     folder = miniature_built / target
     parts = sliced(folder / f"{DECODER}.onnx", budget)
     assert len(parts) == count
     ports = session(folder, DECODER).get_inputs()
-    # The fused attention takes several tokens on a past for one row only.
+    # Fused attention takes several tokens on a past only with a batch of one.
     spans = {1: ((7, 0), (3, 7), (1, 10)), 2: ((7, 0), (1, 7), (1, 8))}
     talks = [
-        [drawn(ports, *span, batch=batch, seed=number) for number, span in enumerate(row)]
+        [random_inputs(ports, *span, batch=batch, seed=number) for number, span in enumerate(row)]
         for batch, row in spans.items()
     ]
     results, peak = run_slices(parts, folder, talks)
     assert peak > 0
     for talk, got in zip(talks, results, strict=True):
-        for call, values, want in zip(talk, got, whole(folder, talk), strict=True):
+        for call, values, want in zip(talk, got, run_complete(folder, talk), strict=True):
             np.testing.assert_array_equal(values["logits"], want["logits"])
             batch, seq = call["attention_mask"].shape[0], call["position_ids"].shape[2]
             streams = [value for name, value in values.items() if name.startswith(RESIDUAL)]
@@ -98,13 +98,13 @@ def test_every_node_and_every_weight_is_in_one_slice(miniature_built: Path, targ
     parts = [onnx.load_from_string(part.model) for part in sliced(path, 0)]
     nodes = [node.name for part in parts for node in part.graph.node if node.op_type != "Constant"]
     assert nodes == [node.name for node in graph.node if node.op_type != "Constant"]
-    large = {one.name for one in graph.initializer if one.external_data}
-    held = [one.name for part in parts for one in part.graph.initializer if one.external_data]
+    large = {tensor.name for tensor in graph.initializer if tensor.external_data}
+    held = [tensor.name for part in parts for tensor in part.graph.initializer if tensor.external_data]
     assert sorted(held) == sorted(large)
     assert sum(part.nbytes for part in sliced(path, 10**9)) <= sum(part.nbytes for part in sliced(path, 0))
 
 
-def test_a_slice_runs_in_a_process_of_its_own(miniature_built: Path) -> None:
+def test_a_slice_runs_in_a_separate_process(miniature_built: Path) -> None:
     folder = miniature_built / "genai"
     embeddings = session(folder, EMBEDDINGS)
     width = embeddings.get_outputs()[0].shape[-1]
@@ -114,23 +114,23 @@ def test_a_slice_runs_in_a_process_of_its_own(miniature_built: Path) -> None:
     assert 0 < peak < 200e6  # no torch, which this process has
 
 
-def test_data_that_is_gone_is_said(bundle: Callable[[str], Path]) -> None:
+def test_missing_data_is_reported(bundle: Callable[[str], Path]) -> None:
     folder = bundle("genai")
     parts, ports = sliced(folder / f"{DECODER}.onnx", 10**9), session(folder, DECODER).get_inputs()
     (folder / f"{DECODER}.onnx.data").unlink()
     with pytest.raises(BundleError, match="does not run in onnxruntime"):
-        run_slices(parts, folder, [[drawn(ports, 4, 0, 1, 0)]])
+        run_slices(parts, folder, [[random_inputs(ports, 4, 0, 1, 0)]])
 
 
 def killed(*_: object) -> None:
-    """Stands for a slice that the system ends."""
+    """Simulate a slice that the system kills."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_process_that_is_killed_is_said(miniature_built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_process_is_reported(miniature_built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(slices, "compute", killed)
     folder = miniature_built / "genai"
-    with pytest.raises(BundleError, match="is gone") as caught:
+    with pytest.raises(BundleError, match="was killed") as caught:
         run_slices(sliced(folder / f"{EMBEDDINGS}.onnx", 10**9), folder, [[{}]])
     assert "--memory" in str(caught.value.next)
 

@@ -1,4 +1,4 @@
-"""What is kept for people to look at while a verification runs."""
+"""Test what is recorded for the report's pages while a verification runs."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ def shown() -> Iterator[Callable[[], tuple[Exhibit, ...]]]:
         yield collected
 
 
-def test_outside_nothing_is_kept_and_nothing_computed() -> None:
+def test_nothing_is_recorded_outside_collecting() -> None:
     show_case("text", "Hello", [Path("there-is-no-such-file.png")])
     show_logits("text", (0, 1), np.zeros((1, 3)), np.zeros((1, 3)))
     show_pixels("ours", None, np.zeros((24, 96)), None, GRID)
     show_answers("a", "b")
 
 
-def test_things_belong_to_their_case(shown: Callable[[], tuple[Exhibit, ...]]) -> None:
+def test_records_belong_to_their_case(shown: Callable[[], tuple[Exhibit, ...]]) -> None:
     show_answers("no case yet", "no case yet")
     show_case("one", "first", ())
     show_case("two", "second", (), kind="task", expected="b")
@@ -76,7 +76,7 @@ def test_logits_are_a_sample_with_the_largest_of_each_position(shown: Callable[[
     assert shown() == before, "the same span twice"
 
 
-def test_what_is_no_number_is_counted_and_not_drawn(shown: Callable[[], tuple[Exhibit, ...]]) -> None:
+def test_values_that_are_not_finite_are_counted_and_not_plotted(shown: Callable[[], tuple[Exhibit, ...]]) -> None:
     want = np.random.default_rng(0).standard_normal((2, 40)).astype(np.float32)
     got = want.copy()
     got[1] = np.nan
@@ -88,17 +88,17 @@ def test_what_is_no_number_is_counted_and_not_drawn(shown: Callable[[], tuple[Ex
 
 
 def patches_of(image: np.ndarray) -> np.ndarray:
-    """[height, width, channels] in the order of upstream's processor, patch by patch: blocks first."""
+    """Split an image [height, width, channels] into patches in the order of transformers' processor, block by block."""
     side, merge = VISION.patch_size, VISION.merge_size
     rows, columns = image.shape[0] // side, image.shape[1] // side
-    found = []
+    patches = []
     for block_row in range(0, rows, merge):
         for block_column in range(0, columns, merge):
             for row in range(block_row, block_row + merge):
                 for column in range(block_column, block_column + merge):
-                    one = image[row * side : (row + 1) * side, column * side : (column + 1) * side]
-                    found.append(np.stack([one.transpose(2, 0, 1)] * VISION.temporal_patch_size, 1).reshape(-1))
-    return np.stack(found)
+                    patch = image[row * side : (row + 1) * side, column * side : (column + 1) * side]
+                    patches.append(np.stack([patch.transpose(2, 0, 1)] * VISION.temporal_patch_size, 1).reshape(-1))
+    return np.stack(patches)
 
 
 def test_patches_come_back_to_their_places() -> None:
@@ -107,8 +107,8 @@ def test_patches_come_back_to_their_places() -> None:
 
 
 @pytest.mark.torch
-def test_patches_are_in_the_order_of_upstreams_processor(reference: Reference, tmp_path: Path) -> None:
-    """A red square in a corner of a real processor's output is in that corner."""
+def test_patches_are_in_the_order_of_the_transformers_processor(reference: Reference, tmp_path: Path) -> None:
+    """The output of the real processor reassembles into a smooth image."""
     case = next(case for case in shipped_cases() if case.name == "own size" or len(case.images) == 1)
     prompt = reference.prepare(case.prompt, case.images)
     assert prompt.pixel_values is not None
@@ -120,11 +120,11 @@ def test_patches_are_in_the_order_of_upstreams_processor(reference: Reference, t
     steps = np.abs(np.diff(image, axis=1)).mean((0, 2))
     seams = np.zeros(columns - 1, bool)
     seams[vision.patch_size - 1 :: vision.patch_size] = True
-    # Were patches in wrong places, their seams would be rougher than what is inside them.
+    # Misplaced patches would make the seams rougher than the inside of a patch.
     assert steps[seams].mean() < 1.5 * steps[~seams].mean()
 
 
-def test_one_pixel_that_differs_a_little_is_seen() -> None:
+def test_a_single_differing_pixel_is_visible() -> None:
     gap = np.zeros((1000, 700, 3))
     gap[10, 20] = 5.0
     gap[999, 699, 1] = 1e-6
@@ -144,15 +144,15 @@ def test_pixels_are_compared_image_by_image(shown: Callable[[], tuple[Exhibit, .
     images = [drawn(tmp_path / f"{n}.png", (24, 16)) for n in range(2)]
     show_case("two", "prompt", images)
     show_pixels("ours", got, want, grid, grid)
-    turned = grid[:, [0, 2, 1]]
-    show_pixels("turned", want, want, turned, grid)
+    rotated = grid[:, [0, 2, 1]]
+    show_pixels("rotated", want, want, rotated, grid)
     show_pixels("fewer", want[:24], want, GRID, grid)
     show_pixels("none", None, want, None, grid)
     (exhibit,) = shown()
     first, second = exhibit.images
-    assert [(one.way, one.differing, one.largest) for one in first.pixels] == [
+    assert [(pixels.way, pixels.differing, pixels.largest) for pixels in first.pixels] == [
         ("ours", 0, 0.0),
-        *((way, 24 * 96, None) for way in ("turned", "fewer", "none")),
+        *((way, 24 * 96, None) for way in ("rotated", "fewer", "none")),
     ]
     assert not first.pixels[0].difference
     ours, other, fewer, none = second.pixels
@@ -165,11 +165,11 @@ def test_pixels_are_compared_image_by_image(shown: Callable[[], tuple[Exhibit, .
     assert fewer.sides == none.sides == ()
 
 
-def test_thumbnails_are_small_and_what_is_no_image_has_none(tmp_path: Path) -> None:
+def test_thumbnails_are_small_and_files_that_are_not_images_have_none(tmp_path: Path) -> None:
     found = image_of(thumbnail(drawn(tmp_path / "large.png", (3000, 1500))))
     assert found.shape == (SIDE // 2, SIDE, 3)
     assert np.abs(found - [200, 30, 30]).max() < 12
-    (tmp_path / "text.png").write_text("no image")
+    (tmp_path / "text.png").write_text("not an image")
     assert thumbnail(tmp_path / "text.png") == thumbnail(tmp_path / "absent.png") == ""
 
 
@@ -188,8 +188,8 @@ def test_a_verification_shows_its_cases(miniature_built: Path, reference: Refere
         assert exhibit.answers[0] == exhibit.answers[1]
     (image,) = shown["one image"].images
     ways = {"preprocessing of the bundle"} | ({"the runtime's own processor"} if target == "genai" else set())
-    assert {one.way for one in image.pixels} == ways
-    assert {one.differing for one in image.pixels} == {0}
+    assert {pixels.way for pixels in image.pixels} == ways
+    assert {pixels.differing for pixels in image.pixels} == {0}
     for exhibit in shown.values():
         assert exhibit.logits
         assert max(abs(a - b) for a, b in exhibit.logits) < 1e-3

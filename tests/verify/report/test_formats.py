@@ -1,4 +1,4 @@
-"""parity.json, its schema, and exhibits.json, read back."""
+"""Test parity.json, its schema, and exhibits.json, written and read back."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ REPORTS = {"passing": passing, "failing": failing, "in slices": in_slices, "harm
 
 @pytest.fixture
 def bundle(tmp_path: Path) -> Callable[[Report], Path]:
-    """A folder that is a bundle as far as its report goes."""
+    """Return a function that writes a minimal bundle with a report."""
 
     def folder(report: Report) -> Path:
         (tmp_path / "manifest.json").write_text(json.dumps({"target": report.target, "versions": {"torch": "2.13.0"}}))
@@ -71,14 +71,14 @@ def test_every_report_keeps_to_it(name: str) -> None:
     ],
     ids=range(9),
 )
-def test_the_schema_refuses_what_is_no_report(change: Callable[[dict[str, Any]], object]) -> None:
+def test_the_schema_rejects_malformed_reports(change: Callable[[dict[str, Any]], object]) -> None:
     written = json.loads(parity_text(failing()))
     change(written)
     with pytest.raises(ValidationError):
         Draft202012Validator(published()).validate(written)
 
 
-def test_a_name_that_is_no_unicode_can_be_written(tmp_path: Path) -> None:
+def test_a_name_that_is_not_valid_unicode_can_be_written(tmp_path: Path) -> None:
     """A file's name may be any bytes; Python gives them as lone surrogates."""
     write(harmful(), tmp_path, Context())
     assert {path.name for path in tmp_path.iterdir()} == {"parity.json", "exhibits.json", "parity.txt", *PAGES}
@@ -103,14 +103,14 @@ def test_a_report_written_before_gates_had_a_layer_is_read(tmp_path: Path) -> No
 
 
 def test_exhibits_stay_below_their_size() -> None:
-    """Images of the last cases go first, and the file says how many cases are gone."""
+    """Images of the last cases are dropped first, and the file counts the cases left out."""
     image = Thumbnail("noise.png", "data:image/png;base64," + "A" * 30_000)
     many = tuple(Exhibit(f"case {n}", "case", "a prompt", (image,)) for n in range(60))
     text = exhibits_text(replace(passing(), exhibits=many))
     assert len(text.encode()) < MAX_BYTES
     found = json.loads(text)
     assert (len(found["exhibits"]), found["left out"]) == (60, 0)
-    kept = [bool(one["images"][0]["thumbnail"]) for one in found["exhibits"]]
+    kept = [bool(exhibit["images"][0]["thumbnail"]) for exhibit in found["exhibits"]]
     assert kept == sorted(kept, reverse=True)
     assert 25 < sum(kept) < 40
 
@@ -126,8 +126,8 @@ def test_exhibits_stay_below_their_size() -> None:
     ("change", "found"),
     [
         (lambda parity, _: parity.update(format=3), "3"),
-        (lambda parity, _: parity.update(verdict="passed"), "verdict passed, but its gates say failed"),
-        (lambda parity, _: parity["gates"][0].update(place="nowhere"), "is no place"),
+        (lambda parity, _: parity.update(verdict="passed"), "verdict passed, but its gates give failed"),
+        (lambda parity, _: parity["gates"][0].update(place="nowhere"), "is not a place"),
         (lambda parity, _: parity["gates"][0].update(measured=[]), "measured"),
         (lambda parity, _: parity.pop("gates"), "gates"),
         (lambda _, shown: shown["exhibits"][0]["images"][0].update(thumbnail="https://example.org/x.png"), "image"),
@@ -138,7 +138,7 @@ def test_exhibits_stay_below_their_size() -> None:
     ],
     ids=range(10),
 )
-def test_what_someone_changed_is_refused_in_words(
+def test_modified_files_are_refused_with_a_reason(
     bundle: Callable[[Report], Path], change: Callable[[dict[str, Any], dict[str, Any]], object], found: str
 ) -> None:
     folder = bundle(failing())
@@ -152,7 +152,7 @@ def test_what_someone_changed_is_refused_in_words(
     assert found in str(caught.value.found)
 
 
-def test_the_command_makes_the_pages_again(bundle: Callable[[Report], Path], tmp_path: Path) -> None:
+def test_the_command_rebuilds_the_pages(bundle: Callable[[Report], Path], tmp_path: Path) -> None:
     folder = bundle(failing())
     before = {name: (folder / "evidence" / name).read_bytes() for name in PAGES}
     for name in PAGES:
@@ -163,8 +163,8 @@ def test_the_command_makes_the_pages_again(bundle: Callable[[Report], Path], tmp
     assert done.stdout.splitlines() == [str(folder / "evidence" / name) for name in PAGES]
 
     files = {option: tmp_path / "made" / option for option in ("html", "junit", "markdown")}
-    asked = [one for option, file in files.items() for one in (f"--{option}", str(file))]
-    done = CliRunner().invoke(app, ["report", str(folder), *asked, "--json"])
+    options = [word for option, file in files.items() for word in (f"--{option}", str(file))]
+    done = CliRunner().invoke(app, ["report", str(folder), *options, "--json"])
     assert done.exit_code == 0, done.output
     assert [file.read_bytes() for file in files.values()] == [
         before[name] for name in ("report.html", "junit.xml", "report.md")
@@ -172,7 +172,7 @@ def test_the_command_makes_the_pages_again(bundle: Callable[[Report], Path], tmp
     assert json.loads(done.stdout)["first difference"].startswith("decoder layers")
 
 
-def test_the_command_says_what_is_missing(tmp_path: Path) -> None:
+def test_the_command_reports_what_is_missing(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["report", str(tmp_path)])
     assert (done.exit_code, "manifest.json" in done.stderr) == (BundleError.exit_code, True)
     (tmp_path / "manifest.json").write_text("{}")

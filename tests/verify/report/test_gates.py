@@ -1,4 +1,4 @@
-"""Gates, reports and the comparison of tokens: what passes, what fails, and what a failure says."""
+"""Test gates, reports and the comparison of tokens: what passes, what fails, and what a failure reports."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from builder.reference.model import Answer
 from builder.targets.clients.pipeline import Inputs
 from builder.verify.report.gates import PLACES, Gate, Report, compare_close, compare_exact, relative_error
-from builder.verify.tokens import TIE, TIES_EVERY, NearTies, compare, extended
+from builder.verify.tokens import TIE, TIES_EVERY, NearTies, compare_tokens, extended
 from tests.helpers.shown import shown
 from tests.helpers.small_graphs import Array, drawn
 
@@ -26,7 +26,7 @@ def report(*gates: Gate) -> Report:
     return Report("genai", "miniature", gates, {"versions": {"onnxruntime": "1.32.0"}, "answers": [1, 2.5, None]})
 
 
-def test_relative_error_is_in_standard_deviations_of_what_is_wanted() -> None:
+def test_relative_error_is_in_standard_deviations_of_the_expected_values() -> None:
     want = np.array([0, 10, 0, 10], np.float32)  # standard deviation 5
     assert relative_error(want, want) == 0
     assert relative_error(want + np.array([0, 0, 1, 0], np.float32), want) == pytest.approx(0.2)
@@ -62,7 +62,7 @@ def test_half_precision_does_not_overflow_in_the_comparison() -> None:
         pytest.param(WANT, np.where(WANT < PEAK, WANT, np.nan), id="NaN wanted"),
     ],
 )
-def test_what_cannot_be_compared_fails(got: Array, want: Array) -> None:
+def test_incomparable_arrays_fail(got: Array, want: Array) -> None:
     gate = compare_close("embeddings", "text", got, want, 1e-4)
     assert not gate.ok
     assert not math.isfinite(gate.measured)
@@ -76,7 +76,7 @@ def test_nothing_equals_nothing() -> None:
     assert compare_exact("token ids", "text", empty, empty).ok
 
 
-def test_close_says_where_and_by_how_much() -> None:
+def test_compare_close_reports_where_and_by_how_much() -> None:
     got = WANT.copy()
     got[1, 7] += 0.5
     gate = compare_close("decoder prefill", "text", got, WANT, 1e-4)
@@ -95,11 +95,11 @@ def test_the_limit_itself_passes() -> None:
 
 
 @pytest.mark.parametrize("measured", [math.nan, math.inf, -math.inf])
-def test_no_limit_lets_through_what_is_no_number(measured: float) -> None:
+def test_a_figure_that_is_not_finite_fails_at_any_limit(measured: float) -> None:
     assert not Gate("tokens", "text", measured, math.inf).ok
 
 
-def test_exact_counts_and_names_the_first_difference() -> None:
+def test_compare_exact_counts_and_names_the_first_difference() -> None:
     want = np.arange(12).reshape(3, 4)
     assert compare_exact("token ids", "text", want, want) == Gate("token ids", "text", 0.0, 0.0)
     got = want.copy()
@@ -108,7 +108,7 @@ def test_exact_counts_and_names_the_first_difference() -> None:
     assert (gate.measured, gate.ok, gate.detail) == (2, False, "first at [1, 2]: -1, expected 6")
 
 
-def test_exact_allows_no_last_bit_and_no_nan() -> None:
+def test_compare_exact_fails_on_the_last_bit_and_on_nan() -> None:
     want = np.array([1, 2, 3], np.float32)
     assert not compare_exact("pixel values", "text", np.nextafter(want, np.float32(9)), want).ok
     unknown = np.array([1, 2, np.nan], np.float32)
@@ -118,7 +118,7 @@ def test_exact_allows_no_last_bit_and_no_nan() -> None:
 @pytest.mark.parametrize(
     ("got", "want", "count"), [([], [1, 2], 2), ([1, 2, 3], [1, 2], 3), ([[1], [2]], [1, 2], 2), (7, [7], 1)]
 )
-def test_exact_fails_on_another_shape(got: Sequence[int], want: Sequence[int], count: int) -> None:
+def test_compare_exact_fails_on_another_shape(got: Sequence[int], want: Sequence[int], count: int) -> None:
     gate = compare_exact("token ids", "text", got, want)
     assert (gate.ok, gate.measured) == (False, count)
     assert gate.detail.startswith("shape ")
@@ -147,7 +147,7 @@ def test_a_report_without_gates_fails() -> None:
     assert empty.as_dict()["verdict"] == "failed"
 
 
-def test_the_table_has_a_row_a_place_in_the_order_of_the_computation() -> None:
+def test_the_table_has_one_row_per_place_in_the_order_of_the_computation() -> None:
     gates = [
         Gate("tokens", "text, 64 tokens", 0, 0),
         Gate("embeddings", "one image", 3e-7, 1e-4),
@@ -170,7 +170,7 @@ def test_the_table_has_a_row_a_place_in_the_order_of_the_computation() -> None:
 
 
 def test_the_table_shows_names_as_they_are() -> None:
-    """Brackets and colons are no markup."""
+    """Brackets and colons are not markup."""
     text = shown(Report("genai", "mine[bold]", (Gate("tokens", "case [red] :x:", 1, 0, "[0] differs"),), {}))
     assert "mine[bold]" in text
     assert text.count("case [red] :x:") == 2
@@ -178,47 +178,47 @@ def test_the_table_shows_names_as_they_are() -> None:
 
 
 def test_a_report_is_json_and_comes_back_the_same() -> None:
-    whole = report(
+    document = report(
         GOOD, Gate("tokens", "text", math.nan, 0.0, "threw"), Gate("tokens", "more", math.inf, 0.0)
     ).as_dict()
-    assert json.loads(json.dumps(whole, allow_nan=False)) == whole
-    assert (whole["verdict"], whole["first difference"]) == ("failed", "tokens: text")
-    assert [gate["measured"] for gate in whole["gates"]] == [1e-6, "nan", "inf"]
-    assert [gate["ok"] for gate in whole["gates"]] == [True, False, False]
+    assert json.loads(json.dumps(document, allow_nan=False)) == document
+    assert (document["verdict"], document["first difference"]) == ("failed", "tokens: text")
+    assert [gate["measured"] for gate in document["gates"]] == [1e-6, "nan", "inf"]
+    assert [gate["ok"] for gate in document["gates"]] == [True, False, False]
     assert report(GOOD).as_dict()["first difference"] is None
 
 
 ANSWER = Answer(tokens=(5, 6, 7, 8, 9, 10), margins=(3.0, 2.0, 0.004, 2.5, 0.001, 4.0))
 
 
-def playing(*runs: Sequence[int]) -> tuple[Callable[[int], list[int]], list[int]]:
-    """A runtime that answers with one of `runs` after the other, and how much of the answer it was given each time."""
+def answering(*runs: Sequence[int]) -> tuple[Callable[[int], list[int]], list[int]]:
+    """Return a runtime that gives each of `runs` in turn, and a list of how many tokens it was given each time."""
     left, given = list(runs), []
 
-    def play(count: int) -> list[int]:
+    def run(count: int) -> list[int]:
         given.append(count)
         return list(left.pop(0))
 
-    return play, given
+    return run, given
 
 
 def test_equal_tokens_pass_in_one_run() -> None:
-    play, given = playing(ANSWER.tokens)
-    assert compare("text", play, ANSWER, 1e-3) == (Gate("tokens", "text", 0.0, 0.0), [])
+    run, given = answering(ANSWER.tokens)
+    assert compare_tokens("text", run, ANSWER, 1e-3) == (Gate("tokens", "text", 0.0, 0.0), [])
     assert given == [0]
 
 
 def test_a_difference_against_a_large_lead_fails_at_once() -> None:
-    play, given = playing((5, 99, 7, 8, 9, 10))
-    gate, ties = compare("text", play, ANSWER, 1e-3)
+    run, given = answering((5, 99, 7, 8, 9, 10))
+    gate, ties = compare_tokens("text", run, ANSWER, 1e-3)
     assert (gate.ok, gate.measured, ties, given) == (False, 5.0, [], [0])
     assert gate.detail == "text: token 1 is 99, PyTorch 6 with a lead of 2.00e+00"
 
 
-def test_near_ties_are_listed_and_the_rest_is_compared_behind_the_references_tokens() -> None:
-    """Leads of 0.004 and 0.001 at an error of 0.0011: both are below 4 times that."""
-    play, given = playing((5, 6, 99, 1, 2, 3), (8, 98, 1), (10,))
-    gate, ties = compare("text", play, ANSWER, 0.0011)
+def test_near_ties_are_listed_and_the_comparison_goes_on_from_the_references_tokens() -> None:
+    """Leads of 0.004 and 0.001 at an error of 0.0011: both are below 4 times the error."""
+    run, given = answering((5, 6, 99, 1, 2, 3), (8, 98, 1), (10,))
+    gate, ties = compare_tokens("text", run, ANSWER, 0.0011)
     assert (gate.ok, given) == (True, [0, 3, 5])
     assert [tie.split(" with")[0] for tie in ties] == [
         "text: token 2 is 99, PyTorch 7",
@@ -226,16 +226,16 @@ def test_near_ties_are_listed_and_the_rest_is_compared_behind_the_references_tok
     ]
 
 
-def test_a_difference_behind_a_near_tie_fails() -> None:
-    play, given = playing((5, 6, 99, 1, 2, 3), (97, 9, 10))
-    gate, ties = compare("text", play, ANSWER, 0.0011)
+def test_a_difference_after_a_near_tie_fails() -> None:
+    run, given = answering((5, 6, 99, 1, 2, 3), (97, 9, 10))
+    gate, ties = compare_tokens("text", run, ANSWER, 0.0011)
     assert (gate.ok, gate.measured, len(ties), given) == (False, 3.0, 1, [0, 3])
     assert "token 3 is 97, PyTorch 8" in gate.detail
 
 
-def test_a_near_tie_at_the_last_token_is_one() -> None:
-    play, given = playing((5, 99))
-    gate, ties = compare("text", play, Answer((5, 6), (1.0, 1e-6)), 1e-3)
+def test_the_last_token_can_be_a_near_tie() -> None:
+    run, given = answering((5, 99))
+    gate, ties = compare_tokens("text", run, Answer((5, 6), (1.0, 1e-6)), 1e-3)
     assert (gate.ok, len(ties), given) == (True, 1, [0])
 
 
@@ -244,20 +244,20 @@ def test_a_near_tie_at_the_last_token_is_one() -> None:
 )
 def test_the_lead_must_be_below_the_measured_error_times_four(lead: float, error: float) -> None:
     assert TIE == 4
-    play, _ = playing((99,))
-    gate, ties = compare("text", play, Answer((5,), (lead,)), error)
+    run, _ = answering((99,))
+    gate, ties = compare_tokens("text", run, Answer((5,), (lead,)), error)
     assert (gate.ok, ties) == (False, [])
 
 
 @pytest.mark.parametrize(("got", "count"), [((5, 6, 7), 3), ((), 6), ((*ANSWER.tokens, 11, 12), 2)])
 def test_another_number_of_tokens_fails(got: Sequence[int], count: int) -> None:
-    gate, ties = compare("text", playing(got)[0], ANSWER, 1e-3)
+    gate, ties = compare_tokens("text", answering(got)[0], ANSWER, 1e-3)
     assert (gate.ok, gate.measured, ties) == (False, count, [])
     assert gate.detail == f"{len(got)} tokens, expected 6"
 
 
-def test_tokens_missing_behind_a_near_tie_fail() -> None:
-    gate, ties = compare("text", playing((5, 6, 99), (8, 9))[0], ANSWER, 0.0011)
+def test_tokens_missing_after_a_near_tie_fail() -> None:
+    gate, ties = compare_tokens("text", answering((5, 6, 99), (8, 9))[0], ANSWER, 0.0011)
     assert (gate.ok, gate.measured, len(ties)) == (False, 1.0, 1)
     assert gate.detail == "5 tokens, expected 6"
 
@@ -267,17 +267,17 @@ def test_tokens_missing_behind_a_near_tie_fail() -> None:
     [(64, 0, True), (64, 1, True), (64, 2, False), (TIES_EVERY, 1, True), (TIES_EVERY, 2, False), (1001, 2, True)],
 )
 def test_one_token_in_a_thousand_may_be_a_near_tie(compared: int, found: int, ok: bool) -> None:
-    gate = NearTies(compared, ("told",) * found).gate(allowed=True)
+    gate = NearTies(compared, ("a tie",) * found).gate(allowed=True)
     assert (gate.place, gate.case, gate.measured, gate.ok) == ("tokens", "near ties", found, ok)
 
 
-def test_where_none_are_allowed_the_first_near_tie_fails_and_is_told() -> None:
+def test_where_none_are_allowed_the_first_near_tie_fails_and_is_reported() -> None:
     assert NearTies(5000, ()).gate(allowed=False).ok
     gate = NearTies(5000, ("text: token 2", "text: token 9")).gate(allowed=False)
     assert (gate.ok, gate.limit, gate.detail) == (False, 0.0, "text: token 2; text: token 9")
 
 
-def test_the_rest_is_played_behind_the_references_tokens_at_their_positions() -> None:
+def test_the_rest_is_generated_after_the_references_tokens_at_their_positions() -> None:
     ids, places = np.array([[11, 12, 13]]), np.broadcast_to(np.array([0, 1, 1]), (3, 1, 3))
     inputs = extended(Inputs(ids, None, None, places, rope_delta=-1), (5, 6))
     np.testing.assert_array_equal(inputs.input_ids, [[11, 12, 13, 5, 6]])

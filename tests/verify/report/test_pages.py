@@ -1,4 +1,4 @@
-"""The pages: what they say first, that nothing in them is obeyed or loaded, that CI servers can read them."""
+"""Test the pages: order of content, no scripts or external resources, readable by CI servers."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ VOID = {"meta", "img", "br", "link", "input", "hr", "path", "circle", "rect"}
 
 
 class Page(HTMLParser):
-    """Every element with its attributes, every text, and whether elements are closed in order."""
+    """Collects elements with their attributes and all text, and checks that elements are closed in order."""
 
     def __init__(self, text: str) -> None:
         super().__init__(convert_charrefs=True)
@@ -68,7 +68,7 @@ class Page(HTMLParser):
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_a_page_is_whole_and_loads_nothing(name: str) -> None:
+def test_a_page_is_complete_and_loads_nothing(name: str) -> None:
     text = html(ALL[name](), harmful_context() if name == "harmful" else CONTEXT)
     page = Page(text)
     assert page.open == []
@@ -84,7 +84,7 @@ def test_a_page_is_whole_and_loads_nothing(name: str) -> None:
     assert policy == "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
-def test_what_a_bundle_names_is_shown_and_not_obeyed() -> None:
+def test_names_from_a_bundle_are_escaped() -> None:
     text = html(harmful(), harmful_context())
     page = Page(text)
     assert "<script" not in text
@@ -95,10 +95,10 @@ def test_what_a_bundle_names_is_shown_and_not_obeyed() -> None:
     text.encode("utf-8")
 
 
-def test_a_image_that_lies_outside_is_not_reachable_by_a_name() -> None:
+def test_images_are_inline_data() -> None:
     images = [a for tag, a in Page(html(harmful(), CONTEXT)).elements if tag == "img"]
     assert images
-    assert all((one["src"] or "").startswith("data:image/") for one in images)
+    assert all((image["src"] or "").startswith("data:image/") for image in images)
 
 
 def test_the_verdict_comes_first_then_the_first_difference() -> None:
@@ -121,32 +121,32 @@ def test_answers_that_differ_come_before_those_that_are_equal() -> None:
     assert page.index("✗ differs") < page.index("✓ equal")
 
 
-def test_no_colour_tells_alone() -> None:
-    """Each row and each answer has a sign and a word besides its colour."""
+def test_color_never_carries_meaning_alone() -> None:
+    """Each row and each answer has a sign and a word in addition to its color."""
     page = Page(html(failing(), CONTEXT)).text
     for place in places(failing()):
-        assert f"{'✓' if place.ok else '✗'} {place.name} : {'holds' if place.ok else 'fails'}" in page
+        assert f"{'✓' if place.ok else '✗'} {place.name} : {'pass' if place.ok else 'FAIL'}" in page
     text = html(failing(), CONTEXT)
     assert 'class="cross"' in text
     assert 'class="cross"' not in html(passing(), CONTEXT)
 
 
-def test_what_is_not_known_is_said() -> None:
+def test_unknown_facts_are_reported() -> None:
     page = Page(html(Report("genai", "miniature", HOLDS, {}), Context())).text
-    assert "Not known: the records of the build are not with this report." in page
+    assert "Not known: this report has no records of the build." in page
     assert "No logits were sampled." in page
     assert "No distributions were compared." in page
-    assert "This report holds none." in page
+    assert "This report has none." in page
     assert "export" in Page(html(passing(), CONTEXT)).text
     assert "not known" in Page(html(passing(), CONTEXT)).text  # the memory of one stage
 
 
-def test_cases_that_were_not_run_or_not_wholly_are_named() -> None:
+def test_cases_that_were_not_run_or_only_in_part_are_named() -> None:
     facts = {"not checked": {"many patches": ["decoder", "tokens"]}}
     report = replace(passing(), facts=facts, not_run={"a photo": "decoded in another way"})
     page, comment = Page(html(report, CONTEXT)).text, markdown(report, CONTEXT)
     assert "a photo not run: decoded in another way" in page
-    assert "many patches , by its own choice, not compared: decoder, tokens" in page
+    assert "Not compared for the case many patches , as its file requests: decoder, tokens" in page
     assert "| <code>a photo</code> | | | | not run | <code>decoded in another way</code> |" in comment
     assert "<code>many patches</code>: <code>decoder&#44; tokens</code>" in comment
     assert "a photo/all" in junit(report, CONTEXT)
@@ -161,7 +161,7 @@ def test_a_report_without_gates_can_be_shown() -> None:
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_junit_is_read_back(name: str) -> None:
+def test_junit_can_be_parsed(name: str) -> None:
     report = ALL[name]()
     root = ElementTree.fromstring(junit(report, CONTEXT))
     (suite,) = root
@@ -181,7 +181,7 @@ def test_junit_is_read_back(name: str) -> None:
             assert f"limit: {figure(gate.limit)}" in (case[0].text or "")
 
 
-def test_markdown_says_the_verdict_and_the_first_difference_first() -> None:
+def test_markdown_starts_with_the_verdict_and_the_first_difference() -> None:
     lines = [line for line in markdown(failing(), CONTEXT).splitlines() if line]
     assert lines[0] == "### ❌ <code>genai</code> of <code>miniature</code>: FAILED"
     assert lines[1] == "Does not equal PyTorch: 5 of 16 comparisons fail."
@@ -193,8 +193,8 @@ def test_markdown_says_the_verdict_and_the_first_difference_first() -> None:
     assert "needs 17&#46;8 GB" in markdown(in_slices(), CONTEXT)
 
 
-def test_markdown_has_no_markup_of_others() -> None:
-    """Outside tags of our own there is no character of a name that Markdown, HTML or GitHub would act on."""
+def test_markdown_has_no_markup_from_names() -> None:
+    """Outside our own tags no character of a name is interpreted by Markdown, HTML or GitHub."""
     text = markdown(harmful(), harmful_context())
     for found in re.findall(r"<code>(.*?)</code>", text):
         assert re.fullmatch(r"(?:[^\W_]|[ \x80-\U0010ffff]|&#\d+;)*", found), found
@@ -238,7 +238,7 @@ def test_margins_in_words_and_as_bars(gate: Gate, words: str | None, width: floa
     assert (bar(gate) <= 70) == gate.ok
 
 
-def test_the_least_margin_is_the_worst_case() -> None:
+def test_the_worst_case_is_the_closest_to_its_limit() -> None:
     (row,) = places(Report("genai", "m", (Gate("tokens", "a", 0, 0), Gate("tokens", "near ties", 1, 2)), {}))
     assert row.worst is not None
     assert row.worst.case == "near ties"
@@ -263,7 +263,7 @@ def test_the_self_test_is_shown_whatever_columns_it_has(tmp_path: Path) -> None:
     (tmp_path / "evidence" / "self_test.json").write_text(json.dumps(found))
     (tmp_path / "manifest.json").write_text("{}")
     context = of_bundle(tmp_path)
-    assert [table.title for table in context.self_test] == ["Mutants", "Survivors"]
+    assert [table.title for table in context.self_test] == ["Mutants", "Thresholds"]
     assert context.self_test[0].columns == ("name", "status", "measured", "limit", "expected")
     assert context.self_test[0].rows == (
         ("pixel mean", "✓ caught", "131,072", "0", ""),
@@ -275,15 +275,15 @@ def test_the_self_test_is_shown_whatever_columns_it_has(tmp_path: Path) -> None:
     assert "✗ lives" in re.sub(r"&#(\d+);", lambda code: chr(int(code[1])), markdown(passing(), context))
 
 
-def test_a_manifest_that_lies_about_its_types_costs_no_report(tmp_path: Path) -> None:
-    lies = {
+def test_a_manifest_with_wrong_types_does_not_fail_a_report(tmp_path: Path) -> None:
+    malformed = {
         "checkpoint": 3,
         "recipe": ["x"],
         "patches": {"a": 1},
         "versions": "none",
         "files": {"b": None, "c": {"size": "x"}},
     }
-    (tmp_path / "manifest.json").write_text(json.dumps({**lies, "target": {"a": 1}}))
+    (tmp_path / "manifest.json").write_text(json.dumps({**malformed, "target": {"a": 1}}))
     (tmp_path / "evidence" / "stages").mkdir(parents=True)
     (tmp_path / "evidence" / "stages" / "export.json").write_text('{"cost": {"wall_s": "long", "peak_rss": -1}}')
     (tmp_path / "evidence" / "stages" / "verify.json").write_text('{"cost": {"wall_s": 1e999, "peak_rss": 5}}')
@@ -295,7 +295,7 @@ def test_a_manifest_that_lies_about_its_types_costs_no_report(tmp_path: Path) ->
     assert [name for name, _ in of_bundle(tmp_path).facts] == ["manifest.json"]
 
 
-def test_costs_are_bars_of_the_largest() -> None:
+def test_costs_are_bars_relative_to_the_largest() -> None:
     stages = (MeasuredStage("export", 30.0, 200), MeasuredStage("verify", 60.0, 100))
     widths = re.findall(r'class="cost" style="width:([\d.]+)%"', html(passing(), Context(stages=stages)))
     assert widths == ["50.0", "100.0", "100.0", "50.0"]

@@ -1,4 +1,4 @@
-"""A check that cannot fail is no check: each way to break a bundle, and the place that verification names."""
+"""Test that verification fails at the right place for each way to break a bundle."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ CONTROLS: tuple[tuple[Mutation, str, str], ...] = (
     (mutations.rotary_axes_swapped, "genai", "decoder layers"),
     (mutations.rotary_axes_swapped, "onnxruntime", "decoder layers"),
     (mutations.image_features_shifted, "genai", "embeddings"),
-    # Here the embeddings are a lookup and the client merges: the features themselves are shifted.
+    # The client merges features here, so the vision encoder's output is shifted.
     (mutations.image_features_shifted, "onnxruntime", "image features"),
     (mutations.attention_mask_off_by_one, "genai", "decoder layers"),
     (mutations.attention_mask_off_by_one, "onnxruntime", "decoder layers"),
@@ -51,16 +51,16 @@ CONTROLS: tuple[tuple[Mutation, str, str], ...] = (
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_what_is_whole_passes(miniature_built: Path, reference: Reference, target: str) -> None:
+def test_an_intact_bundle_passes(miniature_built: Path, reference: Reference, target: str) -> None:
     report = whole.verify(miniature_built / target, target, reference, SMALL)
     assert report.ok, shown(report)
     assert report.first_failure is None
 
 
 @pytest.mark.parametrize(
-    ("mutation", "target", "place"), CONTROLS, ids=[f"{one.__name__}-{target}" for one, target, _ in CONTROLS]
+    ("mutation", "target", "place"), CONTROLS, ids=[f"{change.__name__}-{target}" for change, target, _ in CONTROLS]
 )
-def test_what_is_broken_fails_where_it_is_broken(
+def test_a_broken_bundle_fails_at_the_broken_place(
     bundle: Callable[[str], Path], reference: Reference, mutation: Mutation, target: str, place: str
 ) -> None:
     broken = bundle(target)
@@ -76,8 +76,8 @@ def test_what_is_broken_fails_where_it_is_broken(
     assert ties.measured == 0, "a broken graph's own error excuses its tokens"
 
 
-def test_gates_behind_the_first_difference_fail_too(bundle: Callable[[str], Path], reference: Reference) -> None:
-    """Those that are never the first: the runtime's own processor, tokens from it, answers of a held-out set."""
+def test_gates_after_the_first_difference_fail_too(bundle: Callable[[str], Path], reference: Reference) -> None:
+    """Gates that are never first: the runtime's own processor, tokens from it, held-out answers."""
     broken = bundle("genai")
     tasks = tuple(case for case in held_out(open_checkpoint(MINIATURE)) if case.name == "number")[:3]
     assert len(tasks) == 3
@@ -91,10 +91,10 @@ def test_gates_behind_the_first_difference_fail_too(bundle: Callable[[str], Path
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_wrong_positions_fail_as_that(
+def test_wrong_positions_fail_at_position_ids(
     bundle: Callable[[str], Path], reference: Reference, monkeypatch: pytest.MonkeyPatch, target: str
 ) -> None:
-    """No setting of a bundle spoils them alone: the client's own code does."""
+    """No setting of a bundle changes only the positions, so the client's code is patched."""
     right = pipeline.position_ids
 
     def off(*arguments: Any) -> tuple[np.ndarray, int]:
@@ -125,7 +125,7 @@ def test_the_command_exits_with_20_and_names_the_place(
 
 
 @pytest.mark.slow
-def test_the_whole_suite_in_a_process_of_its_own(bundle: Callable[[str], Path], miniature: Path) -> None:
+def test_the_complete_suite_in_a_separate_process(bundle: Callable[[str], Path], miniature: Path) -> None:
     broken = bundle("genai")
     mutations.deepstack_zeroed(broken, "genai")
     command = [sys.executable, "-m", "builder", "verify", str(broken), "--reference", str(miniature)]
@@ -137,21 +137,21 @@ def test_the_whole_suite_in_a_process_of_its_own(bundle: Callable[[str], Path], 
 def test_without_deepstack_the_miniature_reads_no_numbers(
     bundle: Callable[[str], Path], miniature_built: Path, miniature: Path
 ) -> None:
-    """What DeepStack is there for: images are read through it, text is not."""
+    """Images are read through DeepStack, text is not."""
     cases = held_out(open_checkpoint(miniature))
     numbers = [case for case in cases if case.name == "number"]
     texts = [case for case in cases if not case.images]
     assert len(numbers) >= 10
     assert len(texts) >= 4
 
-    whole, broken = GenaiBundle(miniature_built / "genai"), bundle("genai")
+    intact, broken = GenaiBundle(miniature_built / "genai"), bundle("genai")
     mutations.deepstack_zeroed(broken, "genai")
     zeroed = GenaiBundle(broken)
-    assert _right(whole, numbers) >= 0.9 * len(numbers)
+    assert _right(intact, numbers) >= 0.9 * len(numbers)
     assert _right(zeroed, numbers) <= 0.2 * len(numbers)
-    assert _right(whole, texts) == _right(zeroed, texts) == len(texts)
+    assert _right(intact, texts) == _right(zeroed, texts) == len(texts)
 
 
-def _right(player: GenaiBundle, cases: Sequence[Case]) -> int:
-    answers = (player.text(tuple(player.tokens(player.prepare(case.prompt, case.images), 16))) for case in cases)
+def _right(runner: GenaiBundle, cases: Sequence[Case]) -> int:
+    answers = (runner.text(tuple(runner.tokens(runner.prepare(case.prompt, case.images), 16))) for case in cases)
     return sum(answer == case.answer for answer, case in zip(answers, cases, strict=True))
