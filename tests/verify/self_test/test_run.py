@@ -127,7 +127,7 @@ def test_what_is_not_caught_or_not_placed_ends_in_20(
     wrong = (
         only("norm epsilon", name="nothing", change=nothing),
         only("newline lost", name="elsewhere", places={"genai": frozenset({"pixel values"})}),
-        only("MLP scaled", name="another layer", at="layer 1"),
+        only("MLP scaled", name="another layer", layer=1),
         only("newline lost"),
     )
     monkeypatch.setattr(run, "MUTANTS", wrong)
