@@ -131,7 +131,7 @@ def test_the_first_difference_is_at_the_broken_place(
 def test_an_added_case_reaches_the_fp32_copy(
     finished: Callable[[str], Path], reference: Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    terms = LossLimits("fp32", "cpu", Limits(**LIMITS))
+    bundle, terms = finished("int4"), LossLimits("fp32", "cpu", Limits(**LIMITS))  # built before anything is replaced
     (tmp_path / "mine.toml").write_text('[[case]]\nname = "mine"\nprompt = "What?"\nchecks = ["inputs"]\n')
     compared: list[str] = []
 
@@ -141,9 +141,9 @@ def test_an_added_case_reaches_the_fp32_copy(
         return Report(target, "", (), {})
 
     monkeypatch.setattr(whole, "verify", verify)
-    monkeypatch.setattr(quantized, "quality_gates", lambda *args: [])
+    monkeypatch.setattr(quantized, "quality_gates", lambda *args: ([], {}))
     compare = whole.comparison(reference.checkpoint, None, tmp_path / "store", [tmp_path / "mine.toml"], terms)
-    compare(finished("int4"), "genai")
+    compare(bundle, "genai")
     assert compared == ["one image", "wide, tall", "text", "mine"]
 
 

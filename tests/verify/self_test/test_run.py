@@ -127,7 +127,7 @@ def test_a_missed_or_misplaced_mutant_exits_with_20(
     wrong = (
         only("norm epsilon", name="nothing", change=nothing),
         only("newline lost", name="elsewhere", places={"genai": frozenset({"pixel values"})}),
-        only("MLP scaled", name="another layer", at="layer 1"),
+        only("MLP scaled", name="another layer", layer=1),
         only("newline lost"),
     )
     monkeypatch.setattr(run, "MUTANTS", wrong)
