@@ -242,9 +242,9 @@ Edit = Callable[[list[dict[str, Any]]], object]
 @pytest.mark.parametrize(
     ("edit", "why"),
     [
-        (lambda steps: steps.pop(2), "no full list"),
+        (lambda steps: steps.pop(2), "not a complete list"),
         (lambda steps: steps.append(steps[0]), "expected the step None, found .*DecodeImage"),
-        (lambda steps: steps.reverse(), "expected the step .*DecodeImage|no full list"),
+        (lambda steps: steps.reverse(), "expected the step .*DecodeImage|not a complete list"),
         (lambda steps: steps[2]["attrs"].update(interpolation="LINEAR"), "CUBIC.*LINEAR"),
         (lambda steps: steps[2]["attrs"].update(smart_resize=0), "smart_resize"),
         (lambda steps: steps[2]["attrs"].update(patch_size=14), "'patch_size': 16.*'patch_size': 14"),
@@ -276,7 +276,7 @@ def test_image_settings_that_are_not_carried_out_are_refused(edit: Edit, why: st
         ({"eos_token_ids": ["4058"]}, "eos_token_ids must be of type"),
         ({"max_lenght": 1}, "max_lenght"),
         ({"prompt": {"prefix": "", "suffix": ""}}, "expected the keys .*'image'"),
-        ({"prompt": "hello"}, "how a prompt is written"),
+        ({"prompt": "hello"}, "does not define the prompt format"),
     ],
     ids=str,
 )
@@ -290,7 +290,7 @@ def test_settings_of_another_form_are_refused(edit: dict[str, Any], why: str, tm
 @pytest.mark.parametrize("text", ["see <|image_pad|>", "<|video_pad|>", "lone \udc80 surrogate"])
 def test_texts_that_no_model_can_take_are_refused(text: str, settings: Settings) -> None:
     tokenizer = pipeline.load_tokenizer(MINIATURE / "tokenizer.json")
-    with pytest.raises(TextError, match=r"the text (holds <\|(image|video)_pad\|>|is not Unicode)"):
+    with pytest.raises(TextError, match=r"the text (contains <\|(image|video)_pad\|>|is not Unicode)"):
         pipeline.encode(text, np.zeros((0, 3), np.int64), tokenizer, settings)
 
 

@@ -39,7 +39,7 @@ def test_tokens_are_those_of_the_graphs(bundle: tuple[Toy, Path], images: list[s
 
 def test_a_long_prompt_is_read_in_pieces(bundle: tuple[Toy, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     model, folder = bundle
-    monkeypatch.setattr(pipeline, "PREFILL", 7)
+    monkeypatch.setattr(pipeline, "PREFILL_CHUNK", 7)
     opened = Pipeline.load(folder)
     inputs = opened.prepare("What is it?", [IMAGES / "tall.png"])
     assert inputs.input_ids.shape[1] > 50
