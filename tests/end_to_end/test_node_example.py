@@ -26,8 +26,8 @@ import { Bundle, decodePng } from "./qwen3vl.mjs";
 
 const { folder, questions, tokens } = JSON.parse(readFileSync(0, "utf8"));
 const bundle = await Bundle.load(folder);
-for (const { ids, images } of questions) {
-  const images = images.map((file) => decodePng(readFileSync(file)));
+for (const { ids, files } of questions) {
+  const images = files.map((file) => decodePng(readFileSync(file)));
   const answer = [];
   for await (const token of bundle.generate(ids, images, tokens)) answer.push(token);
   console.log(JSON.stringify(answer));
@@ -70,7 +70,7 @@ def test_tokens_are_pytorchs(miniature_built: Path, reference: Reference) -> Non
     assert any(not case.images for case in cases)
     assert any(len(case.images) > 1 for case in cases)
     questions = [
-        {"ids": prompt_ids(reference.checkpoint, case), "images": [str(path.resolve()) for path in case.images]}
+        {"ids": prompt_ids(reference.checkpoint, case), "files": [str(path.resolve()) for path in case.images]}
         for case in cases
     ]
     answers = asked(node, miniature_built / "onnxruntime", questions)

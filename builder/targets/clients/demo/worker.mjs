@@ -97,7 +97,7 @@ async function pixels(image, { Tensor }) {
 
 async function answer({ image, question, most }) {
   const { lib, settings, tokenizer, model, look } = await loading;
-  const { prefix, image, suffix } = settings.prompt;
+  const { prefix, image: placeholder, suffix } = settings.prompt;
   // Words that stand for an image would be counted as one.
   if ([settings.image_token, settings.video_token].some((word) => question.includes(word))) {
     throw new Error(`The question may hold neither ${settings.image_token} nor ${settings.video_token}.`);
@@ -107,7 +107,8 @@ async function answer({ image, question, most }) {
   let shown = "";
   if (image) {
     const patches = Array.from(features.image_grid_thw.data, Number).reduce((a, b) => a * b, 1);
-    shown = image.replace(settings.image_token, settings.image_token.repeat(patches / settings.spatial_merge_size ** 2));
+    const tokens = patches / settings.spatial_merge_size ** 2;
+    shown = placeholder.replace(settings.image_token, settings.image_token.repeat(tokens));
   }
   const inputs = await tokenizer(`${prefix}${shown}${question}${suffix}`, { add_special_tokens: false });
   if (inputs.input_ids.dims[1] + most > settings.max_length) {
