@@ -218,7 +218,7 @@ def target_size(height: int, width: int, settings: ImageSettings) -> tuple[int, 
     """Compute the (height, width) to which an image is resized: `smart_resize` of Qwen2-VL in transformers.
 
     Each side is rounded to the nearest multiple of patch_size * merge_size (halves to even). If the area is then out of
-    bounds, the original sides are scaled by one factor to the bound, and rounded down for max_pixels, up for min_pixels.
+    bounds, the original sides are scaled by one factor, and rounded down to max_pixels or up to min_pixels.
 
     Raises:
         ImageError: one side is more than 200 times the other; upstream raises here too.
