@@ -68,7 +68,7 @@ def test_an_unknown_key_comes_with_the_nearest_spelling(file: Path, text: str, k
 @pytest.mark.parametrize("block", ["48", "8", "0", "-32", "512", "33", "32.0", "true", '"32"'])
 def test_a_block_is_a_power_of_two_that_kernels_know(file: Path, block: str) -> None:
     error = refused(file, f"{HEAD}{RULE}block = {block}\n{LIMITS}")
-    assert "`rules.0.block` is not right" in error.what
+    assert "`rules.0.block` is invalid" in error.what
     if block.isdigit():
         assert "a power of two from 16 to 256" in str(error.expected)
 
@@ -122,13 +122,13 @@ def test_what_is_not_exact_needs_limits(file: Path, text: str) -> None:
 
 def test_what_is_exact_has_none(file: Path) -> None:
     error = refused(file, HEAD + LIMITS)
-    assert "`limits` is for what may lose" in error.what
+    assert "an exact recipe has no `limits`" in error.what
     assert error.next == "remove `limits`"
 
 
 def test_rules_are_not_for_plain_onnxruntime(file: Path) -> None:
     error = refused(file, HEAD.replace('"genai"', '"genai", "onnxruntime"') + RULE + LIMITS)
-    assert "`rules` cannot be carried out for the target `onnxruntime`" in error.what
+    assert "the target `onnxruntime` does not support `rules`" in error.what
     assert 'remove "onnxruntime"' in str(error.next)
 
 
@@ -154,7 +154,7 @@ def test_eager_attention_is_for_fp32(file: Path, text: str) -> None:
         (HEAD.replace("fp32", "bf16"), "the provider cpu does not compute in bf16"),
         (HEAD.replace("fp32", "bf16") + 'provider = "dml"\n', "the provider dml does not compute in bf16"),
         (HEAD + 'provider = "dml"\n', "the provider dml has no MatMulNBits for int8"),
-        (HEAD + 'provider = "qnn"\n', "`provider` is not right"),
+        (HEAD + 'provider = "qnn"\n', "`provider` is invalid"),
     ],
 )
 def test_a_provider_without_the_kernels_is_refused(file: Path, head: str, said: str) -> None:
@@ -187,7 +187,7 @@ def test_one_is_like_another_that_is_like_a_third(file: Path) -> None:
 @pytest.mark.parametrize("model", ['"int5"', '"mine"', "3", '"../fp32"', "[]", '["int4"]', "{}"])
 def test_a_model_that_is_no_other_shipped_recipe_is_refused(file: Path, model: str) -> None:
     error = refused(file, f"like = {model}\n")
-    assert "`like` names no other shipped recipe" in error.what
+    assert "`like` does not name another shipped recipe" in error.what
     assert "int4-fast" in str(error.expected)
 
 

@@ -188,7 +188,7 @@ def test_a_recipe_may_name_it_within_what_it_takes(tmp_path: Path) -> None:
     assert (target.runtime, target.attention) == (NAME, "eager")
     for line in ('attention = { third = "fused" }', 'attention = "fused"'):
         file.write_text(f'like = "fp32"\ntargets = ["third"]\n{line}\n')
-        with pytest.raises(RecipeError, match="no choice for the target `third`"):
+        with pytest.raises(RecipeError, match="the target `third` does not support fused attention"):
             load_recipe(file)
     file.write_text('like = "int4"\ntargets = ["third"]\n')
     with pytest.raises(RecipeError, match="for the target `third`"):
