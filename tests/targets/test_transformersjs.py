@@ -167,30 +167,30 @@ for line in sys.stdin:
 def test_a_program_answers_line_by_line_and_again(pretended: Callable[[str], Path]) -> None:
     program = Program(pretended(ANSWERING))
     for count in (3, 0, 2):
-        assert [told["token"] for told in program.ask("count", most=count)] == list(range(count))
+        assert [response["token"] for response in program.request("count", most=count)] == list(range(count))
     program.close()
 
 
 def test_what_goes_wrong_in_it_is_said(pretended: Callable[[str], Path]) -> None:
     program = Program(pretended(ANSWERING))
     with pytest.raises(RuntimeError, match="no such graph"):
-        list(program.ask("fail"))
-    assert len(list(program.ask("count", most=1))) == 1
+        list(program.request("fail"))
+    assert len(list(program.request("count", most=1))) == 1
     with pytest.raises(RuntimeError, match="ended with 1: it hurts"):
-        list(program.ask("die"))
-    assert len(list(program.ask("count", most=1))) == 1
+        list(program.request("die"))
+    assert len(list(program.request("count", most=1))) == 1
     program.close()
 
 
 def test_an_answer_that_nobody_hears_out_ends_the_program(pretended: Callable[[str], Path]) -> None:
     program = Program(pretended(ANSWERING))
-    answer = program.ask("count", most=5)
+    answer = program.request("count", most=5)
     assert next(answer) == {"token": 0}
     process = program._process
     assert process is not None
     answer.close()  # type: ignore[attr-defined]
     assert process.returncode is not None
-    assert [told["token"] for told in program.ask("count", most=1)] == [0]
+    assert [response["token"] for response in program.request("count", most=1)] == [0]
     program.close()
 
 
