@@ -147,14 +147,14 @@ def looked_up_and_multiplied(folder: Path, token: int, hidden: int) -> tuple[np.
     """Return all rows of the embeddings, [vocab, H], and the logits of a fixed input, [vocab, 1]."""
     graphs = Graphs.load(folder, True, hidden)
     (port,) = [port for port in graphs.model.get_inputs() if port.name == "inputs_embeds"]
-    levels = [np.zeros((0, hidden), np.float32)] * (port.shape[2] // hidden - 1)
+    deepstack = [np.zeros((0, hidden), np.float32)] * (port.shape[2] // hidden - 1)
     opened = open_checkpoint(MINIATURE)
     ids = np.arange(opened.text.vocab, dtype=np.int64)[None]
-    rows, _ = graphs.embed(ids, levels[0], levels, opened.image_token_id)
+    rows, _ = graphs.embed(ids, deepstack[0], deepstack, opened.image_token_id)
     noise = np.random.default_rng(token).standard_normal((1, 3, hidden), np.float32)
-    spread = [np.zeros_like(noise)] * len(levels)
+    zeros = [np.zeros_like(noise)] * len(deepstack)
     positions = np.broadcast_to(np.arange(3), (3, 1, 3)).copy()
-    logits, _ = graphs.decode(noise, spread, positions, np.ones((1, 3), np.int64))
+    logits, _ = graphs.decode(noise, zeros, positions, np.ones((1, 3), np.int64))
     return rows[0], logits[0, -1][:, None]
 
 

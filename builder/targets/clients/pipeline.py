@@ -324,16 +324,17 @@ def position_ids(input_ids: Ints, grids: Ints, settings: Settings) -> tuple[Ints
         TextError: the number of image tokens does not match the grids [images, 3].
     """
     merged = grids // [1, settings.spatial_merge_size, settings.spatial_merge_size]  # [images, 3] in tokens
-    ends = np.concatenate([[0], merged.prod(axis=1).cumsum()])  # [1 + images] image tokens before each image
-    advances = np.concatenate([[0], merged[:, 1:].max(axis=1).cumsum()])  # [1 + images] by the images before each
+    # Both [1 + images], with the total last: image tokens before each image, and the positions that those advance by.
+    tokens_before = np.concatenate([[0], merged.prod(axis=1).cumsum()])
+    advance_before = np.concatenate([[0], merged[:, 1:].max(axis=1).cumsum()])
     is_image = input_ids[0] == settings.image_token_id  # [seq]
-    if is_image.sum() != ends[-1]:
-        raise TextError(f"{is_image.sum()} image tokens, but the images have {ends[-1]}")
+    if is_image.sum() != tokens_before[-1]:
+        raise TextError(f"{is_image.sum()} image tokens, but the images have {tokens_before[-1]}")
     before = is_image.cumsum() - is_image  # [seq] image tokens before each token
-    image = np.searchsorted(ends[1:], before, side="right")  # [seq] complete images before each token
-    start = (~is_image).cumsum() - ~is_image + advances[image]  # [seq] of a text token, or of the token's image
+    image = np.searchsorted(tokens_before[1:], before, side="right")  # [seq] complete images before each token
+    start = (~is_image).cumsum() - ~is_image + advance_before[image]  # [seq] of a text token, or of the token's image
     _, height, width = np.vstack([merged, [1, 1, 1]])[image].T  # [seq]; the last row is for text after all images
-    index = before - ends[image]  # [seq] index of an image token within its image
+    index = before - tokens_before[image]  # [seq] index of an image token within its image
     offsets = np.stack([index // (height * width), index // width % height, index % width])  # [3, seq]
     positions = start + np.where(is_image, offsets, 0)
     return positions[:, None].astype(np.int64), int(positions.max()) + 1 - input_ids.shape[1]

@@ -53,8 +53,8 @@ def versions() -> dict[str, str]:
     """Return the versions of the library, the runtime and Node.js; empty if bundles cannot run."""
     if missing():
         return {}
-    found = {LIBRARY: package_version(LIBRARY), RUNTIME: package_version(RUNTIME), "Node.js": node_version()}
-    return {name: version for name, version in found.items() if version}
+    installed = {LIBRARY: package_version(LIBRARY), RUNTIME: package_version(RUNTIME), "Node.js": node_version()}
+    return {name: version for name, version in installed.items() if version}
 
 
 @lru_cache(maxsize=8)
