@@ -1,4 +1,4 @@
-"""The configuration that every runtime reads: image settings and prompt format, derived from the checkpoint."""
+"""Configuration files of every bundle: image settings and prompt format, derived from the checkpoint."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from builder.util.errors import CheckpointError
 
 
 def as_json(value: Any) -> str:
-    """Indented, keys in the order given, a newline at the end."""
+    """Format a value as indented JSON with a final newline; keys keep their order."""
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
 def vision_processor(checkpoint: Checkpoint) -> str:
-    """vision_processor.json in onnxruntime-extensions' format, which onnxruntime-genai runs itself.
+    """Return vision_processor.json, in the format of onnxruntime-extensions, which onnxruntime-genai runs.
 
-    The one place of a bundle for image settings: builder/targets/clients/pipeline.py reads this file as well.
+    It is the only file of a bundle with image settings: builder/targets/clients/pipeline.py reads it too.
     """
     settings, vision = checkpoint.preprocessor, checkpoint.vision
     sizes = {"patch_size": vision.patch_size, "merge_size": vision.merge_size}
@@ -30,17 +30,17 @@ def vision_processor(checkpoint: Checkpoint) -> str:
     steps: list[tuple[str, str, Mapping[str, Any]]] = [
         ("decode_image", "DecodeImage", {"color_space": "RGB"}),
         ("convert_to_rgb", "ConvertRGB", {}),
-        # width and height are required by the format and unread where smart_resize is on
+        # the format requires width and height; smart_resize ignores them
         (
             "resize",
             "Resize",
             {"interpolation": "CUBIC", "smart_resize": 1, "width": unit, "height": unit, **bounds, **sizes},
         ),
-        # The runtime's Rescale multiplies in float32, which is one unit in the last place off upstream for 111 of 256
-        # levels; its Normalize divides, which gives upstream's value for each.
+        # The runtime's Rescale multiplies in float32, which differs from upstream by one ulp for 111 of 256 byte
+        # values; its Normalize divides, which equals upstream for all of them.
         ("to_float", "Rescale", {"rescale_factor": 1.0}),
         ("rescale", "Normalize", {"mean": [0.0] * channels, "std": [round(1 / factor, 6)] * channels}),
-        # qwen3_vl swaps the channels, which the runtime's decoder hands over in the other order
+        # qwen3_vl swaps the channels, which the runtime's decoder returns in reverse order
         ("normalize", "Normalize", {"mean": mean, "std": std, "qwen3_vl": 1}),
         ("patch_image", "PatchImage", {**sizes, "temporal_patch_size": vision.temporal_patch_size}),
     ]
@@ -52,15 +52,15 @@ def vision_processor(checkpoint: Checkpoint) -> str:
 
 
 def eos_token_ids(checkpoint: Checkpoint) -> list[int]:
-    """Tokens that end an answer: generation_config.json's, else config.json's.
+    """Return the stop tokens from generation_config.json, or else from config.json.
 
     Raises:
-        CheckpointError: neither names one.
+        CheckpointError: neither file has any.
     """
     ids = _ids(checkpoint.generation.get("eos_token_id")) or _ids(text_config(checkpoint).get("eos_token_id"))
     if not ids:
         raise CheckpointError(
-            f"no token of {checkpoint.folder} ends an answer",
+            f"{checkpoint.folder} does not define a stop token",
             expected="eos_token_id in generation_config.json, or in the text_config of config.json",
             found="neither",
         )
@@ -68,7 +68,7 @@ def eos_token_ids(checkpoint: Checkpoint) -> list[int]:
 
 
 def text_config(checkpoint: Checkpoint) -> Mapping[str, Any]:
-    """config.json's text_config."""
+    """Return `text_config` from config.json."""
     config: Mapping[str, Any] = checkpoint.config["text_config"]
     return config
 
@@ -78,7 +78,7 @@ def _ids(value: Any) -> list[int]:
 
 
 def pipeline_settings(checkpoint: Checkpoint, max_length: int) -> str:
-    """pipeline.json: what builder/targets/clients/pipeline.py (and any port of it) must know besides the graphs."""
+    """Return pipeline.json: what builder/targets/clients/pipeline.py and ports of it need besides the graphs."""
     return as_json(
         {
             "prompt": split_template(checkpoint),

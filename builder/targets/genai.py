@@ -1,8 +1,8 @@
 """Target `genai`: stock onnxruntime-genai ≥ 0.18, model type `qwen3_vl`, DeepStack packed into the hidden axis.
 
-The runtime allocates `image_features` and `inputs_embeds` with `model.decoder.hidden_size` as their last size, so that
-(1 + D)·H goes through it unchanged. `logits` declares a literal 1: with an axis name there the runtime preallocates
-[batch, seq, vocab] and fails.
+The runtime allocates `image_features` and `inputs_embeds` with `model.decoder.hidden_size` as their last dimension, so
+(1 + D)·H passes through it unchanged. `logits` declares a literal 1 for seq: with an axis name, the runtime would
+preallocate [batch, seq, vocab] and fail.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def _configs(checkpoint: Checkpoint, recipe: Recipe, target: Target) -> Mapping[
 
 
 def genai_config(checkpoint: Checkpoint, recipe: Recipe, fused: bool) -> dict[str, Any]:
-    """genai_config.json. `max_length` is bounded by the checkpoint's context; an eager decoder shares no buffer."""
+    """Return genai_config.json; `max_length` is limited to the checkpoint's context."""
     text, vision = checkpoint.text, checkpoint.vision
     graphs = {component.name: component for component in packed_components(checkpoint)}
     names = {name: {port.name: port.name for port in graph.inputs} for name, graph in graphs.items()}
@@ -89,13 +89,12 @@ def genai_config(checkpoint: Checkpoint, recipe: Recipe, fused: bool) -> dict[st
 def _tokens(checkpoint: Checkpoint) -> dict[str, Any]:
     eos = eos_token_ids(checkpoint)
     generation, text = checkpoint.generation, text_config(checkpoint)
-
     bos = [value for value in (generation.get("bos_token_id"), text.get("bos_token_id")) if value is not None]
     return {
         "bos_token_id": int([*bos, *eos][0]),
         "eos_token_id": eos,
-        # The runtime masks every padding token that a prompt holds, and checkpoints pad with tokens that prompts may
-        # hold (<|endoftext|>, or <|im_end|>, which ends each turn). No prompt holds the video token: there is no video.
+        # The runtime masks every padding token in a prompt, and checkpoints pad with tokens that prompts may contain
+        # (<|endoftext|>, or <|im_end|>, which ends each turn). Without videos, no prompt contains the video token.
         "pad_token_id": checkpoint.video_token_id,
         "image_token_id": checkpoint.image_token_id,
         "video_token_id": checkpoint.video_token_id,
@@ -112,7 +111,7 @@ def _search(checkpoint: Checkpoint, max_length: int, fused: bool) -> dict[str, A
         "num_beams": 1,
         "num_return_sequences": 1,
         **sampling,
-        # The runtime appends to one buffer only through GroupQueryAttention.
+        # The runtime can append to a shared buffer only with GroupQueryAttention.
         "past_present_share_buffer": fused,
     }
 
@@ -122,16 +121,16 @@ NOTES = Notes(
     ("onnxruntime-genai",),
     (),
     (
-        "The runtime's own processor is bit-equal to transformers' for images that need no resize. Where it must "
-        "resize, its grid can differ (sides ≡ 16 mod 64) and so can single pixels; resize first, or hand over "
+        "The runtime's image processor is bit-identical to that of transformers for images that need no resizing. For "
+        "others, the grid can differ (sides ≡ 16 mod 64), and so can single pixels: resize them first, or pass "
         "`pixel_values`, as `qwen3vl-onnx run` does.",
-        "The runtime's JPEG decoder differs from PIL's, and it does not turn images by their EXIF orientation.",
-        "A padded batch is silently wrong in this runtime (0.18): use prompts of equal length.",
-        "A second turn with an image on one generator is silently wrong in this runtime (0.18): use a new "
-        "generator for each conversation with images.",
-        "The runtime masks every padding token of a prompt; so `pad_token_id` is the video token, which no prompt "
-        "here holds.",
-        "Logits are the last position's only.",
+        "The runtime's JPEG decoder differs from PIL's, and it does not rotate images by their EXIF orientation.",
+        "A padded batch gives silently wrong results in this runtime (0.18): use prompts of equal length.",
+        "A second turn with an image on the same generator gives silently wrong results in this runtime (0.18): create "
+        "a new generator for each conversation with images.",
+        "The runtime masks every padding token in a prompt, so `pad_token_id` is the video token, which prompts do not "
+        "contain.",
+        "Logits are returned for the last position only.",
     ),
     """\
 import json
@@ -141,8 +140,8 @@ import onnxruntime_genai as og
 model = og.Model(".")
 processor = model.create_multimodal_processor()
 with open("pipeline.json", encoding="utf-8") as file:
-    words = json.load(file)["prompt"]
-prompt = words["prefix"] + words["image"] + "What is this?" + words["suffix"]
+    template = json.load(file)["prompt"]
+prompt = template["prefix"] + template["image"] + "What is this?" + template["suffix"]
 params = og.GeneratorParams(model)
 params.set_search_options(do_sample=False)
 generator = og.Generator(model, params)

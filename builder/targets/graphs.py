@@ -1,6 +1,6 @@
-"""Which graphs each target takes, as data: ports, the modules that are traced, the passes that run on them.
+"""The graphs of each target: ports, traced modules and passes.
 
-Nothing here knows how a bundle is packed or run, so that a change there traces and quantizes nothing again.
+Packaging and runtimes are separate, so that a change to them does not invalidate the stages `export` and `quantize`.
 """
 
 from __future__ import annotations
@@ -27,18 +27,19 @@ class GraphSettings:
     """The three graphs of a target.
 
     Args:
-        attentions: that they may use, the default first.
-        domains: operator domains that they may contain.
-        packed: DeepStack is packed into the hidden axis (`builder.graph.ports.packed_components`), and the logits are
-            those of the last position; else DeepStack has ports of its own, and there are logits of every position.
-        merges: the embeddings graph takes the image features and scatters them; else the client merges.
-        batch: how the batch axis is spelled.
-        bounded_positions: the decoder clamps position ids to the number of tokens.
-        fused_norms: RMS norms become contrib operators.
-        precisions: of activations.
-        quantized: whether rules may store matrices in fewer bits.
+        attentions: supported attentions, the default first.
+        domains: operator domains that the graphs may contain.
+        packed: whether DeepStack is packed into the hidden axis (`builder.graph.ports.packed_components`) and the
+            decoder returns logits of the last position only; otherwise DeepStack has its own ports, and the decoder
+            returns logits of every position.
+        merges: whether the embeddings graph scatters the image features; otherwise the client does.
+        batch: name of the batch axis.
+        bounded_positions: whether the decoder clamps position ids to the number of tokens.
+        fused_norms: whether RMS norms become contrib operators.
+        precisions: supported activation types.
+        quantized: whether rules may quantize matrices.
         wide_ports: inputs and outputs that are float32 in every precision, besides pixel values.
-        own_data: every graph has a data file of its own; else graphs may share equal weights (tied embeddings).
+        own_data: whether each graph has its own data file; otherwise graphs may share weights (tied embeddings).
         opset: of every graph.
     """
 
@@ -57,13 +58,13 @@ class GraphSettings:
 
     @property
     def features(self) -> str:
-        """The vision encoder's output with the main features."""
+        """Name of the vision encoder's output with the main features."""
         return PACKED_FEATURES if self.packed else PLAIN_FEATURES
 
 
 GRAPHS: dict[str, GraphSettings] = {
     # onnxruntime-genai allocates `image_features` and `inputs_embeds` with `model.decoder.hidden_size` as their last
-    # size, so that (1 + D)·H passes through it unchanged.
+    # dimension, so (1 + D)·H passes through it unchanged.
     "genai": GraphSettings(
         attentions=("fused", "eager"),
         packed=True,
@@ -73,14 +74,14 @@ GRAPHS: dict[str, GraphSettings] = {
         quantized=True,
     ),
     "onnxruntime": GraphSettings(attentions=("eager",), domains=frozenset({STANDARD})),
-    # OpenVINO fuses eager attention itself, and does not read the contrib RotaryEmbedding of the fused graphs. Weights
-    # in blocks are contrib operators that it does read (MatMulNBits, GatherBlockQuantized).
+    # OpenVINO fuses eager attention itself. It supports the contrib operators of blockwise quantized weights
+    # (MatMulNBits, GatherBlockQuantized), but not the contrib RotaryEmbedding of the fused graphs.
     "openvino": GraphSettings(attentions=("eager",), quantized=True),
-    # transformers.js looks tokens up, writes each image token's row of `image_features` over its embedding, and passes
-    # the result to the decoder, whatever its width. It copies those rows as raw memory, hence float32 in every
-    # precision; it creates the empty cache from the decoder's ports, and knows the axis `batch_size` by name. A browser
-    # gives each graph the data file that bears its name and no other. Without an image the library (4.3.1) places the
-    # tokens of an answer at three times the prompt's length, hence the bound.
+    # transformers.js looks up the tokens, replaces the embedding of each image token by a row of `image_features`, and
+    # passes the result to the decoder, whatever its width. It copies those rows as raw memory, hence float32 in every
+    # precision. It creates the empty cache from the decoder's ports and recognizes the axis `batch_size` by name. In a
+    # browser, a graph can only use the data file named after it. Without an image, the library (4.3.1) starts the
+    # positions of generated tokens at three times the prompt's length, hence the bound.
     "transformersjs": GraphSettings(
         attentions=("fused", "eager"),
         packed=True,
@@ -96,7 +97,7 @@ GRAPHS: dict[str, GraphSettings] = {
 
 
 def components(checkpoint: Checkpoint, target: str) -> tuple[Component, ...]:
-    """The vision encoder, the embeddings and the text decoder of a target, by its name."""
+    """Return a target's vision encoder, embeddings and text decoder."""
     graphs = GRAPHS[target]
     if graphs.packed:
         return packed_components(checkpoint, merges=graphs.merges, batch=graphs.batch)
@@ -104,19 +105,19 @@ def components(checkpoint: Checkpoint, target: str) -> tuple[Component, ...]:
 
 
 def module(checkpoint: Checkpoint, model: Any, graph: str, target: Target) -> Any:
-    """The `nn.Module` to trace for a graph, composed of upstream's `model`."""
+    """Return the `nn.Module` to trace for a graph, composed of the modules of upstream's `model`."""
     from builder.graph import modules
 
-    graphs, levels = GRAPHS[target.runtime], len(checkpoint.vision.deepstack)
+    graphs, layers = GRAPHS[target.runtime], len(checkpoint.vision.deepstack)
     if graph == VISION:
         return modules.VisionEncoder(model, packed=graphs.packed)
     if graph == EMBEDDINGS:
         if graphs.merges:
             return modules.PackedEmbeddings(model, checkpoint.image_token_id)
-        return modules.PaddedEmbeddings(model, levels) if graphs.packed else modules.Embeddings(model)
+        return modules.PaddedEmbeddings(model, layers) if graphs.packed else modules.Embeddings(model)
     return modules.TextDecoder(
         model,
-        levels,
+        layers,
         packed=graphs.packed,
         fused=target.attention == "fused",
         bounded=graphs.bounded_positions,
@@ -124,7 +125,7 @@ def module(checkpoint: Checkpoint, model: Any, graph: str, target: Target) -> An
 
 
 def passes(graph: str, target: Target) -> tuple[str, ...]:
-    """Names of the passes to run on a graph, in order (builder/graph/passes/registry.py)."""
+    """Return the names of a graph's passes, in order (builder/graph/passes/registry.py)."""
     graphs = GRAPHS[target.runtime]
     if graph == VISION:
         return ("simplify", f"lower_segment_attention_{target.attention}")

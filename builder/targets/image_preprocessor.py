@@ -1,9 +1,6 @@
-"""The image preprocessor as a graph of the bundle, for runtimes whose clients have none.
+"""The image preprocessor graph (builder/graph/image_preprocessor/build.py) in a bundle, for clients that have none.
 
-Made by builder/graph/image_preprocessor/build.py.
-
-In: a checkpoint; the graph's file. Out: the graph, as `Runtime.further` wants it; a session, as `Runtime.preprocessor`.
-Guaranteed: one graph whatever the runtime, of the opset that all of them read.
+The graph is the same for every target, in an opset that all runtimes support.
 """
 
 from __future__ import annotations
@@ -25,11 +22,11 @@ NAME, OPSET = "image_preprocessor", 18
 
 Array = npt.NDArray[Any]
 Preprocess = Callable[[Array], tuple[Array, Array]]
-"""An image, uint8 [height, width, 3] → pixel_values and image_grid_thw."""
+"""RGB image, uint8 [height, width, 3] → (pixel_values, image_grid_thw)."""
 
 
 def image_preprocessor_graph(checkpoint: Checkpoint, recipe: Any) -> Mapping[str, ModelProto]:
-    """For `Runtime.further`."""
+    """Build the graph; a value for `Packaging.further`."""
     import onnx_ir as ir
 
     from builder.graph.image_preprocessor.build import image_preprocessor
@@ -38,7 +35,10 @@ def image_preprocessor_graph(checkpoint: Checkpoint, recipe: Any) -> Mapping[str
 
 
 def in_onnxruntime(path: Path) -> Preprocess:
-    """The graph in a plain session, on one thread: thousands of its nodes are smaller than what starts one."""
+    """Open the graph in ONNX Runtime; a value for `Runtime.preprocessor`.
+
+    It runs on one thread: most of its thousands of nodes are smaller than the overhead of a thread.
+    """
     session = open_session(path, intra_op_num_threads=1)
 
     def run(image: Array) -> tuple[Array, Array]:

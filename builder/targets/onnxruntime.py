@@ -1,7 +1,6 @@
-"""Target `onnxruntime`: plain sessions from any language. Standard ONNX operators only, one opset ≤ 20.
+"""Target `onnxruntime`: plain ONNX Runtime sessions from any language, with standard ONNX operators only.
 
-Ports: see builder/graph/ports.py. The bundle carries builder/targets/clients/pipeline.py, the reference for ports to
-other languages.
+The bundle contains builder/targets/clients/pipeline.py, the reference for ports to other languages.
 """
 
 from __future__ import annotations
@@ -38,11 +37,12 @@ NOTES = Notes(
     ("onnxruntime", "numpy", "pillow", "tokenizers"),
     ('python pipeline.py --prompt "What is this?" --image image.png',),
     (
-        "`pipeline.py` is code, and the reference for ports: read it before you run a copy that somebody gave you.",
-        "`image_preprocessor.onnx` makes `pixel_values` and `image_grid_thw` of RGB bytes [height, width, 3], bit for "
-        "bit as transformers does, for clients without a preprocessor. Decode the file, turn the image by its EXIF "
-        "orientation, and refuse one that is more than 200 times as long as wide before.",
-        "Attention scores are computed in blocks of query rows; memory grows with the number of patches.",
+        "`pipeline.py` is code, and the reference for ports to other languages: read it before you run a copy from "
+        "someone else.",
+        "`image_preprocessor.onnx` computes `pixel_values` and `image_grid_thw` from RGB bytes [height, width, 3], "
+        "bit-identical to transformers, for clients without a preprocessor. Before calling it, decode the file, rotate "
+        "the image by its EXIF orientation, and reject images with one side more than 200 times the other.",
+        "Attention scores are computed in blocks of query rows; memory use grows with the number of patches.",
     ),
 )
 

@@ -1,10 +1,7 @@
-"""Target `openvino`: OpenVINO ≥ 2026.4, which reads the ONNX graphs and their data files as they are.
+"""Target `openvino`: OpenVINO ≥ 2026.4, which reads ONNX graphs and their data files directly.
 
-Ports are those of target `onnxruntime` (builder/graph/ports.py), so that one client serves both. At fp32 there are
-standard operators only; weights in blocks of few bits are contrib operators that OpenVINO knows (MatMulNBits,
-GatherBlockQuantized). Attention is eager: OpenVINO makes its own fused one of it, and reads no contrib RotaryEmbedding
-of the kind that the fused graphs have. The bundle carries builder/targets/clients/openvino_pipeline.py beside
-builder/targets/clients/pipeline.py.
+The ports are those of target `onnxruntime`, so that one client serves both: the bundle contains
+builder/targets/clients/openvino_pipeline.py, which uses builder/targets/clients/pipeline.py.
 """
 
 from __future__ import annotations
@@ -42,15 +39,14 @@ NOTES = Notes(
     ("openvino", "numpy", "pillow", "tokenizers"),
     ('python openvino_pipeline.py --prompt "What is this?" --image image.png',),
     (
-        "`openvino_pipeline.py` and `pipeline.py` are code: read them before you run a copy that somebody gave you.",
-        "It was verified with products in float32 (`INFERENCE_PRECISION_HINT=f32`, no dynamic quantization). "
-        "OpenVINO's own choice on a CPU is bfloat16 where the processor has it, which differs by about a hundredth: "
-        "`--fast`.",
-        "`image_preprocessor.onnx` makes `pixel_values` and `image_grid_thw` of RGB bytes [height, width, 3]. OpenVINO "
-        "computes float64 as float32: about one value in ten thousand is off by 1/255, and for a few sizes below the "
-        "least number of pixels (343 × 7, say) the grid is another one than transformers'. `openvino_pipeline.py` "
-        "does without that graph, and is exact.",
-        "The graphs are read as ONNX; `openvino_genai.VLMPipeline` reads another layout.",
+        "`openvino_pipeline.py` and `pipeline.py` are code: read them before you run a copy from someone else.",
+        "The bundle was verified with float32 computation (`INFERENCE_PRECISION_HINT=f32`, no dynamic quantization). "
+        "By default, OpenVINO computes in bfloat16 on CPUs that support it, which differs by about 1 %: `--fast`.",
+        "`image_preprocessor.onnx` computes `pixel_values` and `image_grid_thw` from RGB bytes [height, width, 3]. "
+        "OpenVINO computes its float64 operators in float32: about one value in ten thousand differs by 1/255, and for "
+        "a few sizes below the minimum number of pixels (such as 343 × 7) the grid differs from that of transformers. "
+        "`openvino_pipeline.py` does not use this graph and is exact.",
+        "The graphs are in ONNX format; `openvino_genai.VLMPipeline` expects a different layout.",
     ),
 )
 

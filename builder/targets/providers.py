@@ -1,8 +1,6 @@
-"""What each execution provider of onnxruntime runs, and the settings with which onnxruntime-genai starts it.
+"""Kernels and onnxruntime-genai settings of onnxruntime's execution providers.
 
-In: a provider's name. Out: a `Provider`. Guaranteed: a recipe that a provider has no kernels for is refused before
-any work. Source of the kernels: onnxruntime's docs/OperatorKernels.md and docs/ContribOperators.md; only `cpu` has
-been run.
+Source: onnxruntime's docs/OperatorKernels.md and docs/ContribOperators.md. Only `cpu` has been run.
 """
 
 from __future__ import annotations
@@ -21,28 +19,29 @@ Precision = Literal["fp32", "fp16", "bf16"]
 
 @dataclass(frozen=True)
 class Provider:
-    """
+    """Capabilities and settings of an execution provider.
+
     Args:
-        precisions: of activations that its MatMul, GroupQueryAttention and norms take.
-        bits: of the levels that its MatMulNBits takes.
-        lookup: whether it has GatherBlockQuantized; where not, the embeddings graph runs on the CPU.
-        whole_numbers: whether it has DynamicQuantizeMatMul.
-        options: of the provider, as genai_config.json has them.
-        session: further session options.
+        precisions: activation types of its MatMul, GroupQueryAttention and norms.
+        bits: bit widths of its MatMulNBits.
+        lookup: whether it has GatherBlockQuantized; otherwise a quantized embeddings graph runs on the CPU.
+        int8_activations: whether it has DynamicQuantizeMatMul.
+        options: provider options in genai_config.json.
+        session: additional session options.
     """
 
     precisions: tuple[Precision, ...]
     bits: tuple[int, ...]
     lookup: bool = True
-    whole_numbers: bool = False
+    int8_activations: bool = False
     options: Mapping[str, str] = field(default_factory=dict)
     session: Mapping[str, Any] = field(default_factory=dict)
 
 
 PROVIDERS: Mapping[Name, Provider] = {
-    # Threads: 0 lets onnxruntime count the cores of the machine that it runs on. Without the setting onnxruntime-genai
-    # takes half of the logical ones, which is half of the machine where a core has one thread.
-    "cpu": Provider(("fp32", "fp16"), (4, 8), whole_numbers=True, session={"intra_op_num_threads": 0}),
+    # 0 lets onnxruntime count the machine's cores. By default onnxruntime-genai uses half the logical cores, which is
+    # half the machine where a core has one thread.
+    "cpu": Provider(("fp32", "fp16"), (4, 8), int8_activations=True, session={"intra_op_num_threads": 0}),
     "cuda": Provider(("fp32", "fp16", "bf16"), (4, 8), options={"enable_cuda_graph": "0"}),
     "dml": Provider(("fp32", "fp16"), (4,), lookup=False),
     "webgpu": Provider(("fp32", "fp16"), (4, 8)),
@@ -50,16 +49,17 @@ PROVIDERS: Mapping[Name, Provider] = {
 
 
 def check_provider(name: Name, precision: Precision, rules: Sequence[Rule], where: object) -> None:
-    """
+    """Check that a provider has the kernels that a recipe requires.
+
     Args:
-        where: the recipe, for the error.
+        where: the recipe file, for the error message.
 
     Raises:
-        RecipeError: the provider has no kernel for what the recipe asks.
+        RecipeError: the provider does not support the precision or a rule.
     """
     provider = PROVIDERS[name]
     if precision not in provider.precisions:
-        able = [other for other, one in PROVIDERS.items() if precision in one.precisions]
+        able = [other for other, candidate in PROVIDERS.items() if precision in candidate.precisions]
         raise RecipeError(
             f"recipe {where}: the provider {name} does not compute in {precision}",
             expected=" or ".join(provider.precisions),
@@ -67,11 +67,11 @@ def check_provider(name: Name, precision: Precision, rules: Sequence[Rule], wher
             next=f'provider = "{able[0]}"' if able else None,
         )
     for rule in rules:
-        if rule.activations == "int8" and not (provider.whole_numbers and precision == "fp32"):
+        if rule.activations == "int8" and not (provider.int8_activations and precision == "fp32"):
             raise RecipeError(
                 f"recipe {where}: the provider {name} does not multiply 8-bit activations in {precision}",
-                expected='provider = "cpu" and precision = "fp32", or activations as they are',
-                found=f"activations of 8 bits for {', '.join(rule.weights)}",
+                expected='provider = "cpu" and precision = "fp32", or activations that are not quantized',
+                found=f"8-bit activations for {', '.join(rule.weights)}",
                 next="remove `activations`",
             )
         if rule.store != "keep" and BITS[rule.store] not in provider.bits and not _looked_up(rule):
@@ -84,10 +84,10 @@ def check_provider(name: Name, precision: Precision, rules: Sequence[Rule], wher
 
 
 def session_options(name: Name, *, lookup: bool = False) -> dict[str, Any]:
-    """`session_options` of one graph in genai_config.json.
+    """Return the `session_options` of a graph in genai_config.json.
 
     Args:
-        lookup: whether it is the embeddings graph, with quantized rows.
+        lookup: whether the graph is an embeddings graph with quantized rows.
     """
     provider = PROVIDERS[name]
     on_cpu = name == "cpu" or (lookup and not provider.lookup)
@@ -100,5 +100,5 @@ def session_options(name: Name, *, lookup: bool = False) -> dict[str, Any]:
 
 
 def _looked_up(rule: Rule) -> bool:
-    """A rule for the embeddings alone makes no product."""
+    """Return whether a rule is for the embeddings only, which are not an operand of a MatMul."""
     return all(pattern == EMBEDDINGS for pattern in rule.weights)

@@ -1,4 +1,4 @@
-"""What to build, as values: a recipe in which every default is filled in."""
+"""A recipe: what to build, with every default filled in."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _Positive = Annotated[float, Field(gt=0)]
 
 @dataclass(frozen=True)
 class Target:
-    """One consuming runtime and the attention that its graphs use."""
+    """A runtime to build for, and the attention that its graphs use."""
 
     runtime: str
     attention: Attention
@@ -26,16 +26,18 @@ class Target:
 
 @checked(frozen=True, config=ConfigDict(extra="forbid", defer_build=True))
 class Limits:
-    """What a build that is not exact may lose against PyTorch in fp32; a gate for each (builder/verify/quality.py).
-    Also the schema of `[limits]` in a recipe.
+    """The accuracy that a build may lose against PyTorch in fp32, and the schema of `[limits]` in a recipe.
+
+    builder/verify/quality.py has a gate for each.
 
     Args:
-        weight: largest relative error of a weight matrix.
-        kl_mean, kl_p99: KL divergence of the next token's distribution, in nats, over all positions that are compared.
-        same_top: least share of positions whose likeliest token is the same.
-        perplexity: largest ratio of perplexities on the shipped text.
-        task_lost: held-out cases that fp32 gets right and this may get wrong.
-        lead: largest lead, in logits, of PyTorch's own choice over a token that is generated in its place.
+        weight: maximum relative error of a weight matrix.
+        kl_mean, kl_p99: maximum KL divergence of the next token's distribution, in nats: mean and 99th percentile over
+            all compared positions.
+        same_top: minimum share of positions with the same top-1 token, in (0, 1].
+        perplexity: maximum ratio of the perplexities on the shipped text, at least 1.
+        task_lost: maximum number of held-out cases that are correct in fp32 and wrong in this build.
+        lead: maximum margin, in logits, of PyTorch's token over the token that is generated instead.
     """
 
     weight: _Positive
@@ -52,13 +54,16 @@ class Recipe:
     """What to build.
 
     Args:
-        name: the recipe file's stem; part of the default output folder's name.
-        precision: of activations, and of the weights that no rule quantizes.
-        targets: in the order they were written; the first one's bundle is what `build` prints last.
-        max_length: tokens of prompt and answer together that a bundle's generation settings allow.
-        provider: onnxruntime's execution provider that the settings in a bundle start.
-        rules: see `builder.quantization.rules`.
-        limits: None where the artifact has to equal the model.
+        name: stem of the recipe file; part of the default output folder's name.
+        precision: of activations, and of weights that no rule quantizes.
+        targets: in the order of the file; `build` prints the first target's bundle last.
+        max_length: maximum number of prompt and generated tokens together in a bundle's generation settings.
+        provider: onnxruntime's execution provider in a bundle's settings.
+        rules: how to quantize weights, see `builder.quantization.rules`.
+        limits: None if the artifact must equal the model.
+
+    Example:
+        >>> Recipe("mine", "fp32", (Target("genai", "fused"), Target("onnxruntime", "eager")), max_length=4096)
     """
 
     name: str
@@ -71,5 +76,5 @@ class Recipe:
 
     @property
     def exact(self) -> bool:
-        """Whether the artifact has to equal the model to the last digits of fp32."""
+        """Whether the artifact must equal the model up to fp32 rounding."""
         return self.precision == "fp32" and not self.rules

@@ -1,7 +1,7 @@
-"""Read a recipe, which alone says what to build, from a TOML file.
+"""Read and write recipes as TOML files.
 
-An unknown key, a wrong type, or a combination that no target can run is a `RecipeError` that names the file and the
-key; nothing in a recipe is ignored.
+Nothing in a recipe is ignored: an unknown key, a wrong type or a combination that no target can run is a `RecipeError`
+that names the file and the key.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from builder.util.spelling import nearest
 
 SHIPPED = Path(__file__).parents[1] / "recipes"
 DEFAULT = "fp32"
-# At the checkpoint's own context (262,144) onnxruntime-genai would allocate a key-value buffer of that size.
+# onnxruntime-genai allocates a key-value buffer of this length; the checkpoint's own context has 262,144 tokens.
 MAX_LENGTH = 4096
 
 
@@ -53,7 +53,7 @@ _A_TABLE = 'one of "eager", "fused" for every target, or a table such as { genai
 
 
 def shipped() -> list[str]:
-    """Names of the recipes that come with the package, sorted."""
+    """Return the names of the recipes in the package, sorted."""
     return sorted(path.stem for path in SHIPPED.glob("*.toml"))
 
 
@@ -61,11 +61,15 @@ def load_recipe(name_or_path: str | Path = DEFAULT) -> Recipe:
     """Read a shipped recipe by name, or any `.toml` file by path.
 
     Raises:
-        RecipeError: no such recipe, no TOML, an unknown key (with the nearest spelling), a wrong type or
-            value, or a target and attention that do not go together.
+        RecipeError: there is no such recipe, the file is not valid TOML, a key is unknown (the error suggests the
+            nearest spelling), a value is invalid, or the values cannot be combined.
+
+    Example:
+        >>> load_recipe("int4").provider
+        'cpu'
     """
-    path = _located(str(name_or_path))
-    document = _completed(path, _parsed(path))
+    path = _locate(str(name_or_path))
+    document = _inherit(path, _parse(path))
     attention = document.get("attention")
     if isinstance(attention, str):
         document = {**document, "attention": dict.fromkeys(GRAPHS, attention)}
@@ -74,28 +78,28 @@ def load_recipe(name_or_path: str | Path = DEFAULT) -> Recipe:
     try:
         read = TypeAdapter(_Document).validate_python(document)
     except ValidationError as error:
-        raise _explained(path, error) from None
+        raise _explain(path, error) from None
     targets = _targets(path, read, one_for_all=isinstance(attention, str))
     recipe = Recipe(path.stem, read.precision, targets, read.max_length, read.provider, read.rules, read.limits)
     _check_runnable(path, recipe)
     return recipe
 
 
-def _located(name: str) -> Path:
+def _locate(name: str) -> Path:
     if name.endswith(".toml"):
         return Path(name)
     if name in shipped():
         return SHIPPED / f"{name}.toml"
     near = nearest(name, shipped())
     raise RecipeError(
-        f"no recipe is called {name!r}",
+        f"there is no recipe {name!r}",
         expected=f"one of: {', '.join(shipped())}; or the path of a .toml file",
         found=name,
         next=f"--recipe {near or DEFAULT}",
     )
 
 
-def _parsed(path: Path) -> dict[str, Any]:
+def _parse(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -105,33 +109,32 @@ def _parsed(path: Path) -> dict[str, Any]:
     raise RecipeError(f"recipe {path} cannot be read", expected=expected, found=reason)
 
 
-def _completed(path: Path, document: dict[str, Any]) -> dict[str, Any]:
-    """With the keys that it does not set from the shipped recipe that it is `like`."""
+def _inherit(path: Path, document: dict[str, Any]) -> dict[str, Any]:
+    """Add the keys that `document` does not set from the shipped recipe that it is `like`."""
     if "like" not in document:
         return document
-    model = document.pop("like")
-    if model not in shipped() or model == path.stem:
+    base = document.pop("like")
+    if base not in shipped() or base == path.stem:
         raise RecipeError(
-            f"recipe {path}: `like` names no other shipped recipe",
+            f"recipe {path}: `like` does not name another shipped recipe",
             expected=f"one of: {', '.join(name for name in shipped() if name != path.stem)}",
-            found=repr(model),
+            found=repr(base),
         )
-    return {**_completed(SHIPPED / f"{model}.toml", _parsed(SHIPPED / f"{model}.toml")), **document}
+    return {**_inherit(SHIPPED / f"{base}.toml", _parse(SHIPPED / f"{base}.toml")), **document}
 
 
-def _explained(path: Path, error: ValidationError) -> RecipeError:
-    """The first problem in the recipe's own words; an unknown key goes before everything else."""
-    problems = sorted(error.errors(include_url=False), key=lambda one: one["type"] != _UNKNOWN)
-    problem = problems[0]
+def _explain(path: Path, error: ValidationError) -> RecipeError:
+    """Describe the first problem, by the recipe's key; unknown keys come before all others."""
+    problem = min(error.errors(include_url=False), key=lambda entry: entry["type"] != _UNKNOWN)
     place = [str(part) for part in problem["loc"]]
     key = ".".join(place)
     if problem["type"] == _UNKNOWN:
         section = ".".join(part for part in place[:-1] if not part.isdigit())
-        return _unknown(path, key, [one.name for one in fields(_SECTIONS[section])])
+        return _unknown(path, key, [entry.name for entry in fields(_SECTIONS[section])])
     if problem["type"] == "missing":
         return RecipeError(f"recipe {path}: the key `{key}` is missing", next=f"add `{key} = …`")
     expected = _A_TABLE if problem["type"] == "dataclass_type" else problem["msg"]
-    return RecipeError(f"recipe {path}: `{key}` is not right", expected=expected, found=repr(problem["input"]))
+    return RecipeError(f"recipe {path}: `{key}` is invalid", expected=expected, found=repr(problem["input"]))
 
 
 def _unknown(path: Path, key: str, known: Iterable[str]) -> RecipeError:
@@ -155,34 +158,34 @@ def _targets(path: Path, document: _Document, *, one_for_all: bool) -> tuple[Tar
     runtimes = document.targets
     if len(set(runtimes)) != len(runtimes):
         raise RecipeError(f"recipe {path}: `targets` names a runtime twice", found=", ".join(runtimes))
-    asked = document.attention
-    unused = [runtime for runtime in asked if runtime not in runtimes]
+    attention = document.attention
+    unused = [runtime for runtime in attention if runtime not in runtimes]
     if unused and not one_for_all:
         raise RecipeError(
-            f"recipe {path}: `attention.{unused[0]}` is for a runtime that `targets` does not name",
+            f"recipe {path}: `attention.{unused[0]}` is for a runtime that is not in `targets`",
             expected=f"only: {', '.join(runtimes)}",
             found=unused[0],
             next=f'add "{unused[0]}" to `targets`, or remove `attention.{unused[0]}`',
         )
     for runtime in runtimes:
-        able = GRAPHS[runtime].attentions
-        if asked.get(runtime, able[0]) not in able:
+        supported = GRAPHS[runtime].attentions
+        if attention.get(runtime, supported[0]) not in supported:
             raise RecipeError(
-                f"recipe {path}: {asked[runtime]} attention is no choice for the target `{runtime}`",
-                expected=" or ".join(able) + ": fused attention is no standard ONNX operator",
-                found=asked[runtime],
+                f"recipe {path}: the target `{runtime}` does not support {attention[runtime]} attention",
+                expected=" or ".join(supported) + ": fused attention is not a standard ONNX operator",
+                found=attention[runtime],
                 next='write a table instead: attention = { genai = "fused" }',
             )
-    return tuple(Target(runtime, asked.get(runtime, GRAPHS[runtime].attentions[0])) for runtime in runtimes)
+    return tuple(Target(runtime, attention.get(runtime, GRAPHS[runtime].attentions[0])) for runtime in runtimes)
 
 
 def as_toml(recipe: Recipe, remark: str) -> str:
-    """The recipe as a file that `load_recipe` reads; `remark` is its first comment."""
+    """Format a recipe as a file for `load_recipe`, with `remark` as the leading comment."""
     targets = [target.runtime for target in recipe.targets]
     lines = [f"# {line}" for line in remark.splitlines()]
     lines += [f"{key} = {json.dumps(getattr(recipe, key))}" for key in ("precision", "provider", "max_length")]
     lines.append(f"targets = {json.dumps(targets)}")
-    defaults = {one.name: one.default for one in fields(Rule)}
+    defaults = {entry.name: entry.default for entry in fields(Rule)}
     for rule in recipe.rules:
         set_here = {key: value for key, value in asdict(rule).items() if value != defaults[key]}
         lines += ["", "[[rules]]", *(f"{key} = {json.dumps(value)}" for key, value in set_here.items())]
@@ -192,42 +195,48 @@ def as_toml(recipe: Recipe, remark: str) -> str:
 
 
 def _check_runnable(path: Path, recipe: Recipe) -> None:
-    """Refuse limits that are missing or superfluous, and a precision, rules or a provider that a target cannot have."""
+    """Reject missing or superfluous limits, and a precision, rules or a provider that a target does not support."""
     check_provider(recipe.provider, recipe.precision, recipe.rules, path)
     for rule in recipe.rules:
         if rule.activations == "int8" and (rule.store != "int8" or rule.zero_points or rule.search == "gptq"):
             raise RecipeError(
-                f"recipe {path}: 8-bit activations are multiplied with 8-bit weights of one scale a row",
+                f"recipe {path}: 8-bit activations require 8-bit weights with one scale per row",
                 expected='store = "int8", no zero points, search = "none" or "mse"',
                 found=f"store = {rule.store!r}, zero_points = {rule.zero_points}, search = {rule.search!r}",
-                next="remove `activations`, or change the others",
+                next="remove `activations`, or change the other keys",
             )
     if recipe.exact != (recipe.limits is None):
         raise RecipeError(
-            f"recipe {path}: " + ("`limits` is for what may lose" if recipe.exact else "`limits` is missing"),
-            expected="no `limits`: fp32 equals the model" if recipe.exact else "what this build may lose, as a table",
+            f"recipe {path}: " + ("an exact recipe has no `limits`" if recipe.exact else "`limits` is missing"),
+            expected="no `limits`: fp32 equals the model"
+            if recipe.exact
+            else "a table of the accuracy that this build may lose",
             found="limits" if recipe.exact else "none",
-            next="remove `limits`" if recipe.exact else "take those of a shipped recipe, or measure and set your own",
+            next="remove `limits`"
+            if recipe.exact
+            else "copy the limits of a shipped recipe, or measure and set your own",
         )
     names = [target.runtime for target in recipe.targets]
     exact = [name for name in names if not GRAPHS[name].quantized]
     if recipe.rules and exact:
         raise RecipeError(
-            f"recipe {path}: `rules` cannot be carried out for the target `{exact[0]}`",
-            expected=f"{_able(lambda name: GRAPHS[name].quantized)}: "
-            "the operators for quantized blocks are not standard ones",
+            f"recipe {path}: the target `{exact[0]}` does not support `rules`",
+            expected=f"{_targets_line(lambda name: GRAPHS[name].quantized)}: "
+            "the operators for quantized blocks are not in standard ONNX",
             found=", ".join(names),
             next=f'remove "{exact[0]}" from `targets`, or `rules`',
         )
     for name in names:
         precisions, chooses = GRAPHS[name].precisions, PACKAGING[name].provider
         if recipe.precision not in precisions or (recipe.provider != "cpu" and not chooses):
-            provider = "" if chooses else ", and its runtime chooses the provider"
+            provider = "" if chooses else ", and its runtime chooses the execution provider"
             raise RecipeError(
                 f"recipe {path}: the target `{name}` is built in {' or '.join(precisions)}{provider}",
                 expected=f'provider = "cpu", precision = "{precisions[0]}"',
                 found=f"{recipe.provider}, {recipe.precision}",
-                next=_able(lambda name: recipe.precision in GRAPHS[name].precisions and PACKAGING[name].provider),
+                next=_targets_line(
+                    lambda name: recipe.precision in GRAPHS[name].precisions and PACKAGING[name].provider
+                ),
             )
     either = [target for target in recipe.targets if len(GRAPHS[target.runtime].attentions) > 1]
     if not recipe.exact and any(target.attention == "eager" for target in either):
@@ -239,7 +248,7 @@ def _check_runnable(path: Path, recipe: Recipe) -> None:
         )
 
 
-def _able(may: Callable[[str], bool]) -> str:
-    """The line of a recipe with every target that may."""
-    names = ", ".join(f'"{name}"' for name in GRAPHS if may(name))
+def _targets_line(suitable: Callable[[str], bool]) -> str:
+    """Return a recipe's line with all suitable targets."""
+    names = ", ".join(f'"{name}"' for name in GRAPHS if suitable(name))
     return f"targets = [{names}]"

@@ -1,4 +1,4 @@
-"""How the bundle of each target is packaged, by the target's name."""
+"""Packaging of each target's bundle, by the target's name."""
 
 from __future__ import annotations
 

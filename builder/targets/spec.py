@@ -1,4 +1,4 @@
-"""What a target's bundle holds besides its three graphs, as a value."""
+"""The contents of a target's bundle besides its three graphs."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Notes:
-    """What a model card says about a runtime.
+    """The section of a model card about a runtime.
 
     Args:
-        library: the hub's name for it.
-        packages: from PyPI, with which the bundle runs.
-        run: shell lines that run the bundle, in its folder.
-        limits: one sentence each.
-        code: a program that runs the bundle, in its folder.
-        language: of `code`, as Markdown names it.
+        library: `library_name` on the Hugging Face Hub.
+        packages: PyPI packages that the bundle needs.
+        run: shell commands that run the bundle from its folder.
+        limits: known limitations, a sentence or two each.
+        code: a program that runs the bundle from its folder.
+        language: Markdown's name for the language of `code`.
     """
 
     library: str
@@ -36,30 +36,30 @@ class Notes:
 
 @dataclass(frozen=True)
 class GraphFiles:
-    """Where a graph and its data are in a bundle: relative, with `/`, both in one folder."""
+    """Paths of a graph and its data file in a bundle: relative, with `/`, in the same folder."""
 
     graph: str
     data: str
 
 
 def by_name(graph: str, recipe: Recipe) -> GraphFiles:
-    """The graph's own name, at the top of the folder."""
+    """Return files at the top of the bundle, named after the graph's role."""
     return GraphFiles(f"{graph}.onnx", f"{graph}.onnx.data")
 
 
 @dataclass(frozen=True)
 class Packaging:
-    """How a target's bundle is laid out.
+    """The files of a target's bundle.
 
     Args:
-        configs: (checkpoint, recipe, recipe's target) → {file: text} of the configuration next to the graphs; of it,
-            pipeline.json and vision_processor.json (builder/targets/config_files.py) are in every bundle.
+        configs: (checkpoint, recipe, recipe's target) → {file: text} of the files next to the graphs. Every bundle
+            includes pipeline.json and vision_processor.json (builder/targets/config_files.py).
         notes: for the model card.
-        programs: {file: text} of those configs that are programs, by which `check` recognizes them.
-        layout: (graph's role, recipe) → where the graph and its data are.
-        further: (checkpoint, recipe) → role → a further graph, without external data
-            (builder/targets/image_preprocessor.py has one).
-        provider: whether the settings start the recipe's execution provider; where not, the target is built for `cpu`.
+        programs: {file: text} of the configs that are programs; `check` recognizes a bundle's programs by them.
+        layout: (graph's role, recipe) → paths of the graph and its data file.
+        further: (checkpoint, recipe) → {role: additional graph without external data}, such as that of
+            builder/targets/image_preprocessor.py.
+        provider: whether the settings select the recipe's execution provider; otherwise only `cpu` is allowed.
     """
 
     configs: Callable[[Checkpoint, Recipe, Target], Mapping[str, str]]

@@ -1,9 +1,6 @@
 """Target `transformersjs`: transformers.js ≥ 4.3 in Node.js and browsers, DeepStack packed into the hidden axis.
 
-The library looks the tokens up, writes each image token's row of `image_features` over its embedding, and hands the
-result to the decoder, whatever its width: so that (1 + D)·H goes through it. It copies those rows as they lie in
-memory, which is why both are float32 in every precision; it makes the empty cache from the decoder's ports, of which it
-knows the axis `batch_size` by name. A browser gives each graph the data file that bears its name and no other.
+builder/targets/graphs.py explains what the library requires of the graphs.
 """
 
 from __future__ import annotations
@@ -27,12 +24,12 @@ NAME = "transformersjs"
 STEMS = {VISION: "vision_encoder", EMBEDDINGS: "embed_tokens", DECODER: "decoder_model_merged"}
 SUFFIXES = {"fp32": "", "fp16": "_fp16", "q8": "_quantized", "q4": "_q4", "q4f16": "_q4f16"}
 DEMO = Path(__file__).parent / "clients" / "demo"
-VERSION = "@TRANSFORMERS_JS@"  # in the demo's files: of the library that it was made for
-BICUBIC = 3  # as PIL counts its filters, and as the library reads `resample`
+VERSION = "@TRANSFORMERS_JS@"  # in the demo's files: placeholder for the library's version
+BICUBIC = 3  # `resample` is PIL's number of the filter
 
 
 def dtype(recipe: Recipe) -> str:
-    """The library's word for what a recipe stores, of which it has one a bundle: that of the fewest bits."""
+    """Return the library's `dtype` of a bundle: it has one for all graphs, here that of the fewest bits."""
     stores = {rule.store for rule in recipe.rules} - {"keep"}
     if "int4" in stores:
         return "q4" if recipe.precision == "fp32" else "q4f16"
@@ -40,7 +37,7 @@ def dtype(recipe: Recipe) -> str:
 
 
 def layout(graph: str, recipe: Recipe) -> GraphFiles:
-    """Where the library looks."""
+    """Return the paths where the library looks for a graph and its data."""
     path = f"onnx/{STEMS.get(graph, graph)}{SUFFIXES[dtype(recipe)] if graph in STEMS else ''}.onnx"
     return GraphFiles(path, f"{path}_data")
 
@@ -57,7 +54,7 @@ def _configs(checkpoint: Checkpoint, recipe: Recipe, target: Target) -> Mapping[
 
 
 def _programs() -> Mapping[str, str]:
-    """The demo page."""
+    """Return the files of the demo page."""
     return {
         f"demo/{file.name}": file.read_text(encoding="utf-8").replace(VERSION, PINNED_LIBRARY)
         for file in sorted(DEMO.iterdir())
@@ -65,13 +62,13 @@ def _programs() -> Mapping[str, str]:
 
 
 def config(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, Any]:
-    """The checkpoint's config.json, what the library derives from it written out, and the library's own section.
+    """Return config.json: the checkpoint's, with derived values written out and the library's own section.
 
-    `dtype` is there because a browser would otherwise look for 8-bit files; a browser loads only the data files that
-    `use_external_data_format` counts.
+    Without `dtype`, a browser would look for 8-bit files; it loads only as many data files as
+    `use_external_data_format` gives for a graph.
     """
-    text, vision, given = checkpoint.text, checkpoint.vision, checkpoint.config
-    own = {
+    text, vision, source = checkpoint.text, checkpoint.vision, checkpoint.config
+    derived = {
         "num_hidden_layers": text.layers,
         "num_attention_heads": text.heads,
         "num_key_value_heads": text.kv_heads,
@@ -79,12 +76,12 @@ def config(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, Any]:
     }
     stems = [STEMS[role] for role in ROLES]
     return {
-        **given,
+        **source,
         "image_token_id": checkpoint.image_token_id,
         "video_token_id": checkpoint.video_token_id,
         "vision_start_token_id": checkpoint.vision_start_token_id,
-        "text_config": {**given["text_config"], **own},
-        "vision_config": {**given["vision_config"], "spatial_merge_size": vision.merge_size},
+        "text_config": {**source["text_config"], **derived},
+        "vision_config": {**source["vision_config"], "spatial_merge_size": vision.merge_size},
         "transformers.js_config": {
             "dtype": dtype(recipe),
             "use_external_data_format": dict.fromkeys(stems, 1),
@@ -93,15 +90,15 @@ def config(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, Any]:
 
 
 def preprocessor_config(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The checkpoint's, with every default of transformers that is not the library's written out."""
-    vision, given = checkpoint.vision, checkpoint.preprocessor
+    """Return preprocessor_config.json: the checkpoint's, plus transformers' defaults that the library lacks."""
+    vision = checkpoint.vision
     return {
         "do_convert_rgb": True,
         "do_normalize": True,
         "do_rescale": True,
         "do_resize": True,
         "rescale_factor": 1 / 255,
-        **{key: value for key, value in given.items() if value is not None},
+        **{key: value for key, value in checkpoint.preprocessor.items() if value is not None},
         "resample": BICUBIC,
         "patch_size": vision.patch_size,
         "merge_size": vision.merge_size,
@@ -116,16 +113,16 @@ NOTES = Notes(
     (),
     (f"ONNXRUNTIME_NODE_INSTALL=skip npm install {LIBRARY}@{PINNED_LIBRARY}",),
     (
-        "The library's own processor is equal to transformers' for RGB PNGs that need no resize. Where it must resize, "
-        "grid and pixels differ; `onnx/image_preprocessor.onnx` gives both as transformers does, for any size (see "
-        "`demo/worker.mjs`; in browsers it needs the build of onnxruntime-web that has float64, as there).",
-        "The library's own processor takes one image a question: further ones become frames of one film.",
-        "Without an image the library (4.3.1) gives the tokens of an answer positions far behind the prompt; the "
-        "decoder here puts them right, and takes no position beyond the number of tokens.",
-        "Logits are the last position's only.",
-        "On WebGPU it was run with a software adapter, in fp32 and int4; in fp16, or on a graphics processor, not.",
-        "A browser holds each data file in memory, in one piece: weights beyond 2 GB a file do not load there.",
-        "`demo/` is code: look at it before you serve a copy that somebody gave you.",
+        "The library's image processor equals that of transformers for RGB PNGs that need no resizing. For others, "
+        "grid and pixels differ; `onnx/image_preprocessor.onnx` computes both as transformers does, for any size (see "
+        "`demo/worker.mjs`; in browsers it needs a build of onnxruntime-web with float64, as loaded there).",
+        "The library's image processor takes one image per prompt: it treats several images as frames of one video.",
+        "Without an image, the library (4.3.1) gives generated tokens positions far beyond the prompt; the decoder in "
+        "this bundle corrects them by clamping positions to the number of tokens.",
+        "Logits are returned for the last position only.",
+        "On WebGPU, the bundle was run with a software adapter in fp32 and int4; fp16 and real GPUs are untested.",
+        "A browser loads each data file into one contiguous buffer: files over 2 GB do not load there.",
+        "`demo/` contains code: read it before you serve a copy from someone else.",
     ),
     """\
 import { AutoProcessor, Qwen3VLForConditionalGeneration, RawImage, TextStreamer, env } from "@huggingface/transformers";

@@ -1,11 +1,10 @@
-// A bundle for `onnxruntime`, asked from JavaScript: from token ids and an image's RGB bytes to tokens, without Python.
+// Runs an `onnxruntime` bundle from JavaScript, without Python: from token ids and RGB images to tokens.
 //
 //     node qwen3vl.mjs BUNDLE --ids 4060,4057,12 --image image.png --max-new-tokens 16
 //
-// In: the bundle's folder; a prompt's token ids, which hold the image token once an image; PNG files, or any decoder's
-// RGB bytes. Out: greedy tokens as they come, the stop token that ends them included.
-// Guaranteed: token for token what pipeline.py in the bundle gives, which is the longer explanation of each step.
-// Axis names: batch (always 1), seq, past, total, patches, images, tokens, hidden; D DeepStack layers.
+// The ids are those of a complete prompt, with one image token per image. The tokens are greedy, up to and including the
+// stop token, and equal those of pipeline.py in the bundle, which explains each step at greater length.
+// Axis names: batch (always 1), seq, past, total, patches, images, tokens, hidden; D is the number of DeepStack layers.
 import { readFileSync } from "node:fs";
 import { join } from "node:path";
 import { fileURLToPath } from "node:url";
@@ -16,7 +15,7 @@ import { PNG } from "pngjs";
 const int64 = (values, dims) => new ort.Tensor("int64", BigInt64Array.from(values, BigInt), dims);
 const float32 = (values, dims) => new ort.Tensor("float32", values, dims);
 
-/** A PNG's bytes → { rgb: Uint8Array [height, width, 3], height, width }. The alpha channel is dropped, as Pillow does. */
+/** Decodes a PNG to { rgb: Uint8Array [height, width, 3], height, width }; drops the alpha channel, as Pillow does. */
 export function decodePng(bytes) {
   const { data, width, height } = PNG.sync.read(bytes);
   const rgb = new Uint8Array(width * height * 3);
@@ -25,7 +24,7 @@ export function decodePng(bytes) {
 }
 
 export class Bundle {
-  /** Opens the four graphs in `folder`. */
+  /** Opens the settings and the four graphs in `folder`. */
   static async load(folder) {
     const bundle = new Bundle();
     bundle.settings = JSON.parse(readFileSync(join(folder, "pipeline.json"), "utf8"));
@@ -37,75 +36,75 @@ export class Bundle {
     return bundle;
   }
 
-  /** An image → its features: main [tokens, hidden], DeepStack [D, tokens, hidden]; and its grid in tokens. */
-  async see({ rgb, height, width }) {
-    if (Math.max(height, width) > 200 * Math.min(height, width)) throw new Error(`${width} x ${height}: too long`);
+  /** Encodes an image: features [tokens, hidden] and [D, tokens, hidden] (DeepStack), height and width in tokens. */
+  async encodeImage({ rgb, height, width }) {
+    if (Math.max(height, width) > 200 * Math.min(height, width)) throw new Error(`${width} x ${height}: one side is too long`);
     const image = new ort.Tensor("uint8", rgb, [height, width, 3]);
     const pixels = await this.preprocessor.run({ image });
-    const found = await this.vision.run(pixels); // pixel_values [patches, …], image_grid_thw [1, 3]
+    const features = await this.vision.run(pixels); // pixel_values [patches, …], image_grid_thw [1, 3]
     const merge = this.settings.spatial_merge_size;
-    const [, down, across] = Array.from(pixels.image_grid_thw.data, Number);
+    const [, rows, columns] = Array.from(pixels.image_grid_thw.data, Number);
     return {
-      main: found.pooled_embeds.data,
-      levels: found.deepstack_features?.data,
-      height: down / merge,
-      width: across / merge,
+      main: features.pooled_embeds.data,
+      deepstack: features.deepstack_features?.data,
+      height: rows / merge,
+      width: columns / merge,
     };
   }
 
   /**
-   * Everything that the decoder takes of a prompt: inputs_embeds [1, seq, hidden], deepstack_embeds [D, 1, seq, hidden],
-   * position_ids [3, 1, seq], and the position behind them. `ids` hold the image token once an image.
+   * Computes the decoder's inputs for a prompt: embeds [1, seq, hidden], deepstack [D, 1, seq, hidden],
+   * positions [3, 1, seq], and the position `next` of the first generated token.
    */
   async prepare(ids, images = []) {
-    const { hidden, deepstack, image_token_id: imageToken } = this.settings;
-    const seen = [];
-    for (const image of images) seen.push(await this.see(image));
-    const tokens = seen.map((one) => one.height * one.width);
-    let nth = 0;
-    const spread = ids.flatMap((id) => (id === imageToken ? Array(tokens[nth++]).fill(id) : [id]));
-    if (nth !== images.length) throw new Error(`${nth} image tokens for ${images.length} images`);
+    const { hidden, deepstack: layers, image_token_id: imageToken } = this.settings;
+    const encoded = [];
+    for (const image of images) encoded.push(await this.encodeImage(image));
+    const counts = encoded.map((features) => features.height * features.width);
+    let found = 0;
+    const expanded = ids.flatMap((id) => (id === imageToken ? Array(counts[found++]).fill(id) : [id]));
+    if (found !== images.length) throw new Error(`${found} image tokens for ${images.length} images`);
 
-    const seq = spread.length;
-    const embeds = await this.embed(spread);
-    const levels = new Float32Array(deepstack * seq * hidden); // 0 at text
+    const seq = expanded.length;
+    const embeds = await this.embed(expanded);
+    const deepstack = new Float32Array(layers * seq * hidden); // 0 at text tokens
     const positions = new Float64Array(3 * seq);
     let next = 0; // the position of the next text token
     for (let at = 0, image = 0; at < seq; ) {
-      if (spread[at] !== imageToken) {
+      if (expanded[at] !== imageToken) {
         for (let axis = 0; axis < 3; axis++) positions[axis * seq + at] = next;
         next++, at++;
         continue;
       }
-      const { main, levels: own, height, width } = seen[image];
-      const count = tokens[image++];
+      const { main, deepstack: features, height, width } = encoded[image];
+      const count = counts[image++];
       embeds.set(main, at * hidden);
-      for (let level = 0; level < deepstack; level++) {
-        const part = own.subarray(level * count * hidden, (level + 1) * count * hidden);
-        levels.set(part, (level * seq + at) * hidden);
+      for (let layer = 0; layer < layers; layer++) {
+        const part = features.subarray(layer * count * hidden, (layer + 1) * count * hidden);
+        deepstack.set(part, (layer * seq + at) * hidden);
       }
-      for (let inside = 0; inside < count; inside++) {
-        positions[at + inside] = next; // time stands still
-        positions[seq + at + inside] = next + Math.floor(inside / width);
-        positions[2 * seq + at + inside] = next + (inside % width);
+      for (let index = 0; index < count; index++) {
+        positions[at + index] = next; // an image has one time step
+        positions[seq + at + index] = next + Math.floor(index / width);
+        positions[2 * seq + at + index] = next + (index % width);
       }
       next += Math.max(height, width);
       at += count;
     }
-    return { seq, embeds, levels, positions, next };
+    return { seq, embeds, deepstack, positions, next };
   }
 
-  /** inputs_embeds [1, seq, hidden] of token ids. */
+  /** Looks up token ids: inputs_embeds [1, seq, hidden]. */
   async embed(ids) {
-    const { inputs_embeds: found } = await this.embeddings.run({ input_ids: int64(ids, [1, ids.length]) });
-    return found.data;
+    const { inputs_embeds: embeds } = await this.embeddings.run({ input_ids: int64(ids, [1, ids.length]) });
+    return embeds.data;
   }
 
-  /** Greedy tokens as they come. The first `least` are no stop tokens. */
+  /** Yields at most `most` greedy tokens; the first `least` are never stop tokens. */
   async *generate(ids, images, most, least = 0) {
-    const { hidden, deepstack, eos_token_ids: stops, max_length: longest } = this.settings;
-    let { seq, embeds, levels, positions, next } = await this.prepare(ids, images);
-    if (seq + most > longest) throw new Error(`${seq} + ${most} tokens are more than ${longest}`);
+    const { hidden, deepstack: layers, eos_token_ids: stops, max_length: maxLength } = this.settings;
+    let { seq, embeds, deepstack, positions, next } = await this.prepare(ids, images);
+    if (seq + most > maxLength) throw new Error(`${seq} + ${most} tokens are more than ${maxLength}`);
     let past = this.emptyPast();
     let total = 0;
     for (let step = 0; step < most; step++) {
@@ -116,24 +115,26 @@ export class Bundle {
         attention_mask: int64(Array(total).fill(1), [1, total]),
         position_ids: int64(positions, [3, 1, seq]),
       };
-      if (deepstack) feed.deepstack_embeds = float32(levels, [deepstack, 1, seq, hidden]);
-      const found = await this.model.run(feed);
-      const vocab = found.logits.dims[2];
-      const logits = found.logits.data.subarray((seq - 1) * vocab); // the last position's
+      if (layers) feed.deepstack_embeds = float32(deepstack, [layers, 1, seq, hidden]);
+      const outputs = await this.model.run(feed);
+      const vocab = outputs.logits.dims[2];
+      const logits = outputs.logits.data.subarray((seq - 1) * vocab); // of the last position
       if (step < least) for (const stop of stops) logits[stop] = -Infinity;
       const token = logits.reduce((best, value, at) => (value > logits[best] ? at : best), 0);
       yield token;
       if (stops.includes(token)) return;
-      past = Object.fromEntries(Object.keys(past).map((name) => [name, found[name.replace("past_key_values", "present")]]));
+      past = Object.fromEntries(
+        Object.keys(past).map((name) => [name, outputs[name.replace("past_key_values", "present")]]),
+      );
       seq = 1;
       embeds = await this.embed([token]);
-      levels = new Float32Array(deepstack * hidden);
+      deepstack = new Float32Array(layers * hidden);
       positions = [next, next, next];
       next++;
     }
   }
 
-  /** past_key_values.N.key and .value, each [1, kv_heads, 0, head_dim]. */
+  /** Creates the key-value cache before the first token: [1, kv_heads, 0, head_dim] for each key and value. */
   emptyPast() {
     const ports = this.model.inputMetadata.filter((port) => port.name.startsWith("past_key_values."));
     return Object.fromEntries(

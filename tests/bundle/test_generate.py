@@ -75,7 +75,7 @@ def test_a_file_that_is_not_an_image_is_an_image_error(runtime: str, bundles: di
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
 def test_a_text_with_an_image_token_is_a_prompt_error(runtime: str, bundles: dict[str, Path]) -> None:
-    with pytest.raises(PromptError, match=r"the text holds <\|image_pad\|>"):
+    with pytest.raises(PromptError, match=r"the text contains <\|image_pad\|>"):
         ask(bundles[runtime], "What is <|image_pad|>?")
 
 

@@ -1,4 +1,4 @@
-"""Every shipped recipe that is not exact: it builds, it passes, and it is what its comment says."""
+"""Lossy shipped recipes build, pass verification and do what their comments say."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ from tests.helpers.checkpoints import MINIATURE
 
 pytestmark = pytest.mark.torch
 
-# Of the recipes for openvino: tests/targets/runners/test_openvino.py.
+# Recipes for openvino are in tests/targets/runners/test_openvino.py.
 LOSSY = [name for name in shipped() if not load_recipe(name).exact and load_recipe(name).targets[0].runtime == "genai"]
-IN_SECONDS = {"int4"}  # the others are minutes together
+IN_SECONDS = {"int4"}  # the others take minutes
 HEAD = ("levels", "scales")
 Place = tuple[str, int, int]
 MAPS = Path("/proc/self/maps")
@@ -48,45 +48,45 @@ def parity(bundle: Path) -> Mapping[str, Any]:
 @pytest.mark.parametrize("name", recipes())
 def test_the_miniature_is_built_and_verified(finished: Callable[[str], Path], name: str) -> None:
     recipe, bundle = load_recipe(name), finished(name)
-    found, manifest = parity(bundle), read_json(bundle / "manifest.json")
-    assert found["verdict"] == ("passed" if recipe.provider == "cpu" else "partial")
+    evidence, manifest = parity(bundle), read_json(bundle / "manifest.json")
+    assert evidence["verdict"] == ("passed" if recipe.provider == "cpu" else "partial")
     assert manifest["recipe"]["name"] == name
     assert manifest["recipe"]["limits"] == vars(recipe.limits)
-    said = json.dumps(found["not run"])
-    assert (f"the provider {recipe.provider}" in said) == (recipe.provider != "cpu")
+    not_run = json.dumps(evidence["not run"])
+    assert (f"the provider {recipe.provider}" in not_run) == (recipe.provider != "cpu")
 
     model = read_json(bundle / "genai_config.json")["model"]
     for part in ("vision", "decoder"):
         options = model[part]["session_options"]["provider_options"]
-        assert [list(one) for one in options] == ([] if recipe.provider == "cpu" else [[recipe.provider]])
+        assert [list(entry) for entry in options] == ([] if recipe.provider == "cpu" else [[recipe.provider]])
     if recipe.provider == "cpu":
         answers(bundle)
-    elif recipe.precision != "bf16":  # no product of that type there
+    elif recipe.precision != "bf16":  # the CPU has no MatMul of that type
         for graph in (VISION, EMBEDDINGS, DECODER):
             onnxruntime.InferenceSession(bundle / f"{graph}.onnx", providers=["CPUExecutionProvider"])
 
 
 def answers(bundle: Path) -> None:
-    """Stock onnxruntime-genai, with its own processor."""
-    player = GenaiBundle(bundle)
+    """Run the bundle in stock onnxruntime-genai, with its own processor."""
+    runner = GenaiBundle(bundle)
     image = MINIATURE.parent / "heldout" / "pic002.png"
-    tensors, inputs = player.runtime_inputs("Read the number.", [image])
-    tokens = list(player.tokens_of(tensors, inputs.input_ids.shape[1], 8))
-    assert player.text(tokens).strip()
+    tensors, inputs = runner.runtime_inputs("Read the number.", [image])
+    tokens = list(runner.tokens_of(tensors, inputs.input_ids.shape[1], 8))
+    assert runner.text(tokens).strip()
 
 
 def placed(bundle: Path, graph: str) -> dict[str, Place]:
-    """Initializer → file, offset and length of what lies in a data file."""
+    """Return {initializer: (file, offset, length)} of a graph's external data."""
     model = onnx.load(bundle / f"{graph}.onnx", load_external_data=False)
-    found = {}
-    for one in model.graph.initializer:
-        if one.data_location == TensorProto.EXTERNAL:
-            entries = {entry.key: entry.value for entry in one.external_data}
-            found[one.name] = entries["location"], int(entries["offset"]), int(entries["length"])
-    return found
+    places = {}
+    for tensor in model.graph.initializer:
+        if tensor.data_location == TensorProto.EXTERNAL:
+            entries = {entry.key: entry.value for entry in tensor.external_data}
+            places[tensor.name] = entries["location"], int(entries["offset"]), int(entries["length"])
+    return places
 
 
-def test_the_tied_matrix_lies_in_one_place(finished: Callable[[str], Path]) -> None:
+def test_the_tied_matrix_is_stored_once(finished: Callable[[str], Path]) -> None:
     bundle = finished("int4")
     rows, head = placed(bundle, EMBEDDINGS), placed(bundle, DECODER)
     for part in HEAD:
@@ -94,15 +94,15 @@ def test_the_tied_matrix_lies_in_one_place(finished: Callable[[str], Path]) -> N
         file, offset, length = head[f"lm_head.weight.{part}"]
         content = (bundle / file).read_bytes()[offset : offset + length]
         assert sum(path.read_bytes().count(content) for path in bundle.iterdir() if path.is_file()) == 1
-    # Nothing lies in the data files but what graphs refer to, once, and what aligns it.
+    # The data files contain only referenced tensors, once, and padding for alignment.
     places = {place for graph in (VISION, EMBEDDINGS, DECODER) for place in placed(bundle, graph).values()}
     for data in bundle.glob("*.data"):
         used = sum(length for file, _, length in places if file == data.name)
         assert used <= data.stat().st_size < used + 4096 * len(places)
 
 
-def test_both_graphs_read_the_tied_matrix_there(lossy: Callable[[str], Path]) -> None:
-    """Other bytes in that place change the rows that are looked up, and the logits."""
+def test_both_graphs_read_the_tied_matrix(lossy: Callable[[str], Path]) -> None:
+    """Changing its bytes changes both the looked-up row and the logits."""
     folder = lossy("int4")
     opened = open_checkpoint(MINIATURE)
     token = 100
@@ -120,9 +120,9 @@ def test_both_graphs_read_the_tied_matrix_there(lossy: Callable[[str], Path]) ->
         assert changed.tolist() == [token]
 
 
-@pytest.mark.skipif(not MAPS.exists(), reason="only Linux tells what is mapped")
+@pytest.mark.skipif(not MAPS.exists(), reason="only Linux lists mapped files")
 def test_the_runtime_maps_the_tied_matrix_from_its_file(lossy: Callable[[str], Path]) -> None:
-    """Its pages are the file's, in both sessions; the product's levels alone are packed anew when they are loaded."""
+    """Both sessions map its pages from the file, except for the MatMul's codes, which are repacked on loading."""
     folder, found = lossy("int4"), {}
     for graph, name in ((EMBEDDINGS, "embed_tokens"), (DECODER, "lm_head")):
         session = onnxruntime.InferenceSession(folder / f"{graph}.onnx", providers=["CPUExecutionProvider"])
@@ -133,7 +133,7 @@ def test_the_runtime_maps_the_tied_matrix_from_its_file(lossy: Callable[[str], P
 
 
 def mapped(folder: Path, file: str, offset: int, length: int) -> bool:
-    """Whether that part of the file is in this process's address space."""
+    """Return whether a part of a file is mapped into this process."""
     for line in MAPS.read_text().splitlines():
         span, _, at, *_, path = line.split(maxsplit=5)
         begin, end = (int(side, 16) for side in span.split("-"))
@@ -144,47 +144,47 @@ def mapped(folder: Path, file: str, offset: int, length: int) -> bool:
 
 
 def looked_up_and_multiplied(folder: Path, token: int, hidden: int) -> tuple[np.ndarray, np.ndarray]:
-    """Every row of the embeddings, [vocab, H], and the logits of one input that is the same each time, [vocab, 1]."""
+    """Return all rows of the embeddings, [vocab, H], and the logits of a fixed input, [vocab, 1]."""
     graphs = Graphs.load(folder, True, hidden)
     (port,) = [port for port in graphs.model.get_inputs() if port.name == "inputs_embeds"]
-    levels = [np.zeros((0, hidden), np.float32)] * (port.shape[2] // hidden - 1)
+    deepstack = [np.zeros((0, hidden), np.float32)] * (port.shape[2] // hidden - 1)
     opened = open_checkpoint(MINIATURE)
     ids = np.arange(opened.text.vocab, dtype=np.int64)[None]
-    rows, _ = graphs.embed(ids, levels[0], levels, opened.image_token_id)
+    rows, _ = graphs.embed(ids, deepstack[0], deepstack, opened.image_token_id)
     noise = np.random.default_rng(token).standard_normal((1, 3, hidden), np.float32)
-    spread = [np.zeros_like(noise)] * len(levels)
+    zeros = [np.zeros_like(noise)] * len(deepstack)
     positions = np.broadcast_to(np.arange(3), (3, 1, 3)).copy()
-    logits, _ = graphs.decode(noise, spread, positions, np.ones((1, 3), np.int64))
+    logits, _ = graphs.decode(noise, zeros, positions, np.ones((1, 3), np.int64))
     return rows[0], logits[0, -1][:, None]
 
 
-def test_a_finished_bundle_is_what_its_manifest_says(finished: Callable[[str], Path]) -> None:
+def test_a_bundle_matches_its_manifest(finished: Callable[[str], Path]) -> None:
     bundle = finished("int4")
     for name, facts in read_json(bundle / "manifest.json")["files"].items():
         assert sha256(bundle / name) == facts["sha256"]
 
 
-def kl(folder: Path, reference: Reference, drawn: Path) -> float:
-    """Mean over all positions of the suite."""
+def kl(folder: Path, reference: Reference, images: Path) -> float:
+    """Return the mean KL divergence over all positions of the suite."""
     limits = load_recipe("int4").limits
     assert limits is not None
-    suite = whole_suite(reference.checkpoint, drawn)
+    suite = whole_suite(reference.checkpoint, images)
     _, facts = quality_gates(folder, "genai", reference, limits, suite)
     return float(facts["positions"]["kl mean"])
 
 
 @pytest.mark.slow
-def test_calibrated_int4_is_much_nearer_than_rounding(
+def test_calibrated_int4_is_much_more_accurate_than_rounding(
     finished: Callable[[str], Path], built: Built, reference: Reference, tmp_path: Path
 ) -> None:
-    """In the same bytes: the same blocks, nothing searched."""
+    """At the same size: the same blocks without a search."""
     recipe = load_recipe("int4")
     rules = tuple(replace(rule, search="none") for rule in recipe.rules)
     rounded = built(MINIATURE, replace(recipe, name="int4-rounded", rules=rules)) / "genai"
     sizes = [sum(path.stat().st_size for path in folder.glob("*.data")) for folder in (finished("int4"), rounded)]
     assert sizes[0] == sizes[1]
-    mine = parity(finished("int4"))["facts"]["quality"]["positions"]["kl mean"]
-    assert mine <= 0.6 * kl(rounded, reference, tmp_path)
+    calibrated = parity(finished("int4"))["facts"]["quality"]["positions"]["kl mean"]
+    assert calibrated <= 0.6 * kl(rounded, reference, tmp_path)
 
 
 @pytest.mark.slow
@@ -195,7 +195,7 @@ def test_int8_answers_as_fp32_does(finished: Callable[[str], Path]) -> None:
 
 
 @pytest.mark.slow
-def test_each_step_down_takes_fewer_bytes(finished: Callable[[str], Path]) -> None:
+def test_recipes_are_ordered_by_size(finished: Callable[[str], Path]) -> None:
     def weights(name: str) -> int:
         return sum(path.stat().st_size for path in finished(name).glob("*.data"))
 

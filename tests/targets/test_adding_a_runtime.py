@@ -1,4 +1,4 @@
-"""docs/adding-a-runtime.md quotes what is tested, word for word, and leaves no field of a runtime out."""
+"""docs/adding-a-runtime.md quotes tested code verbatim and names every field of a target."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ QUOTED = (ROOT / "tests" / "helpers" / "third_target.py").read_text(encoding="ut
 CODE = re.findall(r"^```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
 
 
-def test_the_page_quotes_code() -> None:
+def test_page_quotes_code() -> None:
     assert len(CODE) >= 4
 
 
 @pytest.mark.parametrize("code", CODE, ids=lambda code: code.splitlines()[0].strip(" (:"))
-def test_what_it_quotes_is_what_the_tests_run(code: str) -> None:
+def test_quoted_code_is_tested(code: str) -> None:
     assert code in QUOTED
 
 
-def test_it_names_every_field() -> None:
+def test_page_names_every_field() -> None:
     words = set(re.findall(r"\w+", PAGE))
-    assert {one.name for value in (GraphSettings, Packaging, Runtime) for one in fields(value)} <= words
+    assert {field.name for value in (GraphSettings, Packaging, Runtime) for field in fields(value)} <= words
 
 
-def test_the_files_that_it_names_are_there() -> None:
+def test_named_files_exist() -> None:
     named = set(re.findall(r"(?:builder|tests)/[\w/]+\.(?:py|toml)", PAGE.replace("\\_", "_")))
     assert len(named) >= 8
     assert [name for name in named if not (ROOT / name).is_file()] == []

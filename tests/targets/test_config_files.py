@@ -1,4 +1,4 @@
-"""The configuration files: every value is the checkpoint's or the recipe's."""
+"""Configuration files: every value comes from the checkpoint or the recipe."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ def test_genai_config_follows_the_checkpoint(shape: str, tmp_path: Path) -> None
     assert model["context_length"] == text["max_position_embeddings"]
     assert model["image_token_id"] == checkpoint.config["image_token_id"]
     assert model["vision_start_token_id"] == checkpoint.config["vision_start_token_id"]
-    levels = len(vision["deepstack_visual_indexes"])
+    layers = len(vision["deepstack_visual_indexes"])
     decoder = model["decoder"]
-    assert decoder["hidden_size"] == (1 + levels) * text["hidden_size"]
+    assert decoder["hidden_size"] == (1 + layers) * text["hidden_size"]
     assert decoder["num_hidden_layers"] == text["num_hidden_layers"]
     assert decoder["num_key_value_heads"] == text["num_key_value_heads"]
     assert decoder["head_size"] == text["head_dim"]
@@ -54,7 +54,7 @@ def test_genai_config_follows_the_checkpoint(shape: str, tmp_path: Path) -> None
     assert model["eos_token_id"] == (eos if isinstance(eos, list) else [eos])
 
 
-def test_max_length_is_the_recipes_within_the_context(miniature: Path) -> None:
+def test_max_length_is_limited_to_the_context(miniature: Path) -> None:
     checkpoint = open_checkpoint(miniature)
     assert genai_config(checkpoint, recipe(1000), fused=True)["search"]["max_length"] == 1000
     assert genai_config(checkpoint, recipe(10**6), fused=True)["search"]["max_length"] == checkpoint.text.max_position
@@ -74,23 +74,23 @@ def test_only_a_fused_decoder_shares_its_buffer(miniature: Path) -> None:
         ("int4-fast", (None, None, None)),
         ("fp16", ("cuda", "cuda", "cuda")),
         ("int4-webgpu", ("webgpu", "webgpu", "webgpu")),
-        # Whole rows are looked up by an operator that it has, quantized ones are not.
+        # It has an operator to look up rows, but not quantized rows.
         ("fp16-dml", ("dml", "dml", "dml")),
         ("int4-dml", ("dml", None, "dml")),
     ],
 )
-def test_each_graph_runs_on_the_recipes_provider(
+def test_each_graph_uses_the_recipes_provider(
     checkpoint: Callable[[str], Path], shape: str, name: str, providers: tuple[str | None, ...]
 ) -> None:
-    """None: the CPU, with as many threads as it has cores."""
+    """A provider of None is the CPU, with as many threads as cores."""
     model = genai_config(open_checkpoint(checkpoint(shape)), load_recipe(name), fused=True)["model"]
     for graph, provider in zip(("decoder", "embedding", "vision"), providers, strict=True):
         options = model[graph]["session_options"]
-        assert [list(one) for one in options["provider_options"]] == ([] if provider is None else [[provider]])
+        assert [list(entry) for entry in options["provider_options"]] == ([] if provider is None else [[provider]])
         assert options.get("intra_op_num_threads") == (0 if provider is None else None)
 
 
-def test_padding_is_no_token_that_a_prompt_may_hold(miniature: Path) -> None:
+def test_padding_is_a_token_that_prompts_do_not_contain(miniature: Path) -> None:
     checkpoint = open_checkpoint(miniature)
     padding = genai_config(checkpoint, recipe(64), fused=True)["model"]["pad_token_id"]
     assert token_text(checkpoint, padding) == "<|video_pad|>"
@@ -98,7 +98,7 @@ def test_padding_is_no_token_that_a_prompt_may_hold(miniature: Path) -> None:
 
 
 @pytest.mark.parametrize("target", [GENAI, PLAIN], ids=lambda target: target.runtime)
-def test_image_settings_are_the_checkpoints(target: Target, tmp_path: Path) -> None:
+def test_image_settings_come_from_the_checkpoint(target: Target, tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / "c")
     size = {"shortest_edge": 5000, "longest_edge": 70000}
     edited(folder, "preprocessor_config.json", image_mean=[0.1, 0.2, 0], image_std=[1, 0.5, 0.25], size=size)
@@ -109,11 +109,11 @@ def test_image_settings_are_the_checkpoints(target: Target, tmp_path: Path) -> N
     assert attributes["resize"]["max_pixels"] == 70000
     assert attributes["rescale"] == {"mean": [0.0, 0.0, 0.0], "std": [255.0, 255.0, 255.0]}
     assert attributes["normalize"] == {"mean": [0.1, 0.2, 0.0], "std": [1.0, 0.5, 0.25], "qwen3_vl": 1}
-    # The runtime's reader tells whole numbers from fractions by how they are written.
+    # The runtime's parser distinguishes integers from floats by their notation.
     assert '"std": [\n              1.0,' in text
 
 
-def test_only_the_plain_target_carries_the_pipeline(miniature: Path) -> None:
+def test_only_the_plain_target_contains_the_pipeline(miniature: Path) -> None:
     checkpoint = open_checkpoint(miniature)
     plain = PACKAGING["onnxruntime"].configs(checkpoint, RECIPE, PLAIN)
     assert "import onnxruntime" in plain["pipeline.py"]

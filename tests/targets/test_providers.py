@@ -1,4 +1,4 @@
-"""Providers: what they have no kernels for is refused, and the settings that start them."""
+"""Execution providers: recipes without kernels are rejected, and settings select the provider."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ INT8 = Rule(("model.visual.*",), "int8")
 
 @pytest.mark.parametrize("name", get_args(Name))
 @pytest.mark.parametrize("precision", get_args(Precision))
-def test_bf16_is_for_cuda_alone_and_all_take_the_others(name: Name, precision: Precision) -> None:
+def test_only_cuda_supports_bf16(name: Name, precision: Precision) -> None:
     if precision != "bf16" or name == "cuda":
         check_provider(name, precision, (), "mine.toml")
         return
@@ -26,7 +26,7 @@ def test_bf16_is_for_cuda_alone_and_all_take_the_others(name: Name, precision: P
     assert caught.value.next == 'provider = "cuda"'
 
 
-def test_dml_multiplies_with_no_8_bit_levels() -> None:
+def test_dml_has_no_8_bit_matmul() -> None:
     for name in ("cpu", "cuda", "webgpu"):
         check_provider(name, "fp16", [INT8], "mine.toml")
     with pytest.raises(RecipeError, match="dml has no MatMulNBits for int8") as caught:
@@ -38,13 +38,13 @@ def test_dml_multiplies_with_no_8_bit_levels() -> None:
 @pytest.mark.parametrize(
     ("rule", "able"),
     [
-        pytest.param(Rule((EMBEDDINGS,), "int8"), True, id="looked up only"),
-        pytest.param(Rule((EMBEDDINGS, LM_HEAD), "int8"), False, id="multiplied too"),
+        pytest.param(Rule((EMBEDDINGS,), "int8"), True, id="lookup only"),
+        pytest.param(Rule((EMBEDDINGS, LM_HEAD), "int8"), False, id="lookup and matmul"),
         pytest.param(Rule(("model.visual.*",), "keep"), True, id="kept"),
         pytest.param(Rule(("model.visual.*",), "int4"), True, id="4 bits"),
     ],
 )
-def test_what_makes_no_product_of_8_bits_is_fine_on_dml(rule: Rule, able: bool) -> None:
+def test_dml_accepts_8_bits_outside_of_matmuls(rule: Rule, able: bool) -> None:
     if able:
         check_provider("dml", "fp16", [rule], "mine.toml")
     else:
@@ -52,7 +52,7 @@ def test_what_makes_no_product_of_8_bits_is_fine_on_dml(rule: Rule, able: bool) 
             check_provider("dml", "fp16", [rule], "mine.toml")
 
 
-def test_the_cpu_needs_no_provider_and_counts_its_own_cores() -> None:
+def test_cpu_has_no_provider_options_and_counts_its_cores() -> None:
     assert session_options("cpu") == {
         "log_id": "onnxruntime-genai",
         "intra_op_num_threads": 0,
@@ -61,19 +61,19 @@ def test_the_cpu_needs_no_provider_and_counts_its_own_cores() -> None:
 
 
 @pytest.mark.parametrize("name", ["cuda", "dml", "webgpu"])
-def test_another_provider_is_named_with_its_options(name: Name) -> None:
+def test_other_providers_have_options(name: Name) -> None:
     options = session_options(name)
     assert options["provider_options"] == [{name: dict(PROVIDERS[name].options)}]
     assert "intra_op_num_threads" not in options
 
 
 @pytest.mark.parametrize(("name", "on_cpu"), [("cpu", True), ("cuda", False), ("dml", True), ("webgpu", False)])
-def test_quantized_rows_are_looked_up_where_there_is_a_kernel(name: Name, on_cpu: bool) -> None:
+def test_quantized_rows_are_looked_up_on_a_provider_with_the_kernel(name: Name, on_cpu: bool) -> None:
     own, cpu = session_options(name), session_options("cpu")
     assert session_options(name, lookup=True) == (cpu if on_cpu else own)
     assert session_options(name, lookup=False) == own
 
 
-def test_what_is_handed_out_is_nobody_elses() -> None:
+def test_options_are_copies() -> None:
     session_options("cuda")["provider_options"][0]["cuda"]["enable_cuda_graph"] = "1"
     assert session_options("cuda")["provider_options"][0]["cuda"]["enable_cuda_graph"] == "0"

@@ -1,4 +1,4 @@
-"""A recipe is read strictly: what it says is what is built, and everything else is refused by name."""
+"""Recipes are read strictly: every key is used, and everything else is rejected by name."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def file(tmp_path: Path) -> Path:
     return tmp_path / "mine.toml"
 
 
-def refused(file: Path, text: str) -> RecipeError:
+def rejected(file: Path, text: str) -> RecipeError:
     file.write_text(text, encoding="utf-8")
     with pytest.raises(RecipeError) as caught:
         load_recipe(file)
@@ -37,10 +37,10 @@ def test_the_default_recipe_has_each_target_with_its_own_attention() -> None:
     )
 
 
-def test_every_shipped_recipe_is_sound() -> None:
+def test_shipped_recipes_load() -> None:
     own = ["fp16", "fp32", "fp32-eager", "int4", "int4-fast", "int4-small", "int8"]
-    elsewhere = [f"{name}-{provider}" for name in ("fp16", "int4") for provider in ("dml", "webgpu")]
-    assert shipped() == sorted([*own, *elsewhere, "bf16", "fp32-everywhere", "int4-cuda", "int4-openvino"])
+    others = [f"{name}-{provider}" for name in ("fp16", "int4") for provider in ("dml", "webgpu")]
+    assert shipped() == sorted([*own, *others, "bf16", "fp32-everywhere", "int4-cuda", "int4-openvino"])
     assert [load_recipe(name).name for name in shipped()] == shipped()
     assert [name for name in shipped() if load_recipe(name).exact] == ["fp32", "fp32-eager", "fp32-everywhere"]
     assert [target.runtime for target in load_recipe("fp32-everywhere").targets] == list(GRAPHS)
@@ -72,8 +72,8 @@ def test_attention_is_for_all_targets_or_for_those_in_a_table(
 
 
 @pytest.mark.parametrize("attention", ['"fused"', '{ onnxruntime = "fused" }'])
-def test_fused_attention_on_onnxruntime_is_refused(file: Path, attention: str) -> None:
-    error = refused(file, f"{BOTH}attention = {attention}\n")
+def test_fused_attention_on_onnxruntime_is_rejected(file: Path, attention: str) -> None:
+    error = rejected(file, f"{BOTH}attention = {attention}\n")
     assert "onnxruntime" in error.what
     assert "table" in str(error.next)
 
@@ -88,7 +88,7 @@ def test_fused_attention_on_onnxruntime_is_refused(file: Path, attention: str) -
     ],
 )
 def test_an_unknown_key_comes_with_the_nearest_spelling(file: Path, text: str, key: str, near: str) -> None:
-    error = refused(file, text)
+    error = rejected(file, text)
     assert f"unknown key `{key}`" in error.what
     assert near in str(error.next)
     assert near in str(error.expected)
@@ -113,16 +113,16 @@ def test_an_unknown_key_comes_with_the_nearest_spelling(file: Path, text: str, k
         ('precision = "fp32"\ntargets = ["vllm"]', "targets.0"),
     ],
 )
-def test_a_wrong_value_is_refused_by_key(file: Path, text: str, named: str) -> None:
-    assert f"`{named}" in refused(file, text).what
+def test_a_wrong_value_is_rejected_by_key(file: Path, text: str, named: str) -> None:
+    assert f"`{named}" in rejected(file, text).what
 
 
 @pytest.mark.parametrize("text", ["precision =", "\x00", 'precision = "fp32"\nprecision = "fp32"'])
-def test_what_is_no_toml_is_refused(file: Path, text: str) -> None:
-    assert refused(file, text).expected == "TOML 1.0 in UTF-8"
+def test_invalid_toml_is_rejected(file: Path, text: str) -> None:
+    assert rejected(file, text).expected == "TOML 1.0 in UTF-8"
 
 
-def test_a_file_that_is_not_there_or_no_text_is_refused(tmp_path: Path) -> None:
+def test_missing_and_binary_files_are_rejected(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="No such file"):
         load_recipe(tmp_path / "absent.toml")
     (tmp_path / "bytes.toml").write_bytes(b"\xff\xfe\x00")

@@ -1,4 +1,4 @@
-"""What a recipe says beside precision and targets: rules, limits, a provider, and what it is like."""
+"""Rules, limits, the provider and `like` in recipes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def file(tmp_path: Path) -> Path:
     return tmp_path / "mine.toml"
 
 
-def refused(file: Path, text: str) -> RecipeError:
+def rejected(file: Path, text: str) -> RecipeError:
     file.write_text(text, encoding="utf-8")
     with pytest.raises(RecipeError) as caught:
         load_recipe(file)
@@ -59,16 +59,16 @@ def test_rules_and_limits_are_read_with_every_default_filled_in(file: Path) -> N
     ],
 )
 def test_an_unknown_key_comes_with_the_nearest_spelling(file: Path, text: str, key: str, near: str) -> None:
-    error = refused(file, text)
+    error = rejected(file, text)
     assert f"unknown key `{key}`" in error.what
     assert error.next == f"did you mean `{near}`?"
     assert near in str(error.expected).removeprefix("one of: ").split(", ")
 
 
 @pytest.mark.parametrize("block", ["48", "8", "0", "-32", "512", "33", "32.0", "true", '"32"'])
-def test_a_block_is_a_power_of_two_that_kernels_know(file: Path, block: str) -> None:
-    error = refused(file, f"{HEAD}{RULE}block = {block}\n{LIMITS}")
-    assert "`rules.0.block` is not right" in error.what
+def test_a_block_is_a_supported_power_of_two(file: Path, block: str) -> None:
+    error = rejected(file, f"{HEAD}{RULE}block = {block}\n{LIMITS}")
+    assert "`rules.0.block` is invalid" in error.what
     if block.isdigit():
         assert "a power of two from 16 to 256" in str(error.expected)
 
@@ -86,8 +86,8 @@ def test_a_block_is_a_power_of_two_that_kernels_know(file: Path, block: str) -> 
         ('store = "int4"', "rules.1.weights"),
     ],
 )
-def test_a_wrong_value_within_a_rule_is_refused_by_key(file: Path, line: str, key: str) -> None:
-    assert f"`{key}" in refused(file, f"{HEAD}{RULE}[[rules]]\n{line}\n{LIMITS}").what
+def test_a_wrong_value_in_a_rule_is_rejected_by_key(file: Path, line: str, key: str) -> None:
+    assert f"`{key}" in rejected(file, f"{HEAD}{RULE}[[rules]]\n{line}\n{LIMITS}").what
 
 
 @pytest.mark.parametrize(
@@ -102,8 +102,8 @@ def test_a_wrong_value_within_a_rule_is_refused_by_key(file: Path, line: str, ke
         ("lead = 2.0", ""),
     ],
 )
-def test_a_limit_that_limits_nothing_is_refused(file: Path, right: str, wrong: str) -> None:
-    error = refused(file, HEAD + RULE + LIMITS.replace(right, wrong))
+def test_a_limit_without_effect_is_rejected(file: Path, right: str, wrong: str) -> None:
+    error = rejected(file, HEAD + RULE + LIMITS.replace(right, wrong))
     assert f"`limits.{right.partition(' ')[0]}`" in error.what
 
 
@@ -114,28 +114,28 @@ def test_a_limit_that_limits_nothing_is_refused(file: Path, right: str, wrong: s
         pytest.param(HEAD.replace("fp32", "fp16"), id="precision"),
     ],
 )
-def test_what_is_not_exact_needs_limits(file: Path, text: str) -> None:
-    error = refused(file, text)
+def test_a_lossy_recipe_needs_limits(file: Path, text: str) -> None:
+    error = rejected(file, text)
     assert "`limits` is missing" in error.what
     assert "shipped recipe" in str(error.next)
 
 
-def test_what_is_exact_has_none(file: Path) -> None:
-    error = refused(file, HEAD + LIMITS)
-    assert "`limits` is for what may lose" in error.what
+def test_an_exact_recipe_has_no_limits(file: Path) -> None:
+    error = rejected(file, HEAD + LIMITS)
+    assert "an exact recipe has no `limits`" in error.what
     assert error.next == "remove `limits`"
 
 
-def test_rules_are_not_for_plain_onnxruntime(file: Path) -> None:
-    error = refused(file, HEAD.replace('"genai"', '"genai", "onnxruntime"') + RULE + LIMITS)
-    assert "`rules` cannot be carried out for the target `onnxruntime`" in error.what
+def test_plain_onnxruntime_does_not_support_rules(file: Path) -> None:
+    error = rejected(file, HEAD.replace('"genai"', '"genai", "onnxruntime"') + RULE + LIMITS)
+    assert "the target `onnxruntime` does not support `rules`" in error.what
     assert 'remove "onnxruntime"' in str(error.next)
 
 
 @pytest.mark.parametrize("line", ['precision = "fp16"', 'precision = "fp32"\nprovider = "cuda"'])
-def test_plain_onnxruntime_is_fp32_on_the_provider_that_it_is_given(file: Path, line: str) -> None:
+def test_plain_onnxruntime_is_built_in_fp32_for_the_cpu(file: Path, line: str) -> None:
     limits = LIMITS if "fp16" in line else ""
-    error = refused(file, f'{line}\ntargets = ["onnxruntime"]\n{limits}')
+    error = rejected(file, f'{line}\ntargets = ["onnxruntime"]\n{limits}')
     assert "the target `onnxruntime` is built in fp32" in error.what
 
 
@@ -143,64 +143,64 @@ def test_plain_onnxruntime_is_fp32_on_the_provider_that_it_is_given(file: Path, 
     "text", [HEAD + 'attention = "eager"\n' + RULE, HEAD.replace("32", "16") + 'attention = "eager"\n']
 )
 def test_eager_attention_is_for_fp32(file: Path, text: str) -> None:
-    error = refused(file, text + LIMITS)
+    error = rejected(file, text + LIMITS)
     assert "eager attention is built in fp32 only" in error.what
     assert (error.expected, error.found) == ("fused", "eager")
 
 
 @pytest.mark.parametrize(
-    ("head", "said"),
+    ("head", "message"),
     [
         (HEAD.replace("fp32", "bf16"), "the provider cpu does not compute in bf16"),
         (HEAD.replace("fp32", "bf16") + 'provider = "dml"\n', "the provider dml does not compute in bf16"),
         (HEAD + 'provider = "dml"\n', "the provider dml has no MatMulNBits for int8"),
-        (HEAD + 'provider = "qnn"\n', "`provider` is not right"),
+        (HEAD + 'provider = "qnn"\n', "`provider` is invalid"),
     ],
 )
-def test_a_provider_without_the_kernels_is_refused(file: Path, head: str, said: str) -> None:
-    assert said in refused(file, head + RULE + LIMITS).what
+def test_a_provider_without_the_kernels_is_rejected(file: Path, head: str, message: str) -> None:
+    assert message in rejected(file, head + RULE + LIMITS).what
 
 
-def test_what_is_like_another_has_its_keys_but_for_its_own(file: Path) -> None:
-    model = load_recipe("int4")
+def test_like_inherits_the_keys_that_are_not_set(file: Path) -> None:
+    base = load_recipe("int4")
     file.write_text('like = "int4"\nmax_length = 77\nprovider = "cuda"\nprecision = "fp16"\n', encoding="utf-8")
     recipe = load_recipe(file)
     assert (recipe.name, recipe.max_length, recipe.provider, recipe.precision) == ("mine", 77, "cuda", "fp16")
-    assert (recipe.rules, recipe.limits, recipe.targets) == (model.rules, model.limits, model.targets)
+    assert (recipe.rules, recipe.limits, recipe.targets) == (base.rules, base.limits, base.targets)
 
 
-def test_rules_take_the_place_of_all_others(file: Path) -> None:
-    """Tables are not merged: what decides is what stands there."""
+def test_rules_replace_inherited_rules(file: Path) -> None:
+    """Tables are not merged."""
     file.write_text('like = "int4"\n' + RULE, encoding="utf-8")
     assert [rule.weights for rule in load_recipe(file).rules] == [("model.visual.*",)]
-    error = refused(file, 'like = "int4"\n[limits]\nweight = 0.5\n')
+    error = rejected(file, 'like = "int4"\n[limits]\nweight = 0.5\n')
     assert "the key `limits." in error.what
 
 
-def test_one_is_like_another_that_is_like_a_third(file: Path) -> None:
+def test_like_can_be_chained(file: Path) -> None:
     assert 'like = "' in (SHIPPED / "int4-cuda.toml").read_text(encoding="utf-8")
     file.write_text('like = "int4-cuda"\nmax_length = 9\n', encoding="utf-8")
     assert load_recipe(file).rules == load_recipe("int4").rules
     assert (load_recipe(file).provider, load_recipe(file).max_length) == ("cuda", 9)
 
 
-@pytest.mark.parametrize("model", ['"int5"', '"mine"', "3", '"../fp32"', "[]", '["int4"]', "{}"])
-def test_a_model_that_is_no_other_shipped_recipe_is_refused(file: Path, model: str) -> None:
-    error = refused(file, f"like = {model}\n")
-    assert "`like` names no other shipped recipe" in error.what
+@pytest.mark.parametrize("base", ['"int5"', '"mine"', "3", '"../fp32"', "[]", '["int4"]', "{}"])
+def test_like_must_name_another_shipped_recipe(file: Path, base: str) -> None:
+    error = rejected(file, f"like = {base}\n")
+    assert "`like` does not name another shipped recipe" in error.what
     assert "int4-fast" in str(error.expected)
 
 
-def test_a_shipped_recipe_is_not_like_itself(tmp_path: Path) -> None:
+def test_a_shipped_recipe_cannot_be_like_itself(tmp_path: Path) -> None:
     (tmp_path / "int4.toml").write_text('like = "int4"\n', encoding="utf-8")
-    error = refused(tmp_path / "int4.toml", 'like = "int4"\n')
+    error = rejected(tmp_path / "int4.toml", 'like = "int4"\n')
     assert "int4, " not in str(error.expected)
 
 
 @pytest.mark.parametrize("name", shipped())
-def test_a_keys_view_of_a_recipe_is_json(name: str) -> None:
+def test_a_recipe_in_a_cache_key_is_json(name: str) -> None:
     recipe = load_recipe(name)
     rules, limits = plain(recipe.rules), plain(recipe.limits)
     assert json.loads(json.dumps([rules, limits])) == [rules, limits]
     assert isinstance(rules, list)
-    assert [one["weights"] for one in rules] == [list(rule.weights) for rule in recipe.rules]
+    assert [rule["weights"] for rule in rules] == [list(rule.weights) for rule in recipe.rules]

@@ -1,4 +1,4 @@
-"""That a runtime is one value: one that this release does not have goes through all that builds and checks bundles."""
+"""A new target is built, checked, packed, compared and run through its values in three tables."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ DECODER_FILE, DATA = "onnx/decoder_model_merged.onnx", "onnx/decoder_model_merge
 @pytest.fixture(scope="module")
 def model() -> Toy:
     made = toy(open_checkpoint(MINIATURE), levels=3, seed=3)
-    made.weights["embed"][:, made.checkpoint.text.hidden :] = 0  # which is how such a lookup fills them
+    made.weights["embed"][:, made.checkpoint.text.hidden :] = 0  # as a lookup without merging pads its rows
     return made
 
 
@@ -59,11 +59,11 @@ def made(model: Toy, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def bundle(made: Path, tmp_path: Path) -> Path:
-    """One that a test may change."""
+    """A copy that a test may change."""
     return Path(shutil.copytree(made, tmp_path / NAME))
 
 
-def test_graphs_and_data_lie_where_the_runtime_looks_and_are_linked(made: Path) -> None:
+def test_graphs_and_data_are_linked_where_the_runtime_looks(made: Path) -> None:
     assert {path.name for path in (made / "onnx").iterdir()} == {
         "vision_encoder.onnx",
         "vision_encoder.onnx_data",
@@ -78,7 +78,7 @@ def test_graphs_and_data_lie_where_the_runtime_looks_and_are_linked(made: Path) 
     assert data_files(made) == {(made / DATA).resolve(), (made / "onnx/vision_encoder.onnx_data").resolve()}
 
 
-def test_the_manifest_says_which_graph_is_which(made: Path) -> None:
+def test_the_manifest_has_the_role_of_each_graph(made: Path) -> None:
     manifest = json.loads((made / "manifest.json").read_text())
     assert {name: facts["role"] for name, facts in manifest["graphs"].items()} == {
         "onnx/vision_encoder.onnx": VISION,
@@ -93,30 +93,30 @@ def test_the_manifest_says_which_graph_is_which(made: Path) -> None:
     assert graph_files(made)[DECODER] == made / DECODER_FILE
 
 
-def test_it_is_checked_packed_and_equal_to_itself(made: Path, tmp_path: Path) -> None:
+def test_check_pack_and_diff_pass(made: Path, tmp_path: Path) -> None:
     assert check(made).target == NAME
     packed, _ = pack(made, tmp_path / "one.tar")
     with tarfile.open(packed.path) as archive:
         assert any(name.endswith(f"/{DATA}") for name in archive.getnames())
         archive.extractall(tmp_path / "out", filter="data")
-    (taken,) = (tmp_path / "out").iterdir()
-    assert check(taken).target == NAME
-    assert diff(made, taken).equal
+    (extracted,) = (tmp_path / "out").iterdir()
+    assert check(extracted).target == NAME
+    assert diff(made, extracted).equal
     assert "third ask ." in (made / "README.md").read_text()
     assert notes(NAME) == third_target.PACKAGING.notes
 
 
 @pytest.mark.parametrize("images", [[], ["sixteen.png"], ["wide.png", "tall.png"]], ids=str)
-def test_it_answers_as_the_graphs_do(images: list[str], made: Path, model: Toy) -> None:
+def test_tokens_equal_those_of_the_graphs(images: list[str], made: Path, model: Toy) -> None:
     paths = [IMAGES / name for name in images]
     result = answer(made, "What is it?", paths, max_new_tokens=8, on_text=lambda text: None)
     assert list(result.token_ids) == model.tokens(prepare(made, "What is it?", paths), 8)
 
 
-def test_its_twin_is_laid_out_as_it_is(made: Path, tmp_path: Path) -> None:
-    write_fp32_copy(made, tmp_path / "fp32_copy")
-    assert (tmp_path / "fp32_copy" / DATA).samefile(made / DATA)
-    assert Graphs.load(tmp_path / "fp32_copy", True, 16).merges is False
+def test_its_fp32_copy_has_the_same_layout(made: Path, tmp_path: Path) -> None:
+    write_fp32_copy(made, tmp_path / "copy")
+    assert (tmp_path / "copy" / DATA).samefile(made / DATA)
+    assert Graphs.load(tmp_path / "copy", True, 16).merges is False
 
 
 def flipped(folder: Path) -> None:
@@ -126,7 +126,7 @@ def flipped(folder: Path) -> None:
 
 
 def moved_to(location: str) -> Callable[[Path], None]:
-    """The decoder's data are said to lie elsewhere, where there is a file."""
+    """Change the decoder's data location to another existing file."""
 
     def change(folder: Path) -> None:
         graph = onnx.load(folder / DECODER_FILE, load_external_data=False)
@@ -151,7 +151,7 @@ def moved_to(location: str) -> Callable[[Path], None]:
     ],
     ids=["tampered", "no data", "no graph", "outside", "another folder"],
 )
-def test_what_someone_changed_in_the_subfolder_is_refused(
+def test_changes_in_the_subfolder_are_rejected(
     change: Callable[[Path], None], error: type[BuildError], name: str, bundle: Path
 ) -> None:
     change(bundle)
@@ -163,44 +163,44 @@ def test_what_someone_changed_in_the_subfolder_is_refused(
             answer(bundle, "What is it?", [], max_new_tokens=1, on_text=lambda text: None)
 
 
-def test_two_graphs_of_one_role_are_refused(bundle: Path) -> None:
+def test_two_graphs_with_the_same_role_are_rejected(bundle: Path) -> None:
     edit_manifest(bundle, lambda content: content["graphs"]["onnx/embed_tokens.onnx"].update(role=DECODER))
     with pytest.raises(BundleError, match="which graph is which"):
         check(bundle)
 
 
-def test_a_runtime_that_is_not_here_is_not_run_and_says_why(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_runtime_is_not_run_and_reports_why(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     why = "Node.js is not installed"
     monkeypatch.setitem(RUNTIMES, NAME, replace(RUNTIME, missing=lambda: why))
     assert runtime_not_run(NAME, tasks=True) == {"tokens": why, "held-out accuracy": why}
-    player = open_runner(made, NAME)
-    assert player.not_run == why
-    assert player.prepare("What is it?", []).input_ids.size
+    runner = open_runner(made, NAME)
+    assert runner.not_run == why
+    assert runner.prepare("What is it?", []).input_ids.size
     with pytest.raises(MissingPackageError) as caught:
         answer(made, "What is it?", [], max_new_tokens=1, on_text=lambda text: None)
     assert caught.value.found == why
 
 
-def test_a_recipe_may_name_it_within_what_it_takes(tmp_path: Path) -> None:
+def test_recipes_for_it_are_checked_against_its_settings(tmp_path: Path) -> None:
     file = tmp_path / "mine.toml"
     file.write_text('like = "fp32"\ntargets = ["third"]\n')
     (target,) = load_recipe(file).targets
     assert (target.runtime, target.attention) == (NAME, "eager")
     for line in ('attention = { third = "fused" }', 'attention = "fused"'):
         file.write_text(f'like = "fp32"\ntargets = ["third"]\n{line}\n')
-        with pytest.raises(RecipeError, match="no choice for the target `third`"):
+        with pytest.raises(RecipeError, match="the target `third` does not support fused attention"):
             load_recipe(file)
     file.write_text('like = "int4"\ntargets = ["third"]\n')
-    with pytest.raises(RecipeError, match="for the target `third`"):
+    with pytest.raises(RecipeError, match="the target `third` does not support `rules`"):
         load_recipe(file)
-    monkey = 'like = "bf16"\ntargets = ["third"]\nprovider = "cuda"\n'
-    file.write_text(monkey)
+    text = 'like = "bf16"\ntargets = ["third"]\nprovider = "cuda"\n'
+    file.write_text(text)
     with pytest.raises(RecipeError, match="the target `third` is built in fp32 or fp16"):
         load_recipe(file)
 
 
 @pytest.mark.parametrize("name", [*GRAPHS, NAME])
-def test_a_target_says_of_its_ports_what_they_are(name: str) -> None:
+def test_a_targets_settings_match_its_ports(name: str) -> None:
     vision, embeddings, _ = components(open_checkpoint(MINIATURE), name)
     graphs = GRAPHS[name]
     assert vision.outputs[0].name == graphs.features

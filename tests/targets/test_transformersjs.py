@@ -1,4 +1,4 @@
-"""The target `transformersjs` without torch and without Node.js: files, settings, and how a program in it is asked."""
+"""The target `transformersjs` without torch and Node.js: files, settings, and requests to a program."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ WRITTEN = 'like = "{like}"\ntargets = ["transformersjs"]\nprovider = "cpu"\n'
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> Callable[[str], Recipe]:
-    """`recipe(like)`: the shipped one, for this target."""
+    """`recipe(like)`: the shipped recipe, for this target."""
 
     def load(like: str) -> Recipe:
         file = tmp_path / f"{like}-js.toml"
@@ -51,23 +51,21 @@ def recipe(tmp_path: Path) -> Callable[[str], Recipe]:
         ("int4-webgpu", "q4f16", "onnx/decoder_model_merged_q4f16.onnx"),
     ],
 )
-def test_files_are_called_as_the_library_calls_a_precision(
-    recipe: Callable[[str], Recipe], like: str, word: str, file: str
-) -> None:
-    asked = recipe(like)
-    assert dtype(asked) == word
-    assert (layout(DECODER, asked).graph, layout(DECODER, asked).data) == (file, f"{file}_data")
-    # A graph that is no part of the model has no precision.
-    assert layout("image_preprocessor", asked).graph == "onnx/image_preprocessor.onnx"
+def test_file_names_have_the_librarys_suffix(recipe: Callable[[str], Recipe], like: str, word: str, file: str) -> None:
+    loaded = recipe(like)
+    assert dtype(loaded) == word
+    assert (layout(DECODER, loaded).graph, layout(DECODER, loaded).data) == (file, f"{file}_data")
+    # A graph outside of the model has no suffix.
+    assert layout("image_preprocessor", loaded).graph == "onnx/image_preprocessor.onnx"
 
 
-def test_matrices_that_are_kept_make_no_precision() -> None:
-    asked = replace(load_recipe("fp32"), rules=(Rule(("*",), "keep"),))
-    assert dtype(asked) == "fp32"
+def test_kept_matrices_do_not_change_the_dtype() -> None:
+    kept = replace(load_recipe("fp32"), rules=(Rule(("*",), "keep"),))
+    assert dtype(kept) == "fp32"
 
 
 @pytest.mark.parametrize("shape", sorted(SHAPES))
-def test_ports_are_those_that_the_library_knows(checkpoint: Callable[[str], Path], shape: str) -> None:
+def test_ports_have_the_librarys_names(checkpoint: Callable[[str], Path], shape: str) -> None:
     read = open_checkpoint(checkpoint(shape))
     vision, embeddings, decoder = components(read, NAME)
     width = packed_width(read)
@@ -80,9 +78,9 @@ def test_ports_are_those_that_the_library_knows(checkpoint: Callable[[str], Path
 
 
 @pytest.mark.parametrize("shape", sorted(SHAPES))
-def test_config_says_what_the_library_reads(checkpoint: Callable[[str], Path], shape: str) -> None:
-    read, asked = open_checkpoint(checkpoint(shape)), replace(load_recipe("fp32"), targets=())
-    found = config(read, asked)
+def test_config_has_what_the_library_reads(checkpoint: Callable[[str], Path], shape: str) -> None:
+    read = open_checkpoint(checkpoint(shape))
+    found = config(read, replace(load_recipe("fp32"), targets=()))
     assert found["architectures"] == ["Qwen3VLForConditionalGeneration"]
     assert found["model_type"] == "qwen3_vl"
     text = found["text_config"]
@@ -107,9 +105,9 @@ def test_the_processors_settings_are_written_out() -> None:
     assert (found["processor_class"], found["image_processor_type"]) == ("Qwen3VLProcessor", "Qwen2VLImageProcessor")
 
 
-def test_the_demo_is_of_the_pinned_library(recipe: Callable[[str], Recipe]) -> None:
-    read, asked = open_checkpoint(MINIATURE), recipe("fp32")
-    files = PACKAGING.configs(read, asked, asked.targets[0])
+def test_the_demo_uses_the_pinned_library(recipe: Callable[[str], Recipe]) -> None:
+    loaded = recipe("fp32")
+    files = PACKAGING.configs(open_checkpoint(MINIATURE), loaded, loaded.targets[0])
     demo = {name: text for name, text in files.items() if name.startswith("demo/")}
     assert set(demo) == {"demo/index.html", "demo/demo.css", "demo/demo.mjs", "demo/worker.mjs"}
     assert not any(VERSION in text for text in demo.values())
@@ -117,11 +115,11 @@ def test_the_demo_is_of_the_pinned_library(recipe: Callable[[str], Recipe]) -> N
 
 
 def test_the_readme_names_the_pinned_library() -> None:
-    words = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert words.count(f"npm install {node.LIBRARY}@{node.PINNED_LIBRARY}") == 2
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert readme.count(f"npm install {node.LIBRARY}@{node.PINNED_LIBRARY}") == 2
 
 
-def test_the_lock_names_no_host_and_is_of_the_package() -> None:
+def test_the_lock_file_names_no_host_and_matches_the_package() -> None:
     lock = json.loads((PROGRAMS / "package-lock.json").read_text(encoding="utf-8"))
     assert lock["packages"][""]["dependencies"] == node.PINNED["dependencies"]
     locked = lock["packages"]
@@ -130,10 +128,9 @@ def test_the_lock_names_no_host_and_is_of_the_package() -> None:
     assert all("integrity" in facts for name, facts in locked.items() if name)
 
 
-# A Python that is called `node`, so that what is asked can be anything.
 @pytest.fixture
-def pretended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
-    """`pretended(program)`: a file with that program, which `node` runs."""
+def fake_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
+    """`fake_node(program)`: a file with a Python program, which a command named `node` runs."""
     command = tmp_path / "bin" / "node"
     command.parent.mkdir()
     command.write_text(f'#!/bin/sh\n[ "$1" = --version ] && echo v22.1.0 && exit\nexec "{sys.executable}" "$@"\n')
@@ -152,65 +149,65 @@ def pretended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str]
 ANSWERING = """
 import json, sys
 for line in sys.stdin:
-    asked = json.loads(line)
-    if asked["action"] == "die":
+    request = json.loads(line)
+    if request["action"] == "die":
         sys.exit("it hurts")
-    if asked["action"] == "fail":
+    if request["action"] == "fail":
         print(json.dumps({"end": True, "error": "no such graph"}), flush=True)
         continue
-    for token in range(asked["most"]):
+    for token in range(request["most"]):
         print(json.dumps({"token": token}), flush=True)
     print(json.dumps({"end": True}), flush=True)
 """
 
 
-def test_a_program_answers_line_by_line_and_again(pretended: Callable[[str], Path]) -> None:
-    program = Program(pretended(ANSWERING))
+def test_a_program_responds_line_by_line_to_several_requests(fake_node: Callable[[str], Path]) -> None:
+    program = Program(fake_node(ANSWERING))
     for count in (3, 0, 2):
-        assert [told["token"] for told in program.ask("count", most=count)] == list(range(count))
+        assert [response["token"] for response in program.request("count", most=count)] == list(range(count))
     program.close()
 
 
-def test_what_goes_wrong_in_it_is_said(pretended: Callable[[str], Path]) -> None:
-    program = Program(pretended(ANSWERING))
+def test_errors_of_a_program_are_reported(fake_node: Callable[[str], Path]) -> None:
+    program = Program(fake_node(ANSWERING))
     with pytest.raises(RuntimeError, match="no such graph"):
-        list(program.ask("fail"))
-    assert len(list(program.ask("count", most=1))) == 1
+        list(program.request("fail"))
+    assert len(list(program.request("count", most=1))) == 1
     with pytest.raises(RuntimeError, match="ended with 1: it hurts"):
-        list(program.ask("die"))
-    assert len(list(program.ask("count", most=1))) == 1
+        list(program.request("die"))
+    assert len(list(program.request("count", most=1))) == 1
     program.close()
 
 
-def test_an_answer_that_nobody_hears_out_ends_the_program(pretended: Callable[[str], Path]) -> None:
-    program = Program(pretended(ANSWERING))
-    answer = program.ask("count", most=5)
-    assert next(answer) == {"token": 0}
+def test_an_unfinished_response_ends_the_program(fake_node: Callable[[str], Path]) -> None:
+    program = Program(fake_node(ANSWERING))
+    response = program.request("count", most=5)
+    assert next(response) == {"token": 0}
     process = program._process
     assert process is not None
-    answer.close()  # type: ignore[attr-defined]
+    response.close()  # type: ignore[attr-defined]
     assert process.returncode is not None
-    assert [told["token"] for told in program.ask("count", most=1)] == [0]
+    assert [response["token"] for response in program.request("count", most=1)] == [0]
     program.close()
 
 
 ECHOING = """
 import json, struct, sys
 for line in sys.stdin:
-    asked = json.loads(line)
-    told = [*asked["ids"][:2], asked["most"], asked["least"], *asked["stop"]]
-    if asked["pixels"]:
-        data = open(asked["pixels"]["path"], "rb").read()
-        rows, columns = asked["pixels"]["dims"]
-        told += [len(data) == 4 * rows * columns, *asked["grid"][0]]
-    for token in told:
+    request = json.loads(line)
+    tokens = [*request["ids"][:2], request["most"], request["least"], *request["stop"]]
+    if request["pixels"]:
+        data = open(request["pixels"]["path"], "rb").read()
+        rows, columns = request["pixels"]["dims"]
+        tokens += [len(data) == 4 * rows * columns, *request["grid"][0]]
+    for token in tokens:
         print(json.dumps({"token": int(token)}), flush=True)
     print(json.dumps({"end": True}), flush=True)
 """
 
 
 def bundle(folder: Path, recipe: Recipe) -> Path:
-    """What a player reads of one."""
+    """A bundle with only the files that a runner reads."""
     read = open_checkpoint(MINIATURE)
     folder.mkdir()
     (folder / "tokenizer.json").write_bytes((MINIATURE / "tokenizer.json").read_bytes())
@@ -220,26 +217,26 @@ def bundle(folder: Path, recipe: Recipe) -> Path:
     return folder
 
 
-def test_a_player_hands_over_exact_inputs(
-    pretended: Callable[[str], Path], recipe: Callable[[str], Recipe], tmp_path: Path
+def test_a_runner_passes_exact_inputs(
+    fake_node: Callable[[str], Path], recipe: Callable[[str], Recipe], tmp_path: Path
 ) -> None:
-    player = TransformersJs(bundle(tmp_path / "bundle", recipe("fp32")))
-    player.program = Program(pretended(ECHOING))
+    runner = TransformersJs(bundle(tmp_path / "bundle", recipe("fp32")))
+    runner.program = Program(fake_node(ECHOING))
     image = MINIATURE.parent / "heldout" / "pic002.png"
-    stop = list(player.settings.eos_token_ids)
-    inputs = player.prepare("What is this?", [])
-    assert list(player.tokens(inputs, 9, 4)) == [*inputs.input_ids[0, :2], 9, 4, *stop]
-    inputs = player.prepare("What is this?", [image])
+    stop = list(runner.settings.eos_token_ids)
+    inputs = runner.prepare("What is this?", [])
+    assert list(runner.tokens(inputs, 9, 4)) == [*inputs.input_ids[0, :2], 9, 4, *stop]
+    inputs = runner.prepare("What is this?", [image])
     assert inputs.image_grid_thw is not None
-    assert list(player.tokens(inputs, 9)) == [*inputs.input_ids[0, :2], 9, 0, *stop, 1, *inputs.image_grid_thw[0]]
-    player.program.close()
-    assert player.not_run is None
-    assert player.own.most_images == 1
-    assert not player.at_target_size(image)
-    assert player.at_target_size(IMAGES / "plain.png")
+    assert list(runner.tokens(inputs, 9)) == [*inputs.input_ids[0, :2], 9, 0, *stop, 1, *inputs.image_grid_thw[0]]
+    runner.program.close()
+    assert runner.not_run is None
+    assert runner.own.most_images == 1
+    assert not runner.at_target_size(image)
+    assert runner.at_target_size(IMAGES / "plain.png")
 
 
-def test_what_is_missing_is_said_with_the_next_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_packages_are_reported_with_the_next_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(node.PACKAGES, str(tmp_path))
     monkeypatch.setattr(node, "node_version", lambda: None)
     assert "Node.js is not installed" in str(node.missing())
@@ -257,6 +254,8 @@ def test_what_is_missing_is_said_with_the_next_command(tmp_path: Path, monkeypat
     assert node.versions() == {node.LIBRARY: node.PINNED_LIBRARY, "Node.js": "22.1.0"}
 
 
-def test_each_graph_brings_its_own_data() -> None:
+def test_each_graph_has_its_own_data() -> None:
     assert GRAPHS[NAME].own_data
-    assert {VISION, EMBEDDINGS, DECODER} == {one.name for one in components(open_checkpoint(MINIATURE), NAME)}
+    assert {VISION, EMBEDDINGS, DECODER} == {
+        component.name for component in components(open_checkpoint(MINIATURE), NAME)
+    }

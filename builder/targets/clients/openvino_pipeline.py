@@ -1,9 +1,11 @@
-"""From a prompt and image files to text in OpenVINO: pipeline.py with its three graphs compiled by OpenVINO.
+"""Generate text from a prompt and image files with OpenVINO: pipeline.py on graphs that OpenVINO compiles.
 
-In: the folder of an `openvino` bundle; a text; image files. Out: token ids and text, as they come.
-Guaranteed: everything but the graphs is pipeline.py's; whatever the device could do faster, products are made in
-float32 and nothing is rounded that the bundle has not rounded: `properties` of your own choose otherwise.
-Stands beside pipeline.py: both lie in each bundle, `python openvino_pipeline.py --prompt TEXT --image FILE`.
+Every `openvino` bundle contains a copy of this file and of pipeline.py, which does everything but run the graphs:
+
+    python openvino_pipeline.py --prompt TEXT --image FILE
+
+Guarantees: with the default `properties`, OpenVINO computes in float32 and quantizes nothing that is not quantized in
+the bundle, whatever the device could do faster.
 """
 
 from __future__ import annotations
@@ -19,11 +21,11 @@ import numpy as np
 
 if TYPE_CHECKING or __package__:
     from builder.targets.clients import pipeline
-else:  # started in a bundle
+else:  # run from a bundle
     import pipeline
 
-# OpenVINO's own choice is bfloat16 where the processor has it, activations in 8 bits where weights are compressed, and
-# a key-value cache in 8 bits: fast, and not what was verified.
+# By default OpenVINO computes in bfloat16 where the processor supports it, with 8-bit activations where weights are
+# compressed, and with an 8-bit key-value cache: fast, but not what was verified.
 EXACT = {
     "INFERENCE_PRECISION_HINT": "f32",
     "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
@@ -33,18 +35,19 @@ EXACT = {
 
 @dataclass(frozen=True)
 class Port:
-    """An input; axes that are not fixed are None."""
+    """An input of a graph; dynamic axes are None."""
 
     name: str
     shape: tuple[int | None, ...]
 
 
 class Session:
-    """A graph as pipeline.py asks a session.
+    """A compiled graph with the interface that pipeline.py expects of a session.
 
     Args:
-        path: an `.onnx`; its data file is found beside it.
-        properties: of OpenVINO's `compile_model`.
+        path: an `.onnx` file, with its data file next to it.
+        device: OpenVINO's name of the device.
+        properties: see `openvino.Core.compile_model`.
     """
 
     def __init__(self, path: Path, device: str = "CPU", properties: Mapping[str, str] = EXACT) -> None:
@@ -56,13 +59,13 @@ class Session:
         self._request = compiled.create_infer_request()
 
     def get_inputs(self) -> Sequence[Port]:
-        """In the graph's order."""
+        """Return the inputs in the graph's order."""
         return self._ports
 
     def run(self, outputs: Sequence[str] | None, feed: Mapping[str, np.ndarray]) -> list[np.ndarray]:
-        """The outputs of these names, all of them if None."""
-        found = self._request.infer({name: np.ascontiguousarray(value) for name, value in feed.items()})
-        return [found[name] for name in outputs or self._outputs]
+        """Run the graph and return the named outputs, or all of them if `outputs` is None."""
+        results = self._request.infer({name: np.ascontiguousarray(value) for name, value in feed.items()})
+        return [results[name] for name in outputs or self._outputs]
 
 
 def _shape(partial_shape: Any) -> tuple[int | None, ...]:
@@ -70,19 +73,23 @@ def _shape(partial_shape: Any) -> tuple[int | None, ...]:
 
 
 def load(folder: Path, device: str = "CPU", properties: Mapping[str, str] = EXACT) -> pipeline.Pipeline:
-    """Opens a bundle. Raises what `pipeline.Pipeline.load` raises."""
+    """Open a bundle.
+
+    Raises:
+        pipeline.SettingsError: see `pipeline.Pipeline.load`.
+    """
     return pipeline.Pipeline.load(folder, partial(Session, device=device, properties=properties))
 
 
 def main() -> None:
-    """The command line of the copy that lies in a bundle."""
+    """Run the command line of the copy in a bundle."""
     parser = argparse.ArgumentParser(description="Ask the model in this folder, in OpenVINO.")
     pipeline.add_arguments(parser)
     parser.add_argument("--device", default="CPU", metavar="NAME", help="CPU, GPU, NPU, AUTO …")
-    parser.add_argument("--fast", action="store_true", help="let OpenVINO choose in what it computes")
-    given = parser.parse_args()
-    opened = partial(load, device=given.device, properties={} if given.fast else EXACT)
-    pipeline.answer(parser, given, opened)
+    parser.add_argument("--fast", action="store_true", help="let OpenVINO choose the precision")
+    arguments = parser.parse_args()
+    properties = {} if arguments.fast else EXACT
+    pipeline.answer(parser, arguments, partial(load, device=arguments.device, properties=properties))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
-"""A `genai` bundle in stock onnxruntime-genai, fed by our own exact preprocessing or by the runtime's.
+"""Run `genai` bundles in stock onnxruntime-genai, with our exact preprocessing or the runtime's.
 
-In: the bundle's folder. Out: greedy tokens, one at a time.
-Guaranteed: one generator a conversation and one prompt a generator: a padded batch, or a second image turn on one
-generator, is silently wrong in this runtime (0.18), so neither can be asked for here.
+Each prompt gets a new generator: in this runtime (0.18), a padded batch or a second turn with an image on the same
+generator gives silently wrong results.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from builder.util.json_files import read_json
 
 
 class GenaiBundle(SettingsRunner):
-    """Reads the settings at once, loads the model when first asked for tokens."""
+    """A `Runner` that reads the settings at once and loads the model on first use."""
 
     most_images: int | None = None
 
@@ -41,18 +40,18 @@ class GenaiBundle(SettingsRunner):
         """The runtime's model.
 
         Raises:
-            BundleError: the runtime does not accept the folder.
+            BundleError: the runtime cannot load the folder.
         """
         try:
             return self.og.Model(str(self.folder))
-        except Exception as error:  # the runtime throws bare RuntimeErrors of its own
+        except Exception as error:  # the runtime raises plain RuntimeErrors
             raise BundleError(
                 f"onnxruntime-genai does not load {self.folder}", found=str(error).splitlines()[0]
             ) from error
 
     @cached_property
     def pixel_type(self) -> Any:
-        """numpy's type of what the vision encoder is given; the runtime casts only what its own processor makes."""
+        """The dtype of `pixel_values`; the runtime casts only the outputs of its own processor."""
         import onnx
 
         graph = onnx.load(self.folder / f"{VISION}.onnx", load_external_data=False).graph
@@ -61,17 +60,17 @@ class GenaiBundle(SettingsRunner):
 
     @property
     def own(self) -> GenaiBundle:
-        """Its own image processor is verified beside ours."""
+        """The runtime's image processor, which is verified in addition to ours."""
         return self
 
     @property
     def most_tokens(self) -> int:
-        """Of prompt and answer together, that the checkpoint was made for."""
+        """The checkpoint's context length: prompt and generated tokens together."""
         return int(self._config["context_length"])
 
     @property
     def padding(self) -> int | None:  # type: ignore[override]
-        """The runtime masks this token wherever it stands: the answer would be to another question."""
+        """The token that the runtime masks at any position of a prompt."""
         return int(self._config["pad_token_id"])
 
     @property
@@ -80,11 +79,11 @@ class GenaiBundle(SettingsRunner):
         return config
 
     def tokens(self, inputs: Inputs, max_new_tokens: int, min_new_tokens: int = 0) -> Iterator[int]:
-        """Greedy tokens as they come, the stop token included; the first `min_new_tokens` are no stop tokens."""
+        """Generate greedy tokens up to and including a stop token, which is never among the first `min_new_tokens`."""
         return self.tokens_of(self._named_tensors(inputs), inputs.input_ids.shape[1], max_new_tokens, min_new_tokens)
 
     def tokens_of(self, tensors: Any, seq: int, max_new_tokens: int, min_new_tokens: int = 0) -> Iterator[int]:
-        """The same for the runtime's own NamedTensors of a prompt of `seq` tokens."""
+        """Generate tokens from the runtime's NamedTensors of a prompt of `seq` tokens."""
         params = self.og.GeneratorParams(self.model)
         params.set_search_options(
             do_sample=False,
@@ -99,7 +98,7 @@ class GenaiBundle(SettingsRunner):
             yield int(generator.get_next_tokens()[0])
 
     def _named_tensors(self, inputs: Inputs) -> Any:
-        """What the runtime's own processor gives, made from our inputs."""
+        """Convert our inputs to the form that the runtime's processor returns."""
         tensors = self.og.NamedTensors()
         tensors["input_ids"] = inputs.input_ids.astype(np.int32)
         count = int((inputs.input_ids == self.settings.image_token_id).sum())
@@ -110,7 +109,7 @@ class GenaiBundle(SettingsRunner):
         return tensors
 
     def at_target_size(self, path: Path) -> bool:
-        """Whether the runtime's processor sees the bytes that ours sees: an RGB PNG that needs no resize."""
+        """Return whether the runtime's processor gets the same pixels as ours: an RGB PNG that needs no resizing."""
         from PIL import Image
 
         with Image.open(path) as raw:
@@ -119,22 +118,22 @@ class GenaiBundle(SettingsRunner):
         return plain and target_size(image.height, image.width, self.vision) == (image.height, image.width)
 
     def runtime_inputs(self, prompt: str, images: Sequence[Path]) -> tuple[Any, Inputs]:
-        """What `create_multimodal_processor()` gives, as it is and as `Inputs` (positions follow from ids and grid)."""
+        """Return the output of `create_multimodal_processor()`, unchanged and as `Inputs` with computed positions."""
         s = self.settings
         text = f"{s.prefix}{s.image * len(images)}{prompt}{s.suffix}"
         loaded = self.og.Images.open(*(str(path) for path in images))
         tensors = self.model.create_multimodal_processor()(text, images=loaded)
         ids, pixels, grid = (tensors[name].as_numpy() for name in ("input_ids", "pixel_values", "image_grid_thw"))
-        # numpy has two types of 64-bit integers, of which the runtime hands out one and takes the other
+        # numpy has two 64-bit integer types: the runtime returns one and accepts the other
         ids, grid = np.array(ids.tolist(), np.int64), np.array(grid.reshape(-1, 3).tolist(), np.int64)
-        padded = pixels.reshape(len(images), -1, pixels.shape[-1])  # images of different sizes, zeros behind each
-        rows = np.concatenate([image[: one.prod()] for image, one in zip(padded, grid, strict=True)])
+        padded = pixels.reshape(len(images), -1, pixels.shape[-1])  # images are padded with zeros to equal sizes
+        rows = np.concatenate([image[: shape.prod()] for image, shape in zip(padded, grid, strict=True)])
         return tensors, Inputs(ids, rows, grid, *position_ids(ids, grid, s))
 
 
 def open_genai(folder: Path, trusted: bool) -> GenaiBundle:
-    """The bundle in `folder`; where it is `trusted`, its graphs are loaded at once."""
+    """Open a bundle, and load its graphs at once if it is `trusted`."""
     bundle = GenaiBundle(folder)
     if trusted:
-        _ = bundle.model  # so that a broken bundle is told from a broken prompt
+        _ = bundle.model  # reports a broken bundle before the first prompt
     return bundle

@@ -1,7 +1,6 @@
-"""Node.js, the npm packages that play bundles in it, and a program in it that is asked in lines of JSON.
+"""Find Node.js and the npm packages that run bundles, and communicate with a Node.js program in lines of JSON.
 
-In: what is installed. Out: why nothing can be played, versions, a `Program`. Guaranteed: nothing is installed or
-fetched from here; a program ends with its `Program`, or when nobody listens to its answer any longer.
+Nothing is installed or fetched from here.
 """
 
 from __future__ import annotations
@@ -19,59 +18,59 @@ from tempfile import TemporaryFile
 from typing import Any
 
 PROGRAMS = Path(__file__).parent / "js"
-PACKAGES = "QWEN3VL_ONNX_NODE"  # names the folder in which `npm ci` was run
+PACKAGES = "QWEN3VL_ONNX_NODE"  # environment variable: the folder in which `npm ci` was run
 LIBRARY, RUNTIME = "@huggingface/transformers", "onnxruntime-node"
 PINNED: Mapping[str, Any] = json.loads((PROGRAMS / "package.json").read_text(encoding="utf-8"))
 PINNED_LIBRARY: str = PINNED["dependencies"][LIBRARY]
 OLDEST = int(PINNED["engines"]["node"].removeprefix(">="))
 INSTALL = "make node"
-TAIL = 2000  # characters of what a program said before it died
+TAIL = 2000  # characters of a program's stderr in an error message
 
 
 def packages() -> Path:
-    """The folder that has `node_modules`: what the environment names, else `.node` of this checkout."""
-    named = os.environ.get(PACKAGES)
-    return Path(named) if named else Path(__file__).parents[3] / ".node"
+    """Return the folder with `node_modules`: from the environment, or else `.node` in this checkout."""
+    configured = os.environ.get(PACKAGES)
+    return Path(configured) if configured else Path(__file__).parents[3] / ".node"
 
 
 def missing() -> str | None:
-    """Why nothing can be played in Node.js here, and the next command; None where it can."""
+    """Return why bundles cannot run in Node.js here, with the next command; None if they can."""
     node = node_version()
     if node is None:
         return f"Node.js is not installed; install version {OLDEST} or newer, then `{INSTALL}`"
     if int(node.partition(".")[0]) < OLDEST:
         return f"Node.js {node} is too old; install version {OLDEST} or newer"
-    found = package_version(LIBRARY)
-    if found is None:
+    library = package_version(LIBRARY)
+    if library is None:
         other = f"`npm install {LIBRARY}@{PINNED_LIBRARY}` in a folder that {PACKAGES} names"
         return f"{LIBRARY} is not in {packages() / 'node_modules'}; `{INSTALL}`, or {other}"
-    if _numbers(found) < _numbers(PINNED_LIBRARY):
-        return f"{LIBRARY} {found} in {packages()} is too old; `{INSTALL}` installs {PINNED_LIBRARY}"
+    if _numbers(library) < _numbers(PINNED_LIBRARY):
+        return f"{LIBRARY} {library} in {packages()} is too old; `{INSTALL}` installs {PINNED_LIBRARY}"
     return None
 
 
 def versions() -> dict[str, str]:
-    """Of what plays a bundle here; nothing where it cannot be played."""
+    """Return the versions of the library, the runtime and Node.js; empty if bundles cannot run."""
     if missing():
         return {}
-    found = {LIBRARY: package_version(LIBRARY), RUNTIME: package_version(RUNTIME), "Node.js": node_version()}
-    return {name: version for name, version in found.items() if version}
+    installed = {LIBRARY: package_version(LIBRARY), RUNTIME: package_version(RUNTIME), "Node.js": node_version()}
+    return {name: version for name, version in installed.items() if version}
 
 
 @lru_cache(maxsize=8)
 def _version_of(command: str) -> str | None:
-    done = subprocess.run([command, "--version"], capture_output=True, text=True, check=False)
-    return done.stdout.strip().removeprefix("v") or None
+    result = subprocess.run([command, "--version"], capture_output=True, text=True, check=False)
+    return result.stdout.strip().removeprefix("v") or None
 
 
 def node_version() -> str | None:
-    """Such as "20.19.0"; None without Node.js."""
+    """Return the version of Node.js, such as "20.19.0", or None if it is not installed."""
     command = shutil.which("node")
     return _version_of(command) if command else None
 
 
 def package_version(name: str) -> str | None:
-    """Of an installed npm package; None where it is not there."""
+    """Return the version of an npm package, or None if it is not installed."""
     file = packages() / "node_modules" / name / "package.json"
     if not file.is_file():
         return None
@@ -83,7 +82,10 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 class Program:
-    """A Node.js program; it starts with the first request, and again after one whose answer was not heard out.
+    """A Node.js program that reads requests and writes responses as lines of JSON.
+
+    It starts with the first request. If a response is not read to its end, it is killed and restarts with the next
+    request. It ends with its `Program`.
 
     Args:
         command: the program and its arguments.
@@ -93,44 +95,44 @@ class Program:
         self.command = [str(part) for part in command]
         self._process: subprocess.Popen[str] | None = None
 
-    def ask(self, action: str, **request: Any) -> Iterator[dict[str, Any]]:
-        """Each line of the answer, but for the one that ends it.
+    def request(self, action: str, **arguments: Any) -> Iterator[dict[str, Any]]:
+        """Send a request and yield each line of the response except the final one.
 
         Raises:
-            RuntimeError: what the program says that went wrong, or the last that it said before it ended.
+            RuntimeError: the program reports an error, or ends; with its message, or the end of its stderr.
         """
         process = self._running()
         assert process.stdin is not None
         assert process.stdout is not None
-        heard_out = False
+        complete = False
         try:
-            process.stdin.write(json.dumps({"action": action, **request}) + "\n")
+            process.stdin.write(json.dumps({"action": action, **arguments}) + "\n")
             process.stdin.flush()
             for line in process.stdout:
-                told = json.loads(line)
-                if told.get("end"):
-                    heard_out = True
-                    if "error" in told:
-                        raise RuntimeError(told["error"])
+                response = json.loads(line)
+                if response.get("end"):
+                    complete = True
+                    if "error" in response:
+                        raise RuntimeError(response["error"])
                     return
-                yield told
+                yield response
             process.wait()
-            raise RuntimeError(f"Node.js ended with {process.returncode}: {self._said()}")
+            raise RuntimeError(f"Node.js ended with {process.returncode}: {self._stderr()}")
         except BrokenPipeError as error:
-            raise RuntimeError(f"Node.js ended: {self._said()}") from error
+            raise RuntimeError(f"Node.js ended: {self._stderr()}") from error
         finally:
-            if not heard_out:
+            if not complete:
                 self.close()
 
     def close(self) -> None:
-        """Ends the program, if it runs."""
+        """End the program if it is running."""
         if self._process is not None:
             self._end()
             self._process = None
 
     def _running(self) -> subprocess.Popen[str]:
         if self._process is None:
-            self._errors = TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115  (as long as the program)
+            self._errors = TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115  (open as long as the program)
             self._process = subprocess.Popen(
                 ["node", *self.command],
                 stdin=subprocess.PIPE,
@@ -142,9 +144,9 @@ class Program:
             self._end = weakref.finalize(self, _stop, self._process)
         return self._process
 
-    def _said(self) -> str:
+    def _stderr(self) -> str:
         self._errors.seek(0)
-        return self._errors.read()[-TAIL:].strip() or "it said nothing"
+        return self._errors.read()[-TAIL:].strip() or "no output on stderr"
 
 
 def _stop(process: subprocess.Popen[str]) -> None:
@@ -152,5 +154,5 @@ def _stop(process: subprocess.Popen[str]) -> None:
     process.wait()
     for pipe in (process.stdin, process.stdout):
         if pipe is not None:
-            with suppress(BrokenPipeError):  # what was still to be written to it
+            with suppress(BrokenPipeError):  # unwritten data
                 pipe.close()

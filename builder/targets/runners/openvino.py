@@ -1,4 +1,4 @@
-"""An `openvino` bundle in OpenVINO, through our own openvino_pipeline.py."""
+"""Run `openvino` bundles in OpenVINO, with our own openvino_pipeline.py."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from builder.targets.runners.pipeline import PipelineRunner
 
 
 def open_openvino(folder: Path, trusted: bool) -> PipelineRunner:
-    """The bundle in `folder`; no program inside it is run."""
+    """Open a bundle; no program in it is run."""
     from builder.targets.clients import openvino_pipeline, pipeline
 
     return PipelineRunner(pipeline, openvino_pipeline.load(folder))
 
 
 def preprocess_in_openvino(path: Path) -> Preprocess:
-    """The image preprocessor graph in OpenVINO."""
+    """Open the image preprocessor graph in OpenVINO."""
     from builder.targets.clients.openvino_pipeline import Session
 
     session = Session(path)
@@ -31,12 +31,12 @@ def preprocess_in_openvino(path: Path) -> Preprocess:
 
 
 def missing() -> str | None:
-    """Why OpenVINO cannot run here, and the next command; None where it can."""
+    """Return why OpenVINO cannot run here, with the next command; None if it can."""
     if find_spec("openvino") is None:
         return 'openvino is not installed: pip install "qwen3vl-onnx[openvino]"'
     return None
 
 
 def versions() -> dict[str, str]:
-    """The installed version; nothing where there is none."""
+    """Return the installed version; empty if there is none."""
     return {} if missing() else {"openvino": version("openvino")}

@@ -1,4 +1,4 @@
-"""An `onnxruntime` bundle through its pipeline: ours, or the copy inside the bundle."""
+"""Run `onnxruntime` bundles with their pipeline: our own, or the copy in the bundle."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from builder.targets.clients import pipeline
 from builder.targets.clients.pipeline import Inputs
 
 PIPELINE = "pipeline.py"
-# Errors of the bundle's copy, by name; an earlier release's has PictureError.
+# Errors of a bundle's copy, by name; PictureError is from an earlier release.
 ERRORS: dict[str, type[ValueError]] = {
     "SettingsError": pipeline.SettingsError,
     "ImageError": pipeline.ImageError,
@@ -25,8 +25,8 @@ class PipelineRunner:
     """A `Runner` (builder/targets/runners/protocol.py) around an opened `Pipeline`.
 
     Args:
-        module: builder.targets.clients.pipeline, or the bundle's copy, whose `stream` makes text of tokens.
-        opened: a `Pipeline` of it.
+        module: builder.targets.clients.pipeline or the bundle's copy of it.
+        opened: a `Pipeline` of that module.
     """
 
     padding = own = not_run = None
@@ -59,16 +59,16 @@ class PipelineRunner:
 
 
 def open_pipeline(folder: Path, trusted: bool) -> PipelineRunner:
-    """The bundle in `folder`; where it is `trusted`, through the pipeline.py inside it."""
+    """Open a bundle, with the pipeline.py in it if it is `trusted`."""
     module = _load_module(folder / PIPELINE) if trusted else pipeline
     return PipelineRunner(module, module.Pipeline.load(folder))
 
 
 def _load_module(path: Path) -> Any:
-    """The module in `path`, without the compiled copy that an import would leave in the bundle."""
+    """Load a module without leaving compiled code in the bundle, as an import would."""
     source = path.read_text(encoding="utf-8")
     module = types.ModuleType("bundled_pipeline")
     module.__file__ = str(path)
-    sys.modules[module.__name__] = module  # where its dataclasses look for their module
+    sys.modules[module.__name__] = module  # dataclasses look up their module there
     exec(compile(source, str(path), "exec"), module.__dict__)
     return module

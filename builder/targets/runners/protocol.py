@@ -1,4 +1,4 @@
-"""A bundle that was opened in its own runtime, whichever that is."""
+"""The interface of a bundle that is opened in its runtime."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ from builder.util.errors import BundleError
 
 
 class OwnProcessor(Protocol):
-    """A runtime's own image processor, where it has one that is verified next to ours."""
+    """A runtime's own image processor, which is verified in addition to ours."""
 
     @property
     def most_images(self) -> int | None:
-        """Images of one prompt at most; None for any number."""
+        """Maximum number of images in a prompt; None if unlimited."""
 
     def at_target_size(self, path: Path) -> bool:
-        """Whether it sees the bytes that ours sees."""
+        """Return whether it gets the same pixels as ours."""
 
     def runtime_inputs(self, prompt: str, images: Sequence[Path]) -> tuple[Any, Inputs]:
-        """What it makes, as it is and as `Inputs`."""
+        """Process a prompt; return the runtime's own tensors, and the same as `Inputs`."""
 
     def tokens_of(self, tensors: Any, seq: int, max_new_tokens: int, min_new_tokens: int = 0) -> Iterator[int]:
-        """Greedy tokens from what it made of a prompt of `seq` tokens."""
+        """Generate greedy tokens from its own tensors of a prompt of `seq` tokens."""
 
 
 class Runner(Protocol):
-    """A bundle in its own runtime; `prepare` and `tokens` are its exact preprocessing and its greedy decoding.
+    """A bundle in its runtime, with exact preprocessing and greedy decoding.
 
     Args:
-        settings, vision, tokenizer: what `prepare` makes inputs by.
-        most_tokens: of prompt and answer together.
-        padding: a token that the runtime masks, so that no prompt may contain it.
+        settings, vision, tokenizer: for preprocessing in `prepare`.
+        most_tokens: maximum number of prompt and generated tokens together.
+        padding: a token that the runtime masks, so that prompts must not contain it.
         own: the runtime's own processor.
-        not_run: why there are no tokens; None where there are.
+        not_run: why the bundle cannot generate tokens here; None if it can.
     """
 
     @property
@@ -63,26 +63,27 @@ class Runner(Protocol):
     def not_run(self) -> str | None: ...
 
     def prepare(self, prompt: str, images: Sequence[Path]) -> Inputs:
-        """
+        """Prepare the inputs for one user turn.
+
         Raises:
-            builder.targets.clients.pipeline.ImageError, TextError: an image, or a text, that the model cannot take.
+            ImageError, TextError: of builder.targets.clients.pipeline; the model cannot process an image or the text.
         """
 
     def tokens(self, inputs: Inputs, max_new_tokens: int, min_new_tokens: int = 0) -> Iterator[int]:
-        """Greedy tokens as they come, the stop token included; the first `min_new_tokens` are not stop tokens."""
+        """Generate greedy tokens up to and including a stop token, which is never among the first `min_new_tokens`."""
 
     def stream(self, tokens: Iterator[int]) -> Iterator[str]:
-        """The text of tokens as they come, without special tokens."""
+        """Decode tokens as they arrive, without special tokens."""
 
     def text(self, tokens: Sequence[int]) -> str:
-        """Without special tokens."""
+        """Decode tokens, without special tokens."""
 
 
 class SettingsRunner:
-    """A `Runner` but for its tokens: inputs and texts by the settings, the tokenizer and the image settings.
+    """A `Runner` without `tokens`, from the settings files and the tokenizer in a bundle.
 
     Args:
-        not_run: why there are no tokens; None where a subclass gives them.
+        not_run: why the bundle cannot generate tokens here; None if a subclass can.
     """
 
     padding: int | None = None
@@ -112,7 +113,7 @@ class SettingsRunner:
 
 
 class NotRun(SettingsRunner):
-    """A bundle whose runtime is missing on this machine."""
+    """A `Runner` for a bundle whose runtime is missing on this machine; `tokens` raises a `BundleError`."""
 
     def tokens(self, inputs: Inputs, max_new_tokens: int, min_new_tokens: int = 0) -> Iterator[int]:
         raise BundleError(f"{self.folder} cannot run here", found=self.not_run, next="run it on another machine")

@@ -1,4 +1,4 @@
-"""How the bundles of each target run on this machine, by the target's name."""
+"""Runtimes of each target's bundles on this machine, by the target's name."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ from builder.util.errors import BundleError
 
 @dataclass(frozen=True)
 class Runtime:
-    """How a target's bundles run here; packages of the runtime are imported only by `open` and `preprocessor`.
+    """How a target's bundles run; only `open` and `preprocessor` import packages of the runtime.
 
     Args:
-        open: (folder, trusted) → the bundle, opened. Where it is `trusted`, programs inside it may run, and a broken
-            bundle fails at once.
-        missing: why bundles cannot run on this machine, with the command that helps; None where they can.
-        versions: of the runtime, for the report.
-        preprocessor: the image preprocessor's file → the graph in the runtime; where the bundle has such a graph.
-        tolerance: of a pixel value of it, in units of 1/255; more than 0 where the runtime has no float64.
+        open: (folder, trusted) → the opened bundle. If it is `trusted`, programs in it may run, and a broken bundle
+            raises an error at once.
+        missing: returns why bundles cannot run on this machine, with the command to fix it; None if they can.
+        versions: returns the versions of the runtime's packages, for the report.
+        preprocessor: opens the image preprocessor graph in the runtime, if the bundle has one.
+        tolerance: maximum difference of the graph's pixel values from transformers, in units of 1/255; more than 0 for
+            runtimes without float64.
     """
 
     open: Callable[[Path, bool], Runner]
@@ -42,28 +43,29 @@ RUNTIMES: dict[str, Runtime] = {
         openvino.missing,
         openvino.versions,
         openvino.preprocess_in_openvino,
-        tolerance=1.001,  # one level, and the last bits of float32
+        tolerance=1.001,  # one byte value, and float32 rounding
     ),
     "transformersjs": Runtime(transformersjs.open_transformersjs, node.missing, node.versions),
 }
 
 
 def check_target(folder: Path, target: str) -> None:
-    """
+    """Check the target of a bundle.
+
     Raises:
-        BundleError: no target has that name.
+        BundleError: there is no target of that name.
     """
     if target not in GRAPHS:
         raise BundleError(f"{folder} is for the target {target!r}", expected=" or ".join(GRAPHS), found=target)
 
 
 def open_runner(folder: Path, target: str) -> Runner:
-    """The bundle in `folder`, opened in the runtime of `target`; no program inside it is run.
+    """Open a bundle in the runtime of `target`; no program in it is run.
 
-    Where the runtime is missing on this machine, the `Runner` makes inputs and says why it gives no tokens.
+    If the runtime is missing on this machine, the `Runner` only prepares inputs, and `not_run` has the reason.
 
     Raises:
-        BundleError: an unknown target, or settings that the runtime cannot use.
+        BundleError: the target is unknown, or the settings are invalid.
     """
     check_target(folder, target)
     try:

@@ -1,7 +1,6 @@
-"""A `transformersjs` bundle in transformers.js under Node.js, fed by our own exact preprocessing or by the library's.
+"""Run `transformersjs` bundles in transformers.js under Node.js, with our exact preprocessing or the library's.
 
-In: the bundle's folder. Out: greedy tokens, one at a time, from the library's own `generate`. Guaranteed: local files
-alone; pixel values go through a file of their own, byte for byte.
+Only local files are used; pixel values are passed as a binary file, unchanged.
 """
 
 from __future__ import annotations
@@ -22,37 +21,37 @@ PIXELS = "pixels.f32"
 
 
 class TransformersJs(SettingsRunner):
-    """Reads the settings at once, starts Node.js when first asked for tokens."""
+    """A `Runner` that reads the settings at once and starts Node.js on first use."""
 
-    most_images = 1  # of the library's own processor, which takes further ones for frames of one film
+    most_images = 1  # the library's processor treats several images as frames of one video
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         self.program = Program(PROGRAMS / "runner.mjs", packages(), folder)
 
     def load(self) -> None:
-        """Has the library load the graphs.
+        """Load the graphs.
 
         Raises:
-            RuntimeError: it does not.
+            RuntimeError: the library cannot load them.
         """
-        for _ in self.program.ask("open"):
+        for _ in self.program.request("open"):
             pass
 
     @property
     def own(self) -> TransformersJs:
-        """Its own image processor is verified beside ours."""
+        """The library's image processor, which is verified in addition to ours."""
         return self
 
     def tokens(self, inputs: Inputs, max_new_tokens: int, min_new_tokens: int = 0) -> Iterator[int]:
-        """Greedy tokens as they come, the stop token included; the first `min_new_tokens` are no stop tokens."""
-        with TemporaryDirectory() as passing:
+        """Generate greedy tokens up to and including a stop token, which is never among the first `min_new_tokens`."""
+        with TemporaryDirectory() as folder:
             pixels, grid = None, None
             if inputs.pixel_values is not None and inputs.image_grid_thw is not None:
-                path, grid = Path(passing) / PIXELS, inputs.image_grid_thw.tolist()
+                path, grid = Path(folder) / PIXELS, inputs.image_grid_thw.tolist()
                 path.write_bytes(inputs.pixel_values.astype("<f4", copy=False).tobytes())
                 pixels = {"path": str(path), "dims": list(inputs.pixel_values.shape)}
-            for told in self.program.ask(
+            for response in self.program.request(
                 "generate",
                 ids=inputs.input_ids[0].tolist(),
                 pixels=pixels,
@@ -61,14 +60,14 @@ class TransformersJs(SettingsRunner):
                 least=min_new_tokens,
                 stop=list(self.settings.eos_token_ids),
             ):
-                yield int(told["token"])
+                yield int(response["token"])
 
     def tokens_of(self, tensors: Any, seq: int, max_new_tokens: int, min_new_tokens: int = 0) -> Iterator[int]:
-        """The same for what the library's processor made, which `runtime_inputs` gives as `Inputs`."""
+        """Generate tokens from the output of `runtime_inputs`."""
         return self.tokens(tensors, max_new_tokens, min_new_tokens)
 
     def at_target_size(self, path: Path) -> bool:
-        """Whether the library's processor sees the bytes that ours sees: an RGB PNG that needs no resize."""
+        """Return whether the library's processor gets the same pixels as ours: an RGB PNG that needs no resizing."""
         from PIL import Image
 
         with Image.open(path) as raw:
@@ -77,21 +76,21 @@ class TransformersJs(SettingsRunner):
         return plain and target_size(image.height, image.width, self.vision) == (image.height, image.width)
 
     def runtime_inputs(self, prompt: str, images: Sequence[Path]) -> tuple[Any, Inputs]:
-        """What `AutoProcessor` gives for one image; positions follow from ids and grid."""
+        """Return the output of `AutoProcessor` for one image, with computed positions."""
         (image,), s = images, self.settings
-        with TemporaryDirectory() as passing:
-            out = Path(passing) / PIXELS
+        with TemporaryDirectory() as folder:
+            out = Path(folder) / PIXELS
             text = f"{s.prefix}{s.image}{prompt}{s.suffix}"
-            (told,) = self.program.ask("process", text=text, image=str(image), out=str(out))
-            pixels: npt.NDArray[Any] = np.fromfile(out, "<f4").reshape(told["dims"])
-        ids, grid = np.array([told["ids"]], np.int64), np.array([told["grid"]], np.int64)
+            (response,) = self.program.request("process", text=text, image=str(image), out=str(out))
+            pixels: npt.NDArray[Any] = np.fromfile(out, "<f4").reshape(response["dims"])
+        ids, grid = np.array([response["ids"]], np.int64), np.array([response["grid"]], np.int64)
         inputs = Inputs(ids, pixels, grid, *position_ids(ids, grid, s))
         return inputs, inputs
 
 
 def open_transformersjs(folder: Path, trusted: bool) -> TransformersJs:
-    """The bundle in `folder`; where it is `trusted`, its graphs are loaded at once."""
+    """Open a bundle, and load its graphs at once if it is `trusted`."""
     bundle = TransformersJs(folder)
     if trusted:
-        bundle.load()  # so that a broken bundle is told from a broken prompt
+        bundle.load()  # reports a broken bundle before the first prompt
     return bundle

@@ -1,4 +1,4 @@
-"""Files that are no images, claim to be huge ones, or are damaged: an error of ours, in bounded time and memory."""
+"""Files that are not images, are damaged or declare a huge size: an `ImageError` in bounded time and memory."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from tests.helpers.processes import ROOT
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 
-DRAWN = 3000
-# What an image of as many pixels as are allowed takes, twice, where its mode has to be changed.
+SAMPLES = 3000
+# Twice the memory of an image of the maximum size, as conversion to another mode needs a second copy.
 MOST_MEMORY = 800 * 2**20
 SEEDS = sorted(file for file in SHIPPED.iterdir() if file.suffix in (".png", ".jpg"))
-# Reading one in a process that may take no more than the imports and `MOST_MEMORY`.
+# Reads an image in a process that is limited to the memory of its imports and `MOST_MEMORY`.
 SCRIPT = """
 import resource, sys, time, psutil
 from pathlib import Path
@@ -43,12 +43,12 @@ except ImageError as error:
     print("refused:", str(error)[:200])
 assert time.process_time() - before < 10
 """
-# What is an image after all: as large as one may be; the second one's sides are refused later, see `target_size`.
-WHOLE = {"PNG of 89 megapixels, RGBA", "PNG, one row of 80 million"}
+# Valid images of almost the maximum size; the sides of the second are rejected later, see `target_size`.
+VALID = {"PNG of 89 megapixels, RGBA", "PNG, one row of 80 million"}
 
 
 def png(width: int, height: int, color: int, rows: int = 4, *chunks: tuple[bytes, bytes]) -> bytes:
-    """A PNG that says that it is of this size, and has `rows` rows of zeros."""
+    """A PNG that declares this size and has `rows` rows of zeros."""
     channels = {0: 1, 2: 3, 3: 1, 6: 4}[color]
 
     def chunk(kind: bytes, data: bytes) -> bytes:
@@ -58,7 +58,7 @@ def png(width: int, height: int, color: int, rows: int = 4, *chunks: tuple[bytes
     row = b"\0" * (1 + width * channels)
     data = b"".join(packer.compress(row) for _ in range(rows)) + packer.flush()
     head = struct.pack(">IIBBBBB", width, height, 8, color, 0, 0, 0)
-    extra = b"".join(chunk(*one) for one in chunks)
+    extra = b"".join(chunk(*entry) for entry in chunks)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + extra + chunk(b"IDAT", data) + chunk(b"IEND", b"")
 
 
@@ -66,7 +66,7 @@ def _text_bomb() -> tuple[bytes, bytes]:
     return b"zTXt", b"Comment\0\0" + zlib.compress(b"x" * 200_000_000, 9)
 
 
-# Sizes that a header claims, beside what is there.
+# Headers that declare more than the file contains, and other invalid files.
 IMAGES: Mapping[str, Callable[[], bytes]] = {
     "PNG of 65535²": lambda: png(65535, 65535, 2),
     "PNG of 2^31 - 1": lambda: png(2**31 - 1, 2**31 - 1, 0, 0),
@@ -89,7 +89,7 @@ IMAGES: Mapping[str, Callable[[], bytes]] = {
         struct.pack("<HHII", tag, 4, 1, value)
         for tag, value in ((256, 2**32 - 1), (257, 2**32 - 1), (262, 2), (273, 8))
     ) + b"\0" * 4,
-    "WebP, half": lambda: b"RIFF\xff\xff\xff\x7fWEBPVP8L\xff\xff\xff\x7f/\xff\xff\xff\xff",
+    "WebP, truncated": lambda: b"RIFF\xff\xff\xff\x7fWEBPVP8L\xff\xff\xff\x7f/\xff\xff\xff\xff",
     "SVG": lambda: b"<svg xmlns='http://www.w3.org/2000/svg'/>",
     "EPS": lambda: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
     "empty": lambda: b"",
@@ -98,7 +98,7 @@ IMAGES: Mapping[str, Callable[[], bytes]] = {
 
 
 def read(path: Path) -> None:
-    """As `builder.bundle.generate` does it."""
+    """Read an image as `builder.bundle.generate` does."""
     try:
         load_image(path)
     except pipeline.ImageError as error:
@@ -107,13 +107,13 @@ def read(path: Path) -> None:
 
 @pytest.mark.parametrize("name", IMAGES)
 @pytest.mark.seconds
-def test_a_file_that_claims_to_be_huge(tmp_path: Path, name: str) -> None:
+def test_huge_and_invalid_files(tmp_path: Path, name: str) -> None:
     file = tmp_path / "image"
     file.write_bytes(IMAGES[name]())
     command = [sys.executable, "-c", SCRIPT, str(file), str(MOST_MEMORY)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("(" if name in WHOLE else "refused:"), done.stdout
+    assert done.stdout.startswith("(" if name in VALID else "refused:"), done.stdout
     assert "MemoryError" not in done.stderr
 
 
@@ -127,7 +127,7 @@ def test_a_file_that_claims_to_be_huge(tmp_path: Path, name: str) -> None:
         pytest.param(lambda path: None, id="nothing"),
     ],
 )
-def test_what_is_no_file(tmp_path: Path, make: Callable[[Path], object]) -> None:
+def test_special_files(tmp_path: Path, make: Callable[[Path], object]) -> None:
     make(tmp_path / "image")
     assert outcome(lambda: read(tmp_path / "image")) == "ImageError"
 
@@ -136,16 +136,16 @@ def others() -> list[bytes]:
     """Small images in the formats that are not among the shipped ones."""
     from PIL import Image
 
-    found = []
+    images = []
     for kind in ("GIF", "BMP", "TIFF", "WEBP", "PPM", "JPEG2000"):
         stream = io.BytesIO()
         Image.new("RGB", (9, 7), (1, 2, 3)).save(stream, kind)
-        found.append(stream.getvalue())
-    return found
+        images.append(stream.getvalue())
+    return images
 
 
-def drawn(folder: Path, seed: int, contents: list[bytes]) -> str:
-    """An image of which a few bytes are others."""
+def fuzzed(folder: Path, seed: int, contents: list[bytes]) -> str:
+    """Read an image with a few changed bytes; return its format and the outcome."""
     file = folder / "image"
     content = contents[seed % len(contents)]
     file.write_bytes(mutated(content, random.Random(seed)))
@@ -163,13 +163,13 @@ def contents() -> list[bytes]:
     return [*small, *others()]
 
 
-def test_a_few_drawn_bytes(tmp_path: Path, contents: list[bytes]) -> None:
-    counts = Counter(drawn(tmp_path, seed, contents) for seed in range(120))
+def test_a_few_random_changes(tmp_path: Path, contents: list[bytes]) -> None:
+    counts = Counter(fuzzed(tmp_path, seed, contents) for seed in range(120))
     assert sum(count for what, count in counts.items() if not what.endswith("accepted")) > 20
 
 
 @pytest.mark.slow
-def test_many_drawn_bytes(
+def test_many_random_changes(
     tmp_path: Path, contents: list[bytes], record_property: Callable[[str, object], None]
 ) -> None:
-    record_counts(Counter(drawn(tmp_path, seed, contents) for seed in range(1000, 1000 + DRAWN)), record_property)
+    record_counts(Counter(fuzzed(tmp_path, seed, contents) for seed in range(1000, 1000 + SAMPLES)), record_property)

@@ -1,4 +1,4 @@
-"""What the stand-alone pipeline makes of files, texts and settings; against transformers, bit by bit."""
+"""The stand-alone pipeline's preprocessing of images, texts and settings is bit-identical to transformers."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def assert_same_pixels(images: list[Image.Image], settings: ImageSettings) -> No
 
 @pytest.mark.torch
 @pytest.mark.parametrize("path", IMAGES, ids=lambda path: path.name)
-def test_images_are_read_as_upstream_reads_them(path: Path) -> None:
+def test_images_equal_upstreams(path: Path) -> None:
     from transformers.image_utils import load_image
 
     ours, upstream = pipeline.load_image(path), load_image(str(path))
@@ -101,7 +101,7 @@ def test_images_are_read_as_upstream_reads_them(path: Path) -> None:
 
 @pytest.mark.torch
 @pytest.mark.parametrize("name", SETTINGS)
-def test_pixel_values_are_upstreams(name: str) -> None:
+def test_pixel_values_equal_upstreams(name: str) -> None:
     sizes = AWKWARD if name == "miniature" else AWKWARD[::3]
     for size in sizes:
         assert_same_pixels([noise(*size)], SETTINGS[name])
@@ -109,7 +109,7 @@ def test_pixel_values_are_upstreams(name: str) -> None:
 
 
 @pytest.mark.torch
-def test_token_ids_are_upstreams(settings: Settings, tmp_path: Path) -> None:
+def test_token_ids_equal_upstreams(settings: Settings, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
     real = tmp_path / "real"
@@ -147,8 +147,10 @@ def test_token_ids_are_upstreams(settings: Settings, tmp_path: Path) -> None:
     ],
     ids=str,
 )
-@pytest.mark.parametrize("between", [[], [11, 12, 13]], ids=["adjacent", "apart"])
-def test_position_ids_are_upstreams(grids: list[tuple[int, int, int]], between: list[int], settings: Settings) -> None:
+@pytest.mark.parametrize("between", [[], [11, 12, 13]], ids=["adjacent", "separate"])
+def test_position_ids_equal_upstreams(
+    grids: list[tuple[int, int, int]], between: list[int], settings: Settings
+) -> None:
     import torch
     from transformers import AutoConfig
     from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLModel
@@ -191,13 +193,13 @@ def test_target_sizes(size: tuple[int, int], expected: tuple[int, int]) -> None:
     assert pipeline.target_size(*size, roomy) == expected
 
 
-def test_too_long_a_image_is_refused() -> None:
+def test_an_image_that_is_too_long_is_rejected() -> None:
     with pytest.raises(ImageError, match="2010 x 10 pixels: one side is more than 200 times the other"):
         pipeline.target_size(10, 2010, MINI)
 
 
 def huge_png() -> bytes:
-    """A valid PNG of 57 bytes that says it has 60,000 times 60,000 pixels."""
+    """A valid PNG of 57 bytes that declares 60,000 × 60,000 pixels."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
@@ -219,7 +221,7 @@ def huge_png() -> bytes:
     ],
     ids=["eps", "text", "empty", "half a PNG", "half a JPEG", "bomb", "missing"],
 )
-def test_files_that_are_no_images_are_refused(content: bytes | None, why: str, tmp_path: Path) -> None:
+def test_files_that_are_not_images_are_rejected(content: bytes | None, why: str, tmp_path: Path) -> None:
     file = tmp_path / "file.png"
     if content is not None:
         file.write_bytes(content)
@@ -228,7 +230,7 @@ def test_files_that_are_no_images_are_refused(content: bytes | None, why: str, t
     assert str(file) in str(caught.value)
 
 
-def test_what_configure_writes_is_what_is_read(settings: Settings, tmp_path: Path) -> None:
+def test_settings_are_read_as_configure_writes_them(settings: Settings, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(MINIATURE)
     (tmp_path / "vision_processor.json").write_text(vision_processor(checkpoint), encoding="utf-8")
     assert pipeline.read_image_settings(tmp_path / "vision_processor.json") == MINI
@@ -242,9 +244,9 @@ Edit = Callable[[list[dict[str, Any]]], object]
 @pytest.mark.parametrize(
     ("edit", "why"),
     [
-        (lambda steps: steps.pop(2), "no full list"),
+        (lambda steps: steps.pop(2), "not a complete list"),
         (lambda steps: steps.append(steps[0]), "expected the step None, found .*DecodeImage"),
-        (lambda steps: steps.reverse(), "expected the step .*DecodeImage|no full list"),
+        (lambda steps: steps.reverse(), "expected the step .*DecodeImage|not a complete list"),
         (lambda steps: steps[2]["attrs"].update(interpolation="LINEAR"), "CUBIC.*LINEAR"),
         (lambda steps: steps[2]["attrs"].update(smart_resize=0), "smart_resize"),
         (lambda steps: steps[2]["attrs"].update(patch_size=14), "'patch_size': 16.*'patch_size': 14"),
@@ -257,7 +259,7 @@ Edit = Callable[[list[dict[str, Any]]], object]
         (lambda steps: steps[-2]["attrs"].pop("qwen3_vl"), "qwen3_vl"),
     ],
 )
-def test_image_settings_that_are_not_carried_out_are_refused(edit: Edit, why: str, tmp_path: Path) -> None:
+def test_unsupported_image_settings_are_rejected(edit: Edit, why: str, tmp_path: Path) -> None:
     document = json.loads(vision_processor(open_checkpoint(MINIATURE)))
     steps = [transform["operation"] for transform in document["processor"]["transforms"]]
     edit(steps)
@@ -276,11 +278,11 @@ def test_image_settings_that_are_not_carried_out_are_refused(edit: Edit, why: st
         ({"eos_token_ids": ["4058"]}, "eos_token_ids must be of type"),
         ({"max_lenght": 1}, "max_lenght"),
         ({"prompt": {"prefix": "", "suffix": ""}}, "expected the keys .*'image'"),
-        ({"prompt": "hello"}, "how a prompt is written"),
+        ({"prompt": "hello"}, "does not define the prompt format"),
     ],
     ids=str,
 )
-def test_settings_of_another_form_are_refused(edit: dict[str, Any], why: str, tmp_path: Path) -> None:
+def test_invalid_settings_are_rejected(edit: dict[str, Any], why: str, tmp_path: Path) -> None:
     file = tmp_path / "pipeline.json"
     file.write_text(json.dumps(json.loads(pipeline_settings(open_checkpoint(MINIATURE), 64)) | edit))
     with pytest.raises(SettingsError, match=f"pipeline.json.*{why}"):
@@ -288,13 +290,13 @@ def test_settings_of_another_form_are_refused(edit: dict[str, Any], why: str, tm
 
 
 @pytest.mark.parametrize("text", ["see <|image_pad|>", "<|video_pad|>", "lone \udc80 surrogate"])
-def test_texts_that_no_model_can_take_are_refused(text: str, settings: Settings) -> None:
+def test_invalid_texts_are_rejected(text: str, settings: Settings) -> None:
     tokenizer = pipeline.load_tokenizer(MINIATURE / "tokenizer.json")
-    with pytest.raises(TextError, match=r"the text (holds <\|(image|video)_pad\|>|is not Unicode)"):
+    with pytest.raises(TextError, match=r"the text (contains <\|(image|video)_pad\|>|is not Unicode)"):
         pipeline.encode(text, np.zeros((0, 3), np.int64), tokenizer, settings)
 
 
-def test_text_streams_in_whole_characters() -> None:
+def test_text_streams_in_complete_characters() -> None:
     tokenizer = pipeline.load_tokenizer(MINIATURE / "tokenizer.json")
     text = "a 🙂 b, 你好 ünïcode\n🙂🙂"
     ids = tokenizer.encode(text, add_special_tokens=False).ids

@@ -1,4 +1,4 @@
-"""The stand-alone pipeline's loop, on graphs whose answers numpy knows."""
+"""The stand-alone pipeline's decoding loop, on graphs that are reimplemented in numpy."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.mark.parametrize("images", [[], ["sixteen.png"], ["wide.png", "tall.png", "photo.jpg"]], ids=str)
-def test_tokens_are_those_of_the_graphs(bundle: tuple[Toy, Path], images: list[str]) -> None:
+def test_tokens_equal_those_of_the_graphs(bundle: tuple[Toy, Path], images: list[str]) -> None:
     model, folder = bundle
     opened = Pipeline.load(folder)
     inputs = opened.prepare("What is it?", [IMAGES / name for name in images])
@@ -37,30 +37,30 @@ def test_tokens_are_those_of_the_graphs(bundle: tuple[Toy, Path], images: list[s
     assert opened.text(tokens) == opened.tokenizer.decode(tokens)
 
 
-def test_a_long_prompt_is_read_in_pieces(bundle: tuple[Toy, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_prompt_is_processed_in_chunks(bundle: tuple[Toy, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     model, folder = bundle
-    monkeypatch.setattr(pipeline, "PREFILL", 7)
+    monkeypatch.setattr(pipeline, "PREFILL_CHUNK", 7)
     opened = Pipeline.load(folder)
     inputs = opened.prepare("What is it?", [IMAGES / "tall.png"])
     assert inputs.input_ids.shape[1] > 50
     assert list(opened.generate(inputs, 8, 8)) == model.tokens(inputs, 8, STOPS)
 
 
-def test_each_input_of_the_decoder_counts(bundle: tuple[Toy, Path]) -> None:
+def test_each_input_of_the_decoder_matters(bundle: tuple[Toy, Path]) -> None:
     model, folder = bundle
     opened = Pipeline.load(folder)
     inputs = opened.prepare("What is it?", [IMAGES / "tall.png"])
-    given = (*opened.embed(inputs), inputs.position_ids, opened.empty_past())
+    feed = (*opened.embed(inputs), inputs.position_ids, opened.empty_past())
     expected = model.logits(inputs.input_ids, inputs.position_ids, inputs.pixel_values)
-    np.testing.assert_allclose(opened.decode(*given)[0], expected, rtol=1e-3, atol=1e-3)
-    embeds, deepstack, positions, past = given
+    np.testing.assert_allclose(opened.decode(*feed)[0], expected, rtol=1e-3, atol=1e-3)
+    embeds, deepstack, positions, past = feed
     broken = [(embeds, deepstack, positions[::-1], past), (embeds * 0, deepstack, positions, past)]
     broken += [(embeds, deepstack * 0, positions, past)] if opened.settings.deepstack else []
     for wrong in broken:
         assert np.abs(opened.decode(*wrong)[0] - expected).max() > 0.02
 
 
-def test_features_stand_in_for_image_tokens_alone(bundle: tuple[Toy, Path]) -> None:
+def test_features_replace_image_tokens_only(bundle: tuple[Toy, Path]) -> None:
     model, folder = bundle
     opened = Pipeline.load(folder)
     inputs = opened.prepare("What is it?", [IMAGES / "plain.png", IMAGES / "wide.png"])
@@ -86,11 +86,11 @@ def test_a_stop_token_ends_the_answer(bundle: tuple[Toy, Path]) -> None:
     stopping = replace(opened, settings=replace(opened.settings, eos_token_ids=(free[2], free[0])))
     assert list(stopping.generate(inputs, 6)) == free[:1]
     barred = model.tokens(inputs, 3, (free[2], free[0]))
-    held = list(stopping.generate(inputs, 6, 3))
-    assert held[:3] == barred
+    tokens = list(stopping.generate(inputs, 6, 3))
+    assert tokens[:3] == barred
 
 
-def test_answers_beyond_the_length_are_refused(bundle: tuple[Toy, Path]) -> None:
+def test_answers_beyond_the_length_are_rejected(bundle: tuple[Toy, Path]) -> None:
     opened = Pipeline.load(bundle[1])
     inputs = opened.prepare("What is it?")
     with pytest.raises(TextError, match=r"\+ 512 tokens are more than 512"):
@@ -98,19 +98,19 @@ def test_answers_beyond_the_length_are_refused(bundle: tuple[Toy, Path]) -> None
 
 
 @pytest.mark.seconds
-def test_a_bundle_answers_by_itself(bundle: tuple[Toy, Path]) -> None:
+def test_the_bundled_program_runs(bundle: tuple[Toy, Path]) -> None:
     model, folder = bundle
 
-    def ask(*arguments: str) -> subprocess.CompletedProcess[str]:
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-I", str(folder / "pipeline.py"), "--prompt", "What is it?", *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=False, encoding="utf-8")
 
     image = IMAGES / "grey.png"
-    answered = ask("--image", str(image), "--max-new-tokens", "5")
+    accepted = run("--image", str(image), "--max-new-tokens", "5")
     inputs = Pipeline.load(folder).prepare("What is it?", [image])
-    assert answered.returncode == 0, answered.stderr
-    assert answered.stdout == Pipeline.load(folder).text(model.tokens(inputs, 5, STOPS)) + "\n"
-    refused = ask("--image", str(folder / "pipeline.py"))
-    assert refused.returncode == 2
-    assert "cannot be read as an image" in refused.stderr
+    assert accepted.returncode == 0, accepted.stderr
+    assert accepted.stdout == Pipeline.load(folder).text(model.tokens(inputs, 5, STOPS)) + "\n"
+    rejected = run("--image", str(folder / "pipeline.py"))
+    assert rejected.returncode == 2
+    assert "cannot be read as an image" in rejected.stderr
     assert not (folder / "__pycache__").exists()

@@ -1,6 +1,6 @@
-"""Any image, any order of text and images: sizes, pixel values, token ids and positions, against plain formulas.
+"""Sizes, pixel values, token ids and positions of any images and texts, compared with simple formulas.
 
-The plain ones are written as one would explain them, a token and a pixel at a time; those marked torch are upstream's.
+The formulas process one token or pixel at a time; tests marked torch compare with transformers.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ SIDE = st.integers(1, 5000)
 
 
 def nearest_multiple(side: int, unit: int) -> int:
-    """Halves go to the even multiple."""
+    """Round halves to the even multiple."""
     count, rest = divmod(side, unit)
     up = 2 * rest > unit or (2 * rest == unit and count % 2 == 1)
     return (count + up) * unit
@@ -47,8 +47,8 @@ def nearest_multiple(side: int, unit: int) -> int:
 
 @MANY
 @given(SIDE, SIDE, VISION)
-def test_sizes_by_whole_numbers(height: int, width: int, vision: ImageSettings) -> None:
-    """In integers, where a bound is met: floor(side · √(bound / area) / unit) is the root of a quotient."""
+def test_sizes_in_integer_arithmetic(height: int, width: int, vision: ImageSettings) -> None:
+    """At a bound: floor(side · √(bound / area) / unit) is the integer square root of a quotient."""
     unit = vision.patch_size * vision.merge_size
     assume(max(height, width) <= 200 * min(height, width))
     got = pipeline.target_size(height, width, vision)
@@ -57,12 +57,13 @@ def test_sizes_by_whole_numbers(height: int, width: int, vision: ImageSettings) 
     if vision.min_pixels <= area <= vision.max_pixels:
         assert got == rounded
         return
-    bound = vision.max_pixels if area > vision.max_pixels else vision.min_pixels
+    shrinks = area > vision.max_pixels
+    bound = vision.max_pixels if shrinks else vision.min_pixels
     for side, found in zip((height, width), got, strict=True):
         over, under = side**2 * bound, height * width * unit**2
         root = math.isqrt(over // under)
-        exact = root**2 * under == over  # then a float may lie on either side of it
-        if bound == vision.max_pixels:
+        exact = root**2 * under == over  # a float may then be on either side of it
+        if shrinks:
             assert found in ({max(1, root) * unit} | ({max(1, root - 1) * unit} if exact else set()))
         else:
             assert found in ({root * unit, (root + 1) * unit} if exact else {(root + 1) * unit})
@@ -70,19 +71,19 @@ def test_sizes_by_whole_numbers(height: int, width: int, vision: ImageSettings) 
 
 @MANY
 @given(st.integers(1, 30), st.integers(6001, 100_000), VISION)
-def test_what_is_too_long_is_refused(short: int, long: int, vision: ImageSettings) -> None:
+def test_images_that_are_too_long_are_rejected(short: int, long: int, vision: ImageSettings) -> None:
     for sides in ((short, long), (long, short)):
         with pytest.raises(ImageError, match="200 times"):
             pipeline.target_size(*sides, vision)
 
 
 def placed(ids: list[int], grids: list[tuple[int, int, int]], merge: int) -> list[tuple[int, int, int]]:
-    """Positions a token at a time."""
-    left, at, found = list(grids), 0, []
+    """Compute positions one token at a time."""
+    left, at, positions = list(grids), 0, []
     index = 0
     while index < len(ids):
         if ids[index] != IMAGE:
-            found.append((at, at, at))
+            positions.append((at, at, at))
             at, index = at + 1, index + 1
             continue
         frames, height, width = left.pop(0)
@@ -90,10 +91,10 @@ def placed(ids: list[int], grids: list[tuple[int, int, int]], merge: int) -> lis
         for t in range(frames):
             for y in range(height):
                 for x in range(width):
-                    found.append((at + t, at + y, at + x))
+                    positions.append((at + t, at + y, at + x))
                     index += 1
         at += max(height, width)
-    return found
+    return positions
 
 
 GRIDS = st.lists(st.tuples(st.just(1), st.integers(1, 6), st.integers(1, 6)), max_size=4)
@@ -101,22 +102,22 @@ GRIDS = st.lists(st.tuples(st.just(1), st.integers(1, 6), st.integers(1, 6)), ma
 
 @MANY
 @given(GRIDS, st.integers(1, 3), st.data())
-def test_positions_a_token_at_a_time(grids: list[tuple[int, int, int]], merge: int, data: Any) -> None:
-    whole = [(t, h * merge, w * merge) for t, h, w in grids]
+def test_positions_equal_the_formula(grids: list[tuple[int, int, int]], merge: int, data: Any) -> None:
+    patches = [(t, h * merge, w * merge) for t, h, w in grids]
     ids = [TEXT] * data.draw(st.integers(1, 4))
     for t, h, w in grids:
         ids += [IMAGE] * (t * h * w) + [TEXT] * data.draw(st.integers(0, 3))
     sizes = Settings("", "", "", "", IMAGE, "", merge, (), 0, 0, 0)
-    got, delta = pipeline.position_ids(np.array([ids]), np.array(whole, np.int64).reshape(-1, 3), sizes)
-    want = placed(ids, whole, merge)
-    assert got[:, 0].T.tolist() == [list(one) for one in want]
-    # What is generated goes on one by one behind the largest of them.
-    assert len(ids) + delta == max(max(one) for one in want) + 1
+    got, delta = pipeline.position_ids(np.array([ids]), np.array(patches, np.int64).reshape(-1, 3), sizes)
+    want = placed(ids, patches, merge)
+    assert got[:, 0].T.tolist() == [list(position) for position in want]
+    # Generated tokens continue after the largest position.
+    assert len(ids) + delta == max(max(position) for position in want) + 1
 
 
 @SOME
 @given(st.integers(1, 90), st.integers(1, 90), VISION, st.integers(0, 2**32 - 1))
-def test_pixel_values_a_pixel_at_a_time(height: int, width: int, vision: ImageSettings, seed: int) -> None:
+def test_pixel_values_equal_the_formula(height: int, width: int, vision: ImageSettings, seed: int) -> None:
     assume(vision.min_pixels < 3000)
     image = Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8))
     rows, grids = pipeline.preprocess([image], vision)
@@ -137,7 +138,7 @@ def test_pixel_values_a_pixel_at_a_time(height: int, width: int, vision: ImageSe
 
 @cache
 def bundle() -> tuple[Settings, ImageSettings, Any]:
-    """What a bundle of the miniature says."""
+    """The settings and the tokenizer in a bundle of the miniature."""
     from tempfile import TemporaryDirectory
 
     checkpoint = open_checkpoint(MINIATURE)
@@ -155,21 +156,21 @@ TEXTS = st.text(st.characters(codec="utf-8"), max_size=60)
 @SOME
 @given(GRIDS, TEXTS)
 @example([], "\u202e\x00 \r\n\t ½ \U0001f468\u200d\U0001f469\u200d\U0001f467 é e\u0301 \ufeff")
-def test_a_image_has_its_number_of_tokens(grids: list[tuple[int, int, int]], text: str) -> None:
+def test_images_have_one_token_per_feature(grids: list[tuple[int, int, int]], text: str) -> None:
     sizes, _, tokenizer = bundle()
     merge = sizes.spatial_merge_size
     assume(sizes.image_token not in text and sizes.video_token not in text)
-    whole = np.array([(t, h * merge, w * merge) for t, h, w in grids], np.int64).reshape(-1, 3)
-    ids = pipeline.encode(text, whole, tokenizer, sizes)
+    patches = np.array([(t, h * merge, w * merge) for t, h, w in grids], np.int64).reshape(-1, 3)
+    ids = pipeline.encode(text, patches, tokenizer, sizes)
     assert (ids == sizes.image_token_id).sum() == sum(t * h * w for t, h, w in grids)
-    positions, _ = pipeline.position_ids(ids, whole, sizes)
+    positions, _ = pipeline.position_ids(ids, patches, sizes)
     assert positions.shape == (3, 1, ids.shape[1])
 
 
 @pytest.mark.torch
 @settings(MANY, max_examples=1000)
 @given(SIDE, SIDE, VISION)
-def test_sizes_are_upstreams(height: int, width: int, vision: ImageSettings) -> None:
+def test_sizes_equal_upstreams(height: int, width: int, vision: ImageSettings) -> None:
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
     unit = vision.patch_size * vision.merge_size
@@ -196,8 +197,8 @@ def upstream() -> Any:
 @pytest.mark.torch
 @SOME
 @given(st.data(), TEXTS)
-def test_prompts_and_images_are_upstreams(tmp_path_factory: pytest.TempPathFactory, data: Any, text: str) -> None:
-    """From files of any format, mode, size and orientation, to token ids, pixel values and positions, bit for bit."""
+def test_prompts_and_images_equal_upstreams(tmp_path_factory: pytest.TempPathFactory, data: Any, text: str) -> None:
+    """Bit-identical token ids, pixel values and positions from files of any format, mode, size and orientation."""
     sizes, vision, tokenizer = bundle()
     assume(sizes.image_token not in text and sizes.video_token not in text)
     folder, files = tmp_path_factory.mktemp("images"), []

@@ -1,4 +1,4 @@
-"""Bundles for OpenVINO, in OpenVINO: tokens are PyTorch's, and what breaks a graph is noticed."""
+"""Bundles for OpenVINO, in OpenVINO: tokens equal PyTorch's, and broken graphs are detected."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ RECIPE = Recipe("fp32-openvino", "fp32", (Target(NAME, "eager"),), 4096)
 
 @pytest.fixture
 def folder(built: Built, tmp_path: Path) -> Path:
-    """The miniature's, which a test may change file by file (they are links)."""
+    """The miniature's bundle, of which a test may replace files (they are links)."""
     copy = tmp_path / NAME
     for file in sorted((built(MINIATURE, RECIPE) / NAME).iterdir()):
         link(file, copy / file.name)
@@ -57,7 +57,7 @@ def failing(report: Report) -> set[str]:
 
 
 @pytest.mark.torch
-def test_tokens_and_held_out_answers_are_pytorchs(folder: Path, reference: Reference) -> None:
+def test_tokens_and_held_out_accuracy_equal_pytorch(folder: Path, reference: Reference) -> None:
     require_openvino()
     tasks = held_out(reference.checkpoint)
     report = whole.verify(folder, NAME, reference, Suite(FEW, tasks, tokens=32))
@@ -77,7 +77,7 @@ def test_tokens_and_held_out_answers_are_pytorchs(folder: Path, reference: Refer
     ],
     ids=["DeepStack zeroed", "the preprocessor, 1 % brighter"],
 )
-def test_what_is_broken_is_noticed(
+def test_mutations_are_detected(
     change: Callable[[Path, str], None], places: set[str], folder: Path, reference: Reference
 ) -> None:
     require_openvino()
@@ -87,20 +87,20 @@ def test_what_is_broken_is_noticed(
 
 
 @pytest.mark.torch
-def test_a_bundle_answers_by_itself_and_through_the_command(folder: Path, reference: Reference) -> None:
+def test_the_bundled_program_and_generate_agree(folder: Path, reference: Reference) -> None:
     require_openvino()
     case = held_out(reference.checkpoint)[0]
-    asked = ("--prompt", case.prompt, "--image", str(case.images[0]))
-    command = [sys.executable, str(folder / "openvino_pipeline.py"), *asked]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
-    assert (done.returncode, done.stdout) == (0, f"{case.answer}\n"), done.stderr
-    said: list[str] = []
-    answer(folder, case.prompt, case.images, max_new_tokens=16, on_text=said.append)
-    assert "".join(said) == case.answer
+    arguments = ("--prompt", case.prompt, "--image", str(case.images[0]))
+    command = [sys.executable, str(folder / "openvino_pipeline.py"), *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
+    assert (result.returncode, result.stdout) == (0, f"{case.answer}\n"), result.stderr
+    pieces: list[str] = []
+    answer(folder, case.prompt, case.images, max_new_tokens=16, on_text=pieces.append)
+    assert "".join(pieces) == case.answer
 
 
 @pytest.mark.torch
-def test_without_openvino_it_is_compared_as_far_as_it_can_be(
+def test_without_openvino_verification_is_partial(
     folder: Path, reference: Reference, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     why = 'openvino is not installed: pip install "qwen3vl-onnx[openvino]"'
@@ -116,28 +116,28 @@ def test_without_openvino_it_is_compared_as_far_as_it_can_be(
 
 @pytest.mark.slow
 @pytest.mark.torch
-def test_four_bits_are_what_the_recipe_promises(tmp_path: Path) -> None:
+def test_int4_is_within_the_recipes_limits(tmp_path: Path) -> None:
     require_openvino()
     build = Build(parse_source(str(MINIATURE)), load_recipe("int4-openvino"), tmp_path / "int4")
     execute(build)
-    found: Mapping[str, Any] = read_json(build.folder("bundle") / NAME / "evidence" / "parity.json")
-    assert found["verdict"] == "passed"
-    assert found["facts"]["tokens"]["equal"] == found["facts"]["tokens"]["compared"]  # of its fp32 twin
-    assert math.isfinite(found["facts"]["quality"]["largest lead"])
+    parity: Mapping[str, Any] = read_json(build.folder("bundle") / NAME / "evidence" / "parity.json")
+    assert parity["verdict"] == "passed"
+    assert parity["facts"]["tokens"]["equal"] == parity["facts"]["tokens"]["compared"]  # with its fp32 copy
+    assert math.isfinite(parity["facts"]["quality"]["largest lead"])
 
 
 @pytest.mark.parametrize(
-    ("precision", "told"),
+    ("precision", "message"),
     [("bf16", "the provider cpu does not compute in bf16"), ("fp16", f"the target `{NAME}` is built in fp32")],
 )
-def test_it_is_built_in_fp32(precision: str, told: str, tmp_path: Path) -> None:
+def test_it_is_built_in_fp32(precision: str, message: str, tmp_path: Path) -> None:
     file = tmp_path / "mine.toml"
     file.write_text(f'like = "{precision}"\nprovider = "cpu"\ntargets = ["{NAME}"]\n')
-    with pytest.raises(RecipeError, match=told):
+    with pytest.raises(RecipeError, match=message):
         load_recipe(file)
 
 
-def test_both_programs_and_the_preprocessor_lie_in_it(tmp_path: Path) -> None:
+def test_it_contains_both_programs_and_the_preprocessor(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(MINIATURE)
     (tmp_path / "filled").mkdir()
     roles = lay_out(tmp_path / "filled", checkpoint, RECIPE, RECIPE.targets[0], tmp_path / "out")

@@ -1,15 +1,15 @@
-// The page: hands an image and a question to worker.mjs, shows the answer as it comes.
-const PACKAGES = "../../node_modules/"; // beside the bundle's folder
+// Sends an image and a question to worker.mjs and shows the answer as it arrives.
+const PACKAGES = "../../node_modules/"; // next to the bundle's folder
 const at = (name) => document.getElementById(name);
-const asked = new URLSearchParams(location.search);
+const parameters = new URLSearchParams(location.search);
 const places = {
   library: new URL(
-    asked.get("library") ?? `${PACKAGES}@huggingface/transformers/dist/transformers.min.js`,
+    parameters.get("library") ?? `${PACKAGES}@huggingface/transformers/dist/transformers.min.js`,
     import.meta.url,
   ).href,
-  // A library from elsewhere knows where its own WebAssembly is.
-  wasm: asked.get("wasm") ?? (asked.has("library") ? null : `${PACKAGES}onnxruntime-web/dist/`),
-  device: asked.get("device") ?? "wasm",
+  // A library from another address finds its own WebAssembly files.
+  wasm: parameters.get("wasm") ?? (parameters.has("library") ? null : `${PACKAGES}onnxruntime-web/dist/`),
+  device: parameters.get("device") ?? "wasm",
 };
 if (places.wasm) places.wasm = new URL(places.wasm, import.meta.url).href;
 
@@ -26,9 +26,9 @@ function busy(yes) {
   at("stop").disabled = !yes;
 }
 
-function started() {
-  const made = new Worker(new URL("worker.mjs", import.meta.url), { type: "module" });
-  made.onmessage = ({ data }) => {
+function startWorker() {
+  const started = new Worker(new URL("worker.mjs", import.meta.url), { type: "module" });
+  started.onmessage = ({ data }) => {
     if (data.status) show(data.status);
     if (data.text) at("answer").textContent += data.text;
     if (data.tokens) {
@@ -37,15 +37,15 @@ function started() {
       show(`Done: ${data.tokens.length} tokens in ${data.seconds.toFixed(1)} s, ${rate} a second.`);
       busy(false);
     }
-    if (data.error) ended(data.error);
+    if (data.error) endWorker(data.error);
   };
-  made.onerror = (event) => ended(event.message || "the worker did not start");
-  made.postMessage({ places });
-  return made;
+  started.onerror = (event) => endWorker(event.message || "the worker did not start");
+  started.postMessage({ places });
+  return started;
 }
 
-// A worker that failed, or was stopped in the middle of an answer, is not used again.
-function ended(why) {
+// A worker that failed or was stopped during an answer is not reused.
+function endWorker(why) {
   worker?.terminate();
   worker = null;
   show(why, why !== "Stopped.");
@@ -64,7 +64,7 @@ at("form").addEventListener("submit", (event) => {
   at("answer").textContent = "";
   delete at("answer").dataset.tokens;
   busy(true);
-  worker ??= started();
+  worker ??= startWorker();
   worker.postMessage({
     image: at("image").files[0] ?? null,
     question: at("question").value,
@@ -72,5 +72,5 @@ at("form").addEventListener("submit", (event) => {
   });
 });
 
-at("stop").addEventListener("click", () => ended("Stopped."));
+at("stop").addEventListener("click", () => endWorker("Stopped."));
 busy(false);

@@ -1,20 +1,20 @@
-// Plays a bundle in transformers.js: `node runner.mjs PACKAGES BUNDLE`.
-// In: requests on stdin, one line of JSON each. Out: lines of JSON on stdout; the last one to a request has "end".
-// PACKAGES is the folder of node_modules. Nothing is fetched; nothing is written but where a request says.
+// Runs a bundle in transformers.js: `node runner.mjs PACKAGES BUNDLE`, where PACKAGES contains node_modules.
+// Reads requests from stdin, a line of JSON each, and writes lines of JSON to stdout; the last for a request has "end".
+// Fetches nothing, and writes only the file that a request names.
 import { readFile, writeFile } from "node:fs/promises";
 import { createRequire } from "node:module";
 import { join, resolve } from "node:path";
 import { createInterface } from "node:readline";
 
 const [packages, bundle] = process.argv.slice(2).map((path) => resolve(path));
-// Only what is said here may be on stdout.
-const say = (line) => process.stdout.write(`${JSON.stringify(line)}\n`);
+// stdout is for responses only.
+const respond = (line) => process.stdout.write(`${JSON.stringify(line)}\n`);
 console.log = console.info = console.debug = console.warn = console.error;
 
 const library = createRequire(join(packages, "any.cjs"))("@huggingface/transformers");
 const { AutoProcessor, BaseStreamer, Qwen3VLForConditionalGeneration, RawImage, Tensor, env } = library;
 env.allowRemoteModels = false;
-env.useFSCache = false; // the bundle's own files are read where they lie
+env.useFSCache = false; // the bundle's files are read in place
 
 let model, processor;
 
@@ -22,7 +22,7 @@ class Tokens extends BaseStreamer {
   prompt = true;
 
   put(rows) {
-    if (!this.prompt) say({ token: Number(rows[0].at(-1)) });
+    if (!this.prompt) respond({ token: Number(rows[0].at(-1)) });
     this.prompt = false;
   }
 
@@ -37,12 +37,12 @@ async function floats(path) {
 }
 
 const actions = {
-  // Loads the graphs, so that what is broken is said before a question.
+  // Loads the graphs, so that a broken bundle is reported before the first prompt.
   async open() {
     model ??= await Qwen3VLForConditionalGeneration.from_pretrained(bundle);
   },
 
-  // {ids: [seq], pixels?: {path, dims}, grid?: [[t, h, w], …], most, least, stop: [id, …]} → {token} a token.
+  // {ids: [seq], pixels?: {path, dims}, grid?: [[t, h, w], …], most, least, stop: [id, …]} → {token} for each token.
   async generate({ ids, pixels, grid, most, least, stop }) {
     await actions.open();
     const inputs = {
@@ -64,14 +64,14 @@ const actions = {
     });
   },
 
-  // {text, image, out} → {ids, grid, dims}, by the library's own processor; pixel values go into the file `out`.
+  // {text, image, out} → {ids, grid, dims}, from the library's own processor; writes pixel values to the file `out`.
   async process({ text, image, out }) {
     processor ??= await AutoProcessor.from_pretrained(bundle);
-    const found = await processor(text, await RawImage.read(image));
-    const { data } = found.pixel_values;
+    const inputs = await processor(text, await RawImage.read(image));
+    const { data } = inputs.pixel_values;
     await writeFile(out, Buffer.from(data.buffer, data.byteOffset, data.byteLength));
-    const [ids, grid] = [found.input_ids, found.image_grid_thw].map((one) => Array.from(one.data, Number));
-    say({ ids, grid, dims: found.pixel_values.dims });
+    const [ids, grid] = [inputs.input_ids, inputs.image_grid_thw].map((tensor) => Array.from(tensor.data, Number));
+    respond({ ids, grid, dims: inputs.pixel_values.dims });
   },
 };
 
@@ -79,8 +79,8 @@ for await (const line of createInterface({ input: process.stdin })) {
   const { action, ...request } = JSON.parse(line);
   try {
     await actions[action](request);
-    say({ end: true });
+    respond({ end: true });
   } catch (error) {
-    say({ end: true, error: String(error?.message ?? error) });
+    respond({ end: true, error: String(error?.message ?? error) });
   }
 }
