@@ -120,7 +120,7 @@ def runtime_gates(
     """The runtime's own image processor, with our settings.
 
     Pixels are gated where upstream and the runtime see the same bytes: an RGB PNG that needs no resize. Elsewhere the
-    decoders and resizers differ (README: Ask a bundle), and tokens are compared with PyTorch fed the same pixels.
+    decoders and resizers differ (README: Run a bundle), and tokens are compared with PyTorch fed the same pixels.
     """
     tensors, inputs = own.runtime_inputs(case.prompt, case.images)
     show_pixels(
