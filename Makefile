@@ -44,15 +44,15 @@ verify: setup ## compare the miniature's bundles with PyTorch again
 	$(CLI) verify $(BUNDLES)/genai --reference $(CHECKPOINT)
 	$(CLI) verify $(BUNDLES)/onnxruntime --reference $(CHECKPOINT)
 
-check: setup ## style, types, and the tests that need no torch
+check: setup ## style, types, and the tests that need neither torch nor seconds; under a minute
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
-	$(PY) -m mypy
-	$(PY) -m pytest -q -m "not torch and not slow" -n logical --dist worksteal
+	$(PY) -m mypy & types=$$!; $(PY) -m pytest -q -m "not torch and not slow and not seconds" -n logical --dist worksteal \
+	&& wait $$types
 
 # What `check` has run in the same command is not run again.
 test: setup ## every test that takes seconds
-	$(PY) -m pytest -q -n logical --dist loadfile $(if $(filter check,$(MAKECMDGOALS)),-m "torch and not slow")
+	$(PY) -m pytest -q -n logical --dist loadfile $(if $(filter check,$(MAKECMDGOALS)),-m "(torch or seconds) and not slow")
 
 test-full: setup ## every test, in every runtime (`make node runtimes`, Chromium); the results go to docs/test-full.md
 	@mkdir -p docs outputs && rm -f $(RESULTS)

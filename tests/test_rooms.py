@@ -95,6 +95,19 @@ def test_the_key_of_a_stage_holds_no_room_that_cannot_change_its_result(stage: s
     assert not [name for name in code if name.startswith(foreign)]
 
 
+@pytest.mark.parametrize(
+    ("file", "stages"),
+    [
+        ("builder/verify/tolerances.py", {"verify"}),
+        ("builder/verify/report/gates.py", {"verify", "bundle"}),
+        ("builder/verify/report/template.html.j2", {"verify", "bundle"}),
+        ("builder/bundle/model_card.py", {"bundle"}),
+    ],
+)
+def test_a_change_runs_only_what_depends_on_it(file: str, stages: set[str]) -> None:
+    assert {stage.name for stage in STAGES if file in code_digests(stage.module_name, stage.files)} == stages
+
+
 def test_no_room_and_no_folder_is_a_hall() -> None:
     lines = {name: len(file.read_text(encoding="utf-8").splitlines()) for name, file in FILES.items()}
     ours = {name: count for name, count in lines.items() if name.startswith("builder/")}

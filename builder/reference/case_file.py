@@ -35,15 +35,12 @@ from pydantic.dataclasses import dataclass as checked
 from builder.util.errors import CasesError
 from builder.util.spelling import nearest
 
-FP32 = 1e-4  # of the output's standard deviation; 2e-5 is typical
-
 # In the order of the computation: token ids, pixel values and positions; outputs of the vision encoder; merged
 # embeddings; logits of the decoder; greedy tokens; the runtime's own processor, and tokens from its pixels.
 Check = Literal["inputs", "features", "embeddings", "decoder", "tokens", "runtime"]
 CHECKS: tuple[Check, ...] = get_args(Check)
-# Largest differences, over the standard deviation of PyTorch's values: the limit for fp32, and the typical error.
+# The limit for fp32, or the typical error; see builder/verify/tolerances.py.
 Tolerance = Literal["fp32", "tight"]
-TOLERANCES: Mapping[Tolerance, float] = {"fp32": FP32, "tight": FP32 / 5}
 # Select shipped cases where not all of them can run. Tags do not restrict cases that the user adds, and are not part of
 # a case's digest in a golden.
 #   layerwise: compared layer by layer where the model does not fit in memory, and on the fp32 copy of a quantized

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from builder.checkpoint.load import Checkpoint
-from builder.reference.case_file import CHECKS, TOKENS, TOLERANCES, FileCase, Tag, Tolerance, read_file
+from builder.reference.case_file import CHECKS, TOKENS, FileCase, Tag, Tolerance, read_file
 from builder.reference.synthetic_images import SizeLimits, draw
 from builder.util.errors import CasesError
 
@@ -30,7 +30,7 @@ class Case:
 
     Args:
         answer: the expected text, in held-out sets.
-        tolerance: determines `limit`.
+        tolerance: of its gates, see `builder.verify.tolerances`.
         drawn: which of `images` are synthetic.
         shipped: whether the case is in builder/suite.
     """
@@ -51,11 +51,6 @@ class Case:
     def lifted(self) -> bool:
         """Whether images may have more pixels than the checkpoint allows."""
         return self.limits == "lifted"
-
-    @property
-    def limit(self) -> float:
-        """Largest difference that a gate with a tolerance accepts, over the standard deviation of PyTorch's values."""
-        return TOLERANCES[self.tolerance]
 
     @property
     def unchecked(self) -> tuple[str, ...]:

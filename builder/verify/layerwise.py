@@ -34,6 +34,7 @@ from builder.verify.memory_budget import SLICE, VERIFY_MEMORY
 from builder.verify.report.exhibits import collecting, show_case
 from builder.verify.report.gates import Gate, Report, guarded
 from builder.verify.tokens import TIE, NearTies, counted, input_gates
+from builder.verify.tolerances import limit
 
 TOKENS = 16
 TWICE = 2  # a slice's peak over its weights: ONNX Runtime packs some while it still holds those that it read
@@ -127,7 +128,7 @@ def _asked(case: Case, folder: Path, reference: Reference, store: Path) -> tuple
     inputs = prepare(case.prompt, case.images, load_tokenizer(folder / "tokenizer.json"), settings, vision)
     prompt = reference.prepare(case.prompt, case.images)
     show_case(case.name, case.prompt, case.images)
-    return ReferenceCase(case.name, prompt, traced(reference, prompt, store), case.limit), input_gates(
+    return ReferenceCase(case.name, prompt, traced(reference, prompt, store), limit(case)), input_gates(
         case.name, inputs, prompt
     )
 

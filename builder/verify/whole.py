@@ -35,6 +35,7 @@ from builder.verify.report.exhibits import collecting, show_answers, show_case
 from builder.verify.report.gates import Gate, Report, guarded, guarded_pair
 from builder.verify.report.write import write
 from builder.verify.tokens import NearTies, counted, input_gates, takes, token_gates
+from builder.verify.tolerances import limit
 
 STORE = "reference"
 RUNNING = ("torch", "transformers", "onnxruntime", "onnxruntime-genai", "tokenizers", "pillow", "numpy")
@@ -172,7 +173,7 @@ def _compared(
     located = next((case for case in whole if case.images), suite.cases[0])
     for case, prompt in asked:
         if case == located:
-            yield from layer_gates(folder, target, reference, case.name, prompt, case.limit)
+            yield from layer_gates(folder, target, reference, case.name, prompt, limit(case))
     graphs = Graphs.load(folder, GRAPHS[target].packed, reference.checkpoint.text.hidden)
     yield guarded("image features", "grids", geometry_gates, graphs, reference)
     yield guarded("decoder prefill", "batch of two", batch_gates, graphs, reference)
@@ -180,10 +181,10 @@ def _compared(
     answered: list[tuple[list[Gate], NearTies]] = []
     for case, prompt in asked:
         show_case(case.name, case.prompt, case.images)
-        computed, logit_error = graph_gates(case.name, graphs, reference, prompt, case.checks, case.limit)
+        computed, logit_error = graph_gates(case.name, graphs, reference, prompt, case.checks, limit(case))
         yield computed
         if case != located and not all(gate.ok for gate in computed):
-            yield from layer_gates(folder, target, reference, case.name, prompt, case.limit)
+            yield from layer_gates(folder, target, reference, case.name, prompt, limit(case))
         played, near = token_gates(case, prompt, runner, reference, logit_error, suite.tokens)
         yield played
         answered.append((played, near))

@@ -44,6 +44,7 @@ def values(checkpoint: Checkpoint, name: str) -> np.ndarray:
     return checkpoint.read(name).astype(np.float32)
 
 
+@pytest.mark.seconds
 def test_tiny_is_a_checkpoint_with_every_weight_varied(tiny: Path) -> None:
     checkpoint = open_checkpoint(tiny)
     assert {name: tensor.shape for name, tensor in checkpoint.tensors.items()} == shapes("tiny")
@@ -58,6 +59,7 @@ def test_tiny_is_a_checkpoint_with_every_weight_varied(tiny: Path) -> None:
     assert abs(np.corrcoef(values(checkpoint, first).ravel(), values(checkpoint, second).ravel())[0, 1]) < 0.1
 
 
+@pytest.mark.seconds
 def test_rows_of_the_embeddings_differ_although_the_noise_repeats(tiny: Path) -> None:
     """Equal rows would be tokens that tie at every step; those of special tokens are small."""
     checkpoint = open_checkpoint(tiny)
@@ -68,6 +70,7 @@ def test_rows_of_the_embeddings_differ_although_the_noise_repeats(tiny: Path) ->
     assert rows[special:].std() == pytest.approx(SPECIAL_SCALE * rows[: special - 100].std(), rel=0.05)
 
 
+@pytest.mark.seconds
 def test_the_same_bytes_for_the_same_seed_whatever_the_block(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -77,6 +80,7 @@ def test_the_same_bytes_for_the_same_seed_whatever_the_block(
     assert sha256(other / SINGLE) != sha256(tiny / SINGLE)
 
 
+@pytest.mark.seconds
 def test_shards_respect_the_limit_and_come_with_an_index(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -249,6 +253,7 @@ def test_a_copy_is_removed_and_reports_its_bytes(tmp_path: Path, monkeypatch: py
     assert comparators.copy(files, tmp_path / "copy").failure == "no room on the disk for a second copy of any file"
 
 
+@pytest.mark.seconds
 def test_a_build_that_fails_or_does_not_fit_the_disk_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -281,6 +286,7 @@ def test_a_document_keeps_the_sections_of_the_same_machine_only(tmp_path: Path) 
     assert str(Path.home()) not in text
 
 
+@pytest.mark.seconds
 def test_an_unknown_size_is_refused_with_the_known_sizes() -> None:
     done = run([sys.executable, "-m", "bench", "--size", "3b"], settings={"COLUMNS": "200"})
     assert done.failure is not None

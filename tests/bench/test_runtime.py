@@ -327,6 +327,7 @@ def test_a_profile_is_split_into_runs_with_the_time_between_operators() -> None:
     assert lines[-1] == "| **all** | 0.80 |  | 0.50 |  |"
 
 
+@pytest.mark.seconds
 def test_unknown_sizes_and_names_are_refused() -> None:
     run = partial(figures.process)
     for arguments in (["--size", "3b"], ["--skip", "nobody"]):

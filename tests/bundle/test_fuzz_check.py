@@ -43,6 +43,7 @@ def drawn(bundle: Path, seed: int) -> str:
             (bundle / name).write_bytes(content)
 
 
+@pytest.mark.seconds
 def test_a_few_drawn_bytes(bundle: Path) -> None:
     counts = Counter(drawn(bundle, seed) for seed in range(150))
     assert not [what for what in counts if what.endswith("as it was: accepted") and "manifest.json" not in what]

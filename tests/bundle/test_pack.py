@@ -62,6 +62,7 @@ def test_two_packs_of_different_folders_and_times_are_one(tmp_path: Path) -> Non
     assert evidence.sha256 != measured.sha256
 
 
+@pytest.mark.seconds
 def test_another_umask_and_locale_change_nothing(tmp_path: Path) -> None:
     folder = small_bundle(tmp_path / "genai")
     here, _ = pack(folder, tmp_path / "a.tar")

@@ -148,6 +148,7 @@ def test_what_is_refused_leaves_the_repository_as_it_was(hub: UploadHub, bundle:
     assert not arrived & set(hub.put[sent:])
 
 
+@pytest.mark.seconds
 def test_a_sender_that_is_killed_goes_on_where_it_was(hub: UploadHub, bundle: Path, tmp_path: Path) -> None:
     """Each object that was whole is not sent again."""
     environment = {

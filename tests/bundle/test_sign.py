@@ -85,6 +85,7 @@ def test_another_name_another_verification_and_a_second_signature_are_fine(
     assert invoke("check", moved, "--key", keys[1]).exit_code == 0
 
 
+@pytest.mark.seconds
 def test_another_tool_verifies_it(signed: Path, keys: tuple[Path, Path]) -> None:
     command = [sys.executable, "-m", "model_signing", "verify", "key", str(signed)]
     options = ["--signature", signed / "model.sig", "--public_key", keys[1], "--ignore-paths", signed / "evidence"]

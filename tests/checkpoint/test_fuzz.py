@@ -117,6 +117,7 @@ def test_the_good_one_is_taken(good: Path) -> None:
 
 
 @pytest.mark.usefixtures("memory", "directly")
+@pytest.mark.seconds
 def test_a_sample_is_refused(good: Path, tmp_path: Path) -> None:
     counts = refusals(good, tmp_path, SAMPLE)
     assert sum(count for what, count in counts.items() if not what.endswith("accepted")) > len(SAMPLE) * 0.7
@@ -180,6 +181,7 @@ def test_a_template_that_means_harm_is_refused(
         split_template(checkpoint)
 
 
+@pytest.mark.seconds
 def test_a_template_without_end_is_ended(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("builder.checkpoint.chat_template.SECONDS", 5)
     change = write(TEMPLATE, TEMPLATES["no end"])
@@ -210,6 +212,7 @@ def drawn(good: Path, folder: Path, seed: int) -> str:
 
 
 @pytest.mark.usefixtures("memory", "directly")
+@pytest.mark.seconds
 def test_a_few_drawn_bytes(good: Path, tmp_path: Path) -> None:
     folder = spoiled(good, tmp_path / "checkpoint", lambda folder: None)
     counts = Counter(drawn(good, folder, seed) for seed in range(120))
@@ -240,6 +243,7 @@ PLACES = [
 
 
 @pytest.mark.usefixtures("directly")
+@pytest.mark.seconds
 def test_any_value_in_a_config(good: Path, tmp_path: Path) -> None:
     folder = spoiled(good, tmp_path / "checkpoint", lambda folder: None)
     plain = (good / "config.json").read_text()

@@ -155,6 +155,7 @@ def test_no_temporary_folder_gets_into_the_table(monkeypatch: pytest.MonkeyPatch
     assert (row.verdict, row.found) == ("error", "cannot load 5.24.0/8-bundle/genai")
 
 
+@pytest.mark.seconds
 def test_a_release_that_cannot_be_installed_is_a_row_not_a_crash(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -117,6 +117,7 @@ def test_a_build_that_passes_leaves_its_reports_and_its_verdict(place: Place) ->
     assert "build --recipe fp32 --rehash\n" in place.read("calls.log")
 
 
+@pytest.mark.seconds
 def test_a_second_run_installs_nothing_and_has_the_same_cache_key(place: Place) -> None:
     place.run()
     key = place.read("reports/cache-key")
@@ -197,6 +198,7 @@ def test_a_download_that_was_not_kept_is_fetched_again(place: Place) -> None:
     assert place.run(gone)[0] == 10
 
 
+@pytest.mark.seconds
 def test_the_builder_ends_with_10_for_such_a_download_and_fetches_it_when_told(tmp_path: Path) -> None:
     """What the script relies on."""
     cache = tmp_path / "hf"

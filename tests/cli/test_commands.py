@@ -62,6 +62,7 @@ def test_the_verbs_are_those_of_the_manual() -> None:
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["build", "--help"], ["explain"]])
+@pytest.mark.seconds
 def test_nothing_heavy_is_imported_to_help_or_explain(arguments: list[str]) -> None:
     program = (
         "import sys\n"
@@ -110,6 +111,7 @@ def test_build_of_a_changed_checkpoint_names_the_file(tmp_path: Path) -> None:
     assert result.stdout == "1-fetch      run: generation_config.json changed\n"
 
 
+@pytest.mark.seconds
 def test_rehash_sees_a_weight_that_kept_its_size_and_time(tmp_path: Path) -> None:
     folder = Path(shutil.copytree(MINIATURE, tmp_path / "mine"))
     weights = folder / "model.safetensors"
@@ -126,6 +128,7 @@ def test_rehash_sees_a_weight_that_kept_its_size_and_time(tmp_path: Path) -> Non
     assert result.stdout == "1-fetch      run: model.safetensors changed\n", result.stderr
 
 
+@pytest.mark.seconds
 def test_an_unpinned_hub_id_is_settled_once(tmp_path: Path) -> None:
     repository = Repository(MINIATURE)
     with HubServer({"Org/Mini": repository}) as hub:

@@ -122,6 +122,7 @@ def test_what_needs_torch_says_how_to_get_it(
     assert not list(tmp_path.glob("fresh/*-*"))
 
 
+@pytest.mark.seconds
 def test_fetch_and_explain_do_without_torch(base: Path, tmp_path: Path) -> None:
     fetched = without_extra(base, "build", "--until", "fetch", "--output", "out", cwd=tmp_path)
     assert fetched.returncode == 0, fetched.stderr

@@ -15,10 +15,10 @@ import numpy as np
 import numpy.typing as npt
 
 from builder.checkpoint.load import Checkpoint
-from builder.reference.case_file import FP32
 from builder.targets.clients.pipeline import Settings, position_ids
 from builder.verify.graphs.sessions import Past, merged
 from builder.verify.report.gates import Gate, compare_close
+from builder.verify.tolerances import FP32
 
 if TYPE_CHECKING:
     from builder.reference.model import Reference

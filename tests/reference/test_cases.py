@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from builder.checkpoint.load import open_checkpoint
 from builder.cli.app import app
-from builder.reference.case_file import CHECKS, FP32, Tag, read_file
+from builder.reference.case_file import CHECKS, Tag, read_file
 from builder.reference.cases import (
     IMAGES,
     SUITE,
@@ -30,6 +30,7 @@ from builder.targets.clients.pipeline import ImageSettings, target_size
 from builder.util.errors import CasesError
 from builder.verify import whole
 from builder.verify.golden.record import case_digest
+from builder.verify.tolerances import FP32
 from tests.helpers.checkpoints import MINIATURE
 from tests.helpers.shown import shown
 
@@ -222,7 +223,7 @@ def test_exactly_the_checks_of_a_case_are_compared(miniature_built: Path, refere
     limits = {(gate.case.split(",")[0], gate.limit) for gate in report.gates if gate.limit and "grid" not in gate.case}
     assert limits == {("some", FP32), ("few", FP32 / 5), ("batch of two", FP32), ("near ties", 1.0)}
     assert report.facts["not checked"] == {"some": ["embeddings", "decoder", "tokens", "runtime"]}
-    assert "case some: not compared, by its own choice: embeddings, decoder, tokens, runtime" in shown(report)
+    assert "case some: not compared, as its file requests: embeddings, decoder, tokens, runtime" in shown(report)
 
 
 @pytest.mark.torch

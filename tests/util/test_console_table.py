@@ -37,6 +37,7 @@ def test_a_file_has_rows_as_long_as_they_are() -> None:
 
 
 @pytest.mark.parametrize("environment", [{}, {"COLUMNS": "80"}])
+@pytest.mark.seconds
 def test_a_pipe_has_80_columns_and_no_colour(environment: dict[str, str]) -> None:
     *rows, sentence = run(terminal=False, **environment).splitlines()
     assert all(len(line) <= 80 for line in rows)
@@ -47,6 +48,7 @@ def test_a_pipe_has_80_columns_and_no_colour(environment: dict[str, str]) -> Non
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+@pytest.mark.seconds
 def test_a_terminal_shows_a_failure_in_colour_unless_it_is_asked_not_to() -> None:
     assert "\x1b[1;31mFAIL" in run(terminal=True)
     assert "31mFAIL" not in run(terminal=True, NO_COLOR="1")

@@ -15,7 +15,6 @@ from typer.testing import CliRunner
 
 from builder.checkpoint.load import open_checkpoint
 from builder.cli.app import app
-from builder.reference.case_file import FP32
 from builder.reference.cases import Suite, held_out, shipped_cases, whole_suite
 from builder.util.errors import BundleError
 from builder.util.files import sha256
@@ -24,6 +23,7 @@ from builder.verify.graphs.per_graph import graph_gates
 from builder.verify.graphs.sessions import Graphs
 from builder.verify.report.gates import Gate, guarded
 from builder.verify.self_test.mutations import patch_size_changed, rotary_axes_swapped
+from builder.verify.tolerances import FP32
 from tests.helpers.edits import edit_json, edit_tensors
 from tests.helpers.openings import count_openings
 

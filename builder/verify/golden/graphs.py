@@ -9,7 +9,6 @@ from __future__ import annotations
 import numpy as np
 
 from builder.checkpoint.parts import DECODER, VISION
-from builder.reference.case_file import FP32
 from builder.reference.model import Prompt
 from builder.targets.clients.pipeline import Inputs
 from builder.util.errors import BuildError
@@ -17,6 +16,7 @@ from builder.verify.golden.file import Golden, GoldenCase
 from builder.verify.graphs import compare
 from builder.verify.graphs.sessions import Graphs, Values
 from builder.verify.report.gates import Gate, uncomputed
+from builder.verify.tolerances import FP32
 
 
 def graph_gates(

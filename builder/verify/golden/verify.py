@@ -47,6 +47,7 @@ from builder.verify.report.context import of_bundle
 from builder.verify.report.gates import Gate, Report, compare_exact, guarded, guarded_pair
 from builder.verify.report.write import write
 from builder.verify.tokens import NearTies, answer_from, compare
+from builder.verify.tolerances import limit
 from builder.verify.whole import failed as verify_failed
 from builder.verify.whole import unplayed
 
@@ -149,7 +150,7 @@ def case_gates(
     gates += compared
     if inputs is None or not all(gate.ok for gate in gates):
         return gates, ties, "its inputs differ, so that all that follows does"
-    computed, logit_error = graph_gates(graphs, golden, want, inputs, case.limit)
+    computed, logit_error = graph_gates(graphs, golden, want, inputs, limit(case))
     gates += computed
     if want.tokens and runner.not_run is None:
         compared, ties = guarded_pair("tokens", case.name, _token_gates, ties, case, want, runner, inputs, logit_error)

@@ -14,12 +14,12 @@ from typing import Generic, Protocol, TypeVar
 import numpy as np
 
 from builder.graph.ports import PACKED_FEATURES, PLAIN_FEATURES, RESIDUAL
-from builder.reference.case_file import FP32
 from builder.reference.model import Prompt, Trace
 from builder.verify.golden.file import GoldenCase, Sample, floats
 from builder.verify.graphs.sessions import Array, Values, decoder_call, unpacked
 from builder.verify.report.exhibits import show_logits
 from builder.verify.report.gates import Gate, compare_close, uncomputed
+from builder.verify.tolerances import FP32
 
 # The calls of a decoder, as ends counted from the last token: prefill, a chunk on that past, two single steps.
 ENDS = (-6, -2, -1, 0)

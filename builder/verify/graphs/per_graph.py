@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 
-from builder.reference.case_file import FP32
 from builder.reference.cases import CHECKS
 from builder.reference.model import Prompt, Reference, Trace
 from builder.util.errors import BundleError
@@ -20,6 +19,7 @@ from builder.verify.graphs.per_layer import SlicedGraphs, TraceComparison
 from builder.verify.graphs.sessions import Graphs
 from builder.verify.memory_budget import SLICE
 from builder.verify.report.gates import Gate, compare_close, guarded, uncomputed
+from builder.verify.tolerances import FP32
 
 NO_LOGITS = np.zeros((0, 0), np.float32)
 

@@ -21,9 +21,9 @@ def renderables(report: Report) -> Iterator[RenderableType]:
     yield console_table(title, HEADINGS, _rows(report), right=("cases", "worst", "limit"))
     for what, why in report.not_run.items():
         if what not in PLACES:
-            yield f"{what}: not run: {clean(why)}"
+            yield f"{what}: the rest not run: {clean(why)}"
     for case, checks in notes(report):
-        yield f"case {clean(case)}: its file leaves out: {checks}"
+        yield f"case {clean(case)}: not compared, as its file requests: {checks}"
     for case, why in unasked(report):
         yield f"case {clean(case)}: {why}"
     for gate in failures(report)[:SHOWN]:

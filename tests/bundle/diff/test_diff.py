@@ -239,6 +239,7 @@ def test_flat_keeps_what_is_empty(value: Any, expected: dict[str, Any]) -> None:
 FILES = ("model.onnx", "manifest.json", "genai_config.json", DATA)
 
 
+@pytest.mark.seconds
 def test_a_few_drawn_bytes_are_compared_or_refused(one: Path, other: Path) -> None:
     """Whatever a file holds, in a manifest that lists it."""
     counts: Counter[str] = Counter()

@@ -185,6 +185,7 @@ def test_what_is_too_long_is_not_refused() -> None:
     assert session_of_grids(model(MINI))(1, 1000) == [1, 2, 128]
 
 
+@pytest.mark.seconds
 def test_any_settings() -> None:
     rng = np.random.default_rng(11)
     for _ in range(25):
@@ -246,6 +247,7 @@ def narrowed(proto: onnx.ModelProto) -> onnx.ModelProto:
 
 
 @pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.seconds
 def test_a_level_at_most_without_float64(name: str) -> None:
     settings = SETTINGS[name]
     graph, expected = session(narrowed(model(settings))), ours(settings)
@@ -282,6 +284,7 @@ BROKEN: Mapping[str, Callable[[pytest.MonkeyPatch], onnx.ModelProto]] = {
 
 
 @pytest.mark.parametrize("name", ["nothing", *BROKEN])
+@pytest.mark.seconds
 def test_what_is_broken_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     graph, expected = session(BROKEN[name](monkeypatch) if name in BROKEN else model(MINI)), ours(MINI)
     noticed = False

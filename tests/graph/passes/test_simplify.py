@@ -103,6 +103,7 @@ def test_two_runs_give_the_same_bytes(tmp_path: Path) -> None:
     assert one == two
 
 
+@pytest.mark.seconds
 def test_another_hash_seed_gives_the_same_bytes(tmp_path: Path) -> None:
     binding.save(simplify(bound_graph(TRACED, WEIGHTS)).graph, tmp_path / "here.onnx")
     program = (

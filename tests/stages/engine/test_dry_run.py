@@ -143,6 +143,7 @@ def test_the_shape_of_the_json() -> None:
     assert figures["memory"]["limit"] == machine.memory_limit()
 
 
+@pytest.mark.seconds
 def test_real_sizes_are_told_without_reading_a_weight_or_importing_torch(tmp_path: Path, miniature: Path) -> None:
     if not Path("/proc/self/io").is_file():
         pytest.skip("no /proc")

@@ -13,6 +13,8 @@ from builder.util.units import size
 from tests.helpers.hub_server import HubServer, Repository
 from tests.stages.engine.test_dry_run import estimate, invoke, spawned, stage
 
+pytestmark = pytest.mark.seconds
+
 
 @pytest.fixture(autouse=True)
 def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,6 +50,7 @@ def test_a_failed_rerun_keeps_what_was_built_before(build: Build, tmp_path: Path
     assert artifacts(build) == before
 
 
+@pytest.mark.seconds
 def test_a_process_that_is_killed_leaves_a_folder_to_go_on_from(build: Build, demo: Path, tmp_path: Path) -> None:
     """SIGKILL in the middle of `second`: the lock dies with the process, `first` need not run again."""
     (demo / "second.py").write_text(

@@ -106,6 +106,7 @@ def read(path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", IMAGES)
+@pytest.mark.seconds
 def test_a_file_that_claims_to_be_huge(tmp_path: Path, name: str) -> None:
     file = tmp_path / "image"
     file.write_bytes(IMAGES[name]())

@@ -97,6 +97,7 @@ def test_answers_beyond_the_length_are_refused(bundle: tuple[Toy, Path]) -> None
         next(opened.generate(inputs, 512))
 
 
+@pytest.mark.seconds
 def test_a_bundle_answers_by_itself(bundle: tuple[Toy, Path]) -> None:
     model, folder = bundle
 
