@@ -1,7 +1,7 @@
-"""`python -m bench`: what a build costs at the real sizes, beside other ways to do the same.
+"""Measure what a build costs at real sizes, compared with other exporters: `python -m bench`.
 
-In: names of sizes. Out: a table a size, on stdout and in docs/bench.md. Guaranteed: a size that does not fit the disk,
-or a build that fails, is said and the next one is measured; then the exit code is 1.
+Prints a table per size and writes it to docs/bench.md. A size that does not fit on the disk, or whose build fails, is
+reported and the next size is measured; the exit code is then 1.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from bench.measure import ROOT
-from bench.size import Asked, measure, miniature
+from bench.size import Options, measure, miniature
 from bench.synthetic import SIZES
 from bench.table import Result, document, section
 
@@ -25,39 +25,39 @@ DOCUMENT = ROOT / "docs" / "bench.md"
 
 def _known(names: list[str]) -> list[str]:
     if unknown := [name for name in names if name not in SIZES]:
-        raise typer.BadParameter(f"no size is called {unknown[0]!r}; they are: {', '.join(SIZES)}")
+        raise typer.BadParameter(f"unknown size {unknown[0]!r}; expected one of: {', '.join(SIZES)}")
     return names
 
 
 def main(
     size: Annotated[list[str], typer.Option(help="What to measure; repeatable.", callback=_known)] = ["2b", "4b"],  # noqa: B006
-    work: Annotated[Path, typer.Option(help="Takes checkpoints and builds.")] = ROOT / "outputs" / "bench",
-    repeat: Annotated[int, typer.Option(min=1, help="Runs of what is timed.")] = 3,
+    work: Annotated[Path, typer.Option(help="Folder for checkpoints and builds.")] = ROOT / "outputs" / "bench",
+    repeat: Annotated[int, typer.Option(min=1, help="Number of timed runs.")] = 3,
     keep: Annotated[bool, typer.Option("--keep", help="Leave checkpoints and builds in the work folder.")] = False,
     skip_comparators: Annotated[bool, typer.Option("--skip-comparators")] = False,
     skip_verify: Annotated[bool, typer.Option("--skip-verify")] = False,
 ) -> None:
-    """Build synthetic checkpoints of real dimensions; measure time, memory and bytes, and what others need."""
+    """Build synthetic checkpoints of real dimensions; measure time, memory and bytes, and those of other exporters."""
     work.mkdir(parents=True, exist_ok=True)
-    asked = Asked(work.resolve(), repeat, keep, not skip_comparators, not skip_verify, _say)
+    options = Options(work.resolve(), repeat, keep, not skip_comparators, not skip_verify, _log)
     DOCUMENT.parent.mkdir(exist_ok=True)
     failed = False
-    for result in _results(size, asked):
+    for result in _results(size, options):
         failed |= not result.ok
         text = section(result)
-        # Written at once: a later size may take an hour, or the machine with it.
+        # Written after every size: a later one may take an hour, or crash the machine.
         DOCUMENT.write_text(document({result.title: text}, DOCUMENT), encoding="utf-8")
         Console().print(Markdown(text))
     raise typer.Exit(int(failed))
 
 
-def _results(sizes: list[str], asked: Asked) -> Iterator[Result]:
-    yield miniature(asked)
+def _results(sizes: list[str], options: Options) -> Iterator[Result]:
+    yield miniature(options)
     for size in sizes:
-        yield measure(size, asked)
+        yield measure(size, options)
 
 
-def _say(text: str) -> None:
+def _log(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 

@@ -1,8 +1,4 @@
-"""Our own command line, measured.
-
-In: a checkpoint and an output folder. Out: `Run`s, and the `Cost` of each stage as its record has it.
-Guaranteed: each command is a process of its own, as a user starts it.
-"""
+"""Run and measure our own command line, each command in its own process, as a user starts it."""
 
 from __future__ import annotations
 
@@ -19,30 +15,30 @@ BUILDER = (sys.executable, "-m", "builder")
 
 
 def build(checkpoint: Path | None, output: Path, *arguments: object) -> Run:
-    """`qwen3vl-onnx build`, at fp32; without a checkpoint, the miniature's."""
+    """Run `qwen3vl-onnx build` at fp32; without a checkpoint, build the miniature."""
     named = [] if checkpoint is None else [checkpoint]
     return run([*BUILDER, "build", *named, "--recipe", "fp32", "--output", output, "--json", *arguments])
 
 
 def stages(output: Path) -> dict[str, Cost]:
-    """Stage → cost, in the order of the pipeline; only those that are there."""
+    """Return stage → cost from the stage records that exist, in the order of the pipeline."""
     folders = sorted(file.parent for file in output.glob(f"*/{RECORD}"))
     records = [record for folder in folders if (record := read_record(folder))]
     return {record.stage: record.cost for record in records}
 
 
 def seconds_in(done: Run, stage: str) -> tuple[float, str]:
-    """What a build spent in a stage, 0 where it left it as it was; and what it says of it."""
-    step = next((one for one in _json(done).get("stages", []) if one["stage"] == stage), None)
+    """Return the seconds that a build spent in a stage (0 if cached), and the state it reports."""
+    step = next((step for step in _json(done).get("stages", []) if step["stage"] == stage), None)
     if step is None:
         return 0.0, f"no stage {stage}"
     return (0.0 if step["state"] == "cached" else step["wall_s"]), step["state"]
 
 
 def data_files(output: Path) -> list[Path]:
-    """The weights that a build wrote, each file once; largest first."""
-    found = sorted(output.glob("*-quantize/**/*.data"), reverse=True)
-    files = {file.stat().st_ino: file for file in found}  # the first of two names of one file stays
+    """Return the weight files that a build wrote, each once, largest first."""
+    paths = sorted(output.glob("*-quantize/**/*.data"), reverse=True)
+    files = {path.stat().st_ino: path for path in paths}  # of two links to a file, the first name
     return sorted(files.values(), key=lambda file: -file.stat().st_size)
 
 

@@ -1,7 +1,6 @@
-"""What our figures stand beside, in the same run: a copy of the bytes, and onnxruntime-genai's own builder.
+"""Measure what our figures are compared with: a copy of the bytes, and onnxruntime-genai's own builder.
 
-In: the files that a build wrote, or a checkpoint. Out: seconds and memory, or why there are none.
-Guaranteed: whatever happens to a comparator, the bench goes on; what it wrote is removed.
+A comparator that fails is a result, not an error; its files are removed.
 """
 
 from __future__ import annotations
@@ -18,13 +17,13 @@ from bench.measure import Run, run
 
 SPARE = 10**9  # bytes of disk that a copy leaves free
 OURS, GENAI = ("-m", "bench.decoder"), ("-m", "onnxruntime_genai.models.builder")
-# The decoder that we write too: embeddings in, logits out.
+# The same graph as ours: embeddings in, logits out.
 SAME_GRAPH = ("exclude_embeds=true", "hf_token=false")
 
 
 @dataclass(frozen=True)
 class Copy:
-    """`nbytes` copied and flushed in `wall_s` seconds; or `failure` says why not."""
+    """A copy of `nbytes`, flushed, in `wall_s` seconds; `failure` is the reason if there was none."""
 
     wall_s: float
     nbytes: int
@@ -33,12 +32,12 @@ class Copy:
 
 @dataclass(frozen=True)
 class Decoder:
-    """A text decoder built alone.
+    """A text decoder built on its own.
 
     Args:
         run: the process.
-        flushed_s: seconds until its files were on the disk, those of the process included.
-        nbytes: size of what it wrote.
+        flushed_s: seconds until its files were on the disk, including those of the process.
+        nbytes: size of its files.
     """
 
     run: Run
@@ -47,9 +46,9 @@ class Decoder:
 
 
 def copy(files: Sequence[Path], scratch: Path) -> Copy:
-    """`cp --reflink=never` and fsync of `files`, one after the other, each removed before the next.
+    """Copy `files` with `cp --reflink=never` and fsync, each removed before the next.
 
-    A file for which the disk has no room beside it is left out; `nbytes` says what was copied.
+    A file whose copy does not fit on the disk is skipped; `nbytes` counts what was copied.
     """
     seconds, copied = 0.0, 0
     for file in files:
@@ -68,12 +67,12 @@ def copy(files: Sequence[Path], scratch: Path) -> Copy:
 
 
 def ours(checkpoint: Path, out: Path, recipe: str) -> Decoder:
-    """Our text decoder of the target genai, see `bench.decoder`."""
+    """Build our text decoder of the target genai, see `bench.decoder`."""
     return _decoder([sys.executable, *OURS, checkpoint, out, recipe], out)
 
 
 def theirs(checkpoint: Path, out: Path, precision: str) -> Decoder:
-    """The text decoder that onnxruntime-genai's builder makes of the checkpoint."""
+    """Build the text decoder with onnxruntime-genai's builder."""
     options = ["-p", precision, "-e", "cpu", "-c", out / "cache", "--extra_options", *SAME_GRAPH]
     return _decoder([sys.executable, *GENAI, "-i", checkpoint, "-o", out, *options], out)
 
@@ -93,7 +92,7 @@ def _decoder(command: Sequence[object], out: Path) -> Decoder:
 
 
 def _flush(files: Sequence[Path]) -> float:
-    """Seconds until the files are on the disk."""
+    """Return the seconds until the files are on the disk."""
     begin = time.perf_counter()
     for file in files:
         descriptor = os.open(file, os.O_RDONLY)

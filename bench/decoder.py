@@ -1,8 +1,6 @@
-"""Our text decoder alone, as the bench measures it: traced, optimized, its weights written.
+"""Build only the text decoder of the target genai, with the same bytes as a full build.
 
 python -m bench.decoder CHECKPOINT OUT RECIPE
-
-In: a checkpoint and a shipped recipe. Out: `model.onnx` of the target genai with its data, the same bytes as a build's.
 """
 
 from __future__ import annotations
@@ -28,18 +26,18 @@ from patches.registry import applied
 
 
 def write_decoder(folder: Path, out: Path, name: str) -> None:
-    """What the stages export, optimize and quantize do for this one graph."""
+    """Do what the stages export, optimize and quantize do, for this graph."""
     checkpoint = open_checkpoint(folder)
     recipe = load_recipe(name)
-    target = next(one for one in recipe.targets if one.runtime == "genai")
-    component = next(one for one in components(checkpoint, target.runtime) if one.name == DECODER)
-    # Those of vision would never run here, which is an error.
+    target = next(target for target in recipe.targets if target.runtime == "genai")
+    component = next(part for part in components(checkpoint, target.runtime) if part.name == DECODER)
+    # Vision patches would never run here, which is an error.
     text = [patch for patch in patches_for(target.attention) if patch.name.startswith("text_")]
     with applied(text):
         traced = export(checkpoint, empty_model(shortened(checkpoint)), target, component)
     optimized, _ = optimize(traced, target, component.name)
     with TemporaryDirectory() as between:
-        # As between two stages: saving leaves out what the exporter noted.
+        # As between two stages: saving drops the metadata of the exporter.
         binding.save(optimized, Path(between) / component.file)
         bound = binding.load(Path(between) / component.file)
     path = out / component.file

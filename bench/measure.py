@@ -1,7 +1,7 @@
-"""In: a command. Out: a `Run`: what the process cost, seen from outside, and how it ended.
+"""Run a command and measure its cost from outside.
 
-Guaranteed: what earlier commands wrote is on the disk before the clock starts; a command that fails, or is killed for
-its memory, is a result; nothing of this machine's folders is in the words that say so.
+The writes of earlier commands are flushed before the clock starts. A command that fails, or is killed for its memory,
+is a result; its message contains no folders of this machine.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from tempfile import TemporaryFile
 from builder.util.cost import Cost
 
 ROOT = Path(__file__).parents[1]
-_FRAME = " │"  # of what typer says
+_FRAME = " │"  # around error messages of typer
 _FOLDERS = re.compile(r"(?:/[\w.@+~-]+)+/")
 
 
 @dataclass(frozen=True)
 class Run:
-    """A process that ended.
+    """A finished process.
 
     Args:
-        cost: `peak_rss` is that of the largest process among it and those that it started and waited for. What it
-            read and wrote is not known.
-        failure: its exit and the last line of its stderr; None where it succeeded.
+        cost: `peak_rss` is that of the largest process among it and its children that it waited for. Bytes read and
+            written are unknown.
+        failure: its exit status and the last line of its stderr; None if it succeeded.
         output: its stdout.
     """
 
@@ -43,11 +43,11 @@ class Run:
 
 
 def run(command: Sequence[object], *, cwd: Path = ROOT, settings: Mapping[str, str] | None = None) -> Run:
-    """Run `command` to its end.
+    """Run `command` and wait for it.
 
     Args:
-        cwd: where it is started.
-        settings: environment variables besides those of this process.
+        cwd: its working directory.
+        settings: additional environment variables.
     """
     os.sync()
     with TemporaryFile() as out, TemporaryFile() as err:
@@ -78,34 +78,38 @@ def run(command: Sequence[object], *, cwd: Path = ROOT, settings: Mapping[str, s
 
 
 def failed(code: int, stderr: str) -> str:
-    """`exit 1: MemoryError`, or `killed by SIGKILL: …`."""
+    """Describe a failure: `exit 1: MemoryError`, or `killed by SIGKILL: …`."""
     lines = [line.strip(_FRAME) for line in stderr.splitlines() if re.search(r"\w", line)]
     how = f"exit {code}" if code > 0 else f"killed by {signal.Signals(-code).name}"
     return how + (f": {_FOLDERS.sub('…/', lines[-1])}" if lines else "")
 
 
 def typical(costs: Iterable[Cost]) -> Cost:
-    """The median of each figure, and the highest peak."""
-    each = list(costs)
+    """Return the median of each figure, and the highest peak."""
+    runs = list(costs)
     return Cost(
-        wall_s=statistics.median(one.wall_s for one in each),
-        cpu_s=statistics.median(one.cpu_s for one in each),
-        peak_rss=max((one.peak_rss for one in each if one.peak_rss is not None), default=None),
-        read=_median(one.read for one in each),
-        written=_median(one.written for one in each),
+        wall_s=statistics.median(cost.wall_s for cost in runs),
+        cpu_s=statistics.median(cost.cpu_s for cost in runs),
+        peak_rss=_highest(runs),
+        read=_median(cost.read for cost in runs),
+        written=_median(cost.written for cost in runs),
     )
 
 
 def total(costs: Iterable[Cost]) -> Cost:
-    """All of them one after the other: sums, and the highest peak."""
-    each = list(costs)
+    """Return the cost of running all of them in sequence: sums, and the highest peak."""
+    runs = list(costs)
     return Cost(
-        wall_s=sum(one.wall_s for one in each),
-        cpu_s=sum(one.cpu_s for one in each),
-        peak_rss=max((one.peak_rss for one in each if one.peak_rss is not None), default=None),
-        read=sum(one.read or 0 for one in each),
-        written=sum(one.written or 0 for one in each),
+        wall_s=sum(cost.wall_s for cost in runs),
+        cpu_s=sum(cost.cpu_s for cost in runs),
+        peak_rss=_highest(runs),
+        read=sum(cost.read or 0 for cost in runs),
+        written=sum(cost.written or 0 for cost in runs),
     )
+
+
+def _highest(costs: Iterable[Cost]) -> int | None:
+    return max((cost.peak_rss for cost in costs if cost.peak_rss is not None), default=None)
 
 
 def _median(values: Iterable[int | None]) -> int | None:
@@ -114,6 +118,6 @@ def _median(values: Iterable[int | None]) -> int | None:
 
 
 def _go_first() -> None:
-    """Where memory runs out it is the measured process that the kernel ends, not someone else's."""
+    """Make this process the first that the kernel kills when memory runs out."""
     with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")

@@ -1,8 +1,7 @@
-"""In: the name of a size. Out: a folder with a random checkpoint of that size, as `save_pretrained` lays it.
+"""Write random checkpoints with the dimensions and tokenizer of the real models, laid out as by `save_pretrained`.
 
-Guaranteed: the dimensions are those of the real models, the tokenizer is theirs; the same bytes for the same size and
-seed; no more than a block of a tensor is in memory; a folder that a killed run left is written again, a whole one is
-used again.
+The same size and seed give the same bytes, and at most a block of a tensor is in memory. A complete folder is reused,
+an incomplete folder rewritten.
 """
 
 from __future__ import annotations
@@ -28,19 +27,19 @@ from tests.helpers.checkpoints import SPECIAL_ROWS, SPECIAL_SCALE, spread, write
 MARKER = "synthetic.json"
 SHARD_BYTES = 5 * 10**9
 ITEM_BYTES = 2  # bf16
-BLOCK = 4 << 20  # elements that are made and written at a time
-# 8 billion normal values would take minutes, so that each tensor reads one pool of them, around and around, from a
-# place of its own. What is measured is bytes, whatever they say; what verification needs is that no two rows of a
-# matrix are equal (they would tie) and that layers differ. The pool's length is a prime, hence no multiple of a row's,
-# so that rows never come around to the same place; and white noise is unlike itself at any other place.
+BLOCK = 4 << 20  # elements generated and written at a time
+# Generating 8 billion normal values would take minutes, so each tensor reads a shared pool cyclically, from its own
+# offset. The bench measures bytes, whatever their values; verification needs rows of a matrix that differ (equal rows
+# would tie) and layers that differ. The pool's length is prime, hence not a multiple of a row's, so that no two rows
+# start at the same place.
 POOL = (1 << 23) - 15
-# What Qwen3-VL's own settings say: the miniature's images are smaller.
+# As in the settings of Qwen3-VL: the miniature's images are smaller.
 PIXELS = {"shortest_edge": 65536, "longest_edge": 16777216}
 
 
 @dataclass(frozen=True)
 class Size:
-    """Dimensions: what differs from `tests.helpers.checkpoints` in `text_config` and `vision_config`."""
+    """Dimensions that differ from `tests.helpers.checkpoints` in `text_config` and `vision_config`."""
 
     text: Mapping[str, Any] = field(default_factory=dict)
     vision: Mapping[str, Any] = field(default_factory=dict)
@@ -80,13 +79,13 @@ SIZES: Mapping[str, Size] = {
 
 
 def shapes(size: str) -> dict[str, tuple[int, ...]]:
-    """Name → shape of every weight of `SIZES[size]`."""
+    """Return name → shape of every weight of `SIZES[size]`."""
     with TemporaryDirectory() as folder:
         return _settings(Path(folder) / "settings", size)[0]
 
 
-def is_whole(folder: Path, size: str, seed: int = 0) -> bool:
-    """Whether `write_synthetic` has been here, with these arguments and this code."""
+def is_complete(folder: Path, size: str, seed: int = 0) -> bool:
+    """Whether `write_synthetic` completed `folder` with these arguments and this code."""
     try:
         return bool(json.loads((folder / MARKER).read_bytes()) == _facts(size, seed))
     except (OSError, ValueError):
@@ -94,8 +93,8 @@ def is_whole(folder: Path, size: str, seed: int = 0) -> bool:
 
 
 def write_synthetic(folder: Path, size: str, seed: int = 0) -> Path:
-    """The checkpoint `SIZES[size]` in bf16; what else is in `folder` is removed, unless it is this very checkpoint."""
-    if is_whole(folder, size, seed):
+    """Write the checkpoint `SIZES[size]` in bf16, replacing anything else in `folder`."""
+    if is_complete(folder, size, seed):
         return folder
     shutil.rmtree(folder, ignore_errors=True)
     weights, first_special = _settings(folder, size)
@@ -119,11 +118,17 @@ def write_synthetic(folder: Path, size: str, seed: int = 0) -> Path:
 
 
 def _settings(folder: Path, size: str) -> tuple[dict[str, tuple[int, ...]], int]:
-    """Everything but weights; returns their shapes, and the first special token's id."""
-    one = SIZES[size]
+    """Write everything but weights; return their shapes, and the id of the first special token."""
+    dimensions = SIZES[size]
     rope = {"rope_type": "default", "rope_theta": 5000000}
     made = write_settings(
-        folder, text=one.text, vision=one.vision, tied=one.tied, deepstack=one.deepstack, rope=rope, tokenizer="qwen3"
+        folder,
+        text=dimensions.text,
+        vision=dimensions.vision,
+        tied=dimensions.tied,
+        deepstack=dimensions.deepstack,
+        rope=rope,
+        tokenizer="qwen3",
     )
     for file in ("preprocessor_config.json", "video_preprocessor_config.json"):
         settings = json.loads((folder / file).read_text())
@@ -138,7 +143,7 @@ def _facts(size: str, seed: int) -> dict[str, Any]:
 
 
 def _shards(weights: Mapping[str, tuple[int, ...]]) -> list[list[str]]:
-    """Tensors a file, in order; the next file begins where one more would exceed `SHARD_BYTES`."""
+    """Return the tensors of each file, in order, as many as fit in `SHARD_BYTES`."""
     shards: list[list[str]] = [[]]
     room = SHARD_BYTES
     for name, shape in weights.items():
@@ -152,7 +157,7 @@ def _shards(weights: Mapping[str, tuple[int, ...]]) -> list[list[str]]:
 
 
 def _header(weights: Mapping[str, tuple[int, ...]]) -> bytes:
-    """Length and text of a safetensors header, padded to eight bytes as the reference implementation does."""
+    """Return length and text of a safetensors header, padded to eight bytes like the reference implementation."""
     table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, shape in weights.items():
@@ -165,7 +170,7 @@ def _header(weights: Mapping[str, tuple[int, ...]]) -> bytes:
 
 
 def _parts(name: str, shape: tuple[int, ...], first_special: int) -> list[tuple[int, float]]:
-    """Number of elements and their scale, one after the other."""
+    """Return the consecutive parts of a tensor: number of elements, and their scale."""
     count = prod(shape)
     if name not in SPECIAL_ROWS:
         return [(count, 1.0)]
@@ -191,7 +196,7 @@ def _write_tensor(
 
 
 def _around(pool: npt.NDArray[np.float32], place: int, count: int) -> Iterator[npt.NDArray[np.float32]]:
-    """`count` elements of the pool from `place` on, around its end, `BLOCK` at most at a time."""
+    """Yield `count` elements of the pool from `place` on, cyclically, at most `BLOCK` at a time."""
     while count:
         start = place % len(pool)
         piece = pool[start : start + min(count, BLOCK)]

@@ -1,7 +1,6 @@
-"""In: what was measured. Out: Markdown.
+"""Render measurements as Markdown.
 
-Guaranteed: a document says on what machine it was measured; sections of another run stay in it only where that was the
-same one.
+A document names its machine and packages; sections of earlier runs are kept only if those are the same.
 """
 
 from __future__ import annotations
@@ -22,20 +21,20 @@ from builder.util.cost import Cost
 PACKAGES = ("qwen3vl-onnx", "torch", "transformers", "numpy", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-genai")
 UNKNOWN = "–"
 EXPLAINED = """\
-Written by `make bench`. Figures are medians, peaks the highest of all runs; MB are 10⁶ bytes. Bytes read and written
-are those that were asked of the system, whether its cache had them or not. Weights are random, dimensions real; a
-build goes from a bf16 checkpoint to fp32, for both targets. Nothing is dropped from the page cache between runs, and
-what a run wrote is on the disk before the next one starts. onnxruntime-genai's builder does not flush what it wrote,
-ours does: in the rows "flushed" both are on the disk."""
+Written by `make bench`. Figures are medians over the runs, peaks are maxima; MB are 10⁶ bytes. Bytes read and written
+are as requested from the system, cached or not. Weights are random, dimensions real; a build converts a bf16 checkpoint
+to fp32, for both targets. The page cache is not dropped between runs, and the writes of a run are flushed before the
+next run starts. Our builder flushes its output and onnxruntime-genai's does not: the rows "flushed" include flushing
+for both."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One figure of ours, and what it stands beside; `wanted` is the bound on ours, or on the ratio."""
+    """One of our figures, and the figure it is compared with; `wanted` bounds ours, or the ratio."""
 
     what: str
     ours: str
-    beside: str = ""
+    other: str = ""
     ratio: str = ""
     wanted: str = ""
     note: str = ""
@@ -43,7 +42,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Result:
-    """What was measured at one size: medians a stage, and rows beside them; `ok` is whether the build succeeded."""
+    """Measurements at one size: medians per stage, and further rows; `ok` is whether the build succeeded."""
 
     title: str
     about: str
@@ -53,7 +52,7 @@ class Result:
 
 
 def section(result: Result) -> str:
-    """`## title` and its tables."""
+    """Render `## title` and its tables."""
     parts = [f"## {result.title}", result.about]
     if result.stages:
         parts.append(stage_table(result.stages))
@@ -63,7 +62,7 @@ def section(result: Result) -> str:
 
 
 def stage_table(stages: Mapping[str, Cost]) -> str:
-    """A line a stage, and one for all of them but `verify`."""
+    """Render a line per stage, and a line for all of them except `verify`."""
     lines = ["| stage | wall s | CPU s | peak RSS MB | read MB | written MB |", "|---|--:|--:|--:|--:|--:|"]
     lines += [_stage(name, cost) for name, cost in stages.items()]
     rest = total(cost for name, cost in stages.items() if name != "verify")
@@ -71,43 +70,44 @@ def stage_table(stages: Mapping[str, Cost]) -> str:
 
 
 def row_table(rows: Sequence[Row]) -> str:
-    """The rows, as they are."""
-    lines = ["| measured | ours | beside it | ratio | wanted | |", "|---|--:|--:|--:|--:|---|"]
-    return "\n".join(lines + [_line(r.what, r.ours, r.beside, r.ratio, r.wanted, r.note) for r in rows])
+    """Render the rows."""
+    lines = ["| measured | ours | other | ratio | wanted | |", "|---|--:|--:|--:|--:|---|"]
+    return "\n".join(lines + [_line(r.what, r.ours, r.other, r.ratio, r.wanted, r.note) for r in rows])
 
 
 def copy_row(wall_s: float, written: int, copies: Sequence[Copy], wanted: str) -> Row:
-    """Writing the weights, beside a copy of them.
+    """Compare writing the weights with copying them.
 
     Args:
-        wall_s: of the stage that wrote them, seconds.
-        written: bytes of the files that it wrote.
+        wall_s: seconds of the stage that wrote them.
+        written: bytes of its files.
     """
-    what, ours = "writing the weights, beside `cp` + fsync", seconds(wall_s)
-    if failure := next((one.failure for one in copies if one.failure), None):
+    what, ours = "writing the weights, compared with `cp` + fsync", seconds(wall_s)
+    if failure := next((copy.failure for copy in copies if copy.failure), None):
         return Row(what, ours, UNKNOWN, UNKNOWN, wanted, failure)
-    as_many = median(one.wall_s / one.nbytes for one in copies) * written
-    copied = min(one.nbytes for one in copies)
+    copy_s = median(copy.wall_s / copy.nbytes for copy in copies) * written
+    copied = min(copy.nbytes for copy in copies)
     note = f"{megabytes(written)} MB"
     if copied != written:
-        note += f"; the copy's figure is that of {megabytes(copied)} MB, for which the disk had room, scaled"
-    return Row(what, ours, seconds(as_many), ratio(wall_s, as_many), wanted, note)
+        note += f"; the copy's figure is scaled from {megabytes(copied)} MB, for which the disk had room"
+    return Row(what, ours, seconds(copy_s), ratio(wall_s, copy_s), wanted, note)
 
 
 def decoder_rows(recipe: str, ours: Sequence[Decoder], theirs: Sequence[Decoder], wanted: str) -> list[Row]:
-    """The text decoder alone, beside onnxruntime-genai's builder; a failure of either is the row's note."""
+    """Compare the text decoder alone with onnxruntime-genai's builder; a failure of either is the row's note."""
     sides = {"ours": ours, "onnxruntime-genai": theirs}
-    failures = [f"{name}: {one.run.failure}" for name, side in sides.items() for one in side if one.run.failure]
+    failures = [
+        f"{name}: {decoder.run.failure}" for name, side in sides.items() for decoder in side if decoder.run.failure
+    ]
     note = "; ".join(dict.fromkeys(failures))
     walls, flushed, peaks = [], [], []
     for side in sides.values():
-        whole = [one for one in side if one.run.failure is None]
-        cost = typical(one.run.cost for one in whole) if whole else None
-        walls.append(cost.wall_s if cost else None)
-        flushed.append(median(one.flushed_s for one in whole) if whole else None)
-        # How far one that failed had come is a result too.
-        peaks.append(max((one.run.cost.peak_rss or 0 for one in side), default=0) or None)
-    sizes = " and ".join(f"{megabytes(max((one.nbytes for one in side), default=0))} MB" for side in sides.values())
+        built = [decoder for decoder in side if decoder.run.failure is None]
+        walls.append(typical(decoder.run.cost for decoder in built).wall_s if built else None)
+        flushed.append(median(decoder.flushed_s for decoder in built) if built else None)
+        # The peak of a failed run is a result too.
+        peaks.append(max((decoder.run.cost.peak_rss or 0 for decoder in side), default=0) or None)
+    sizes = " and ".join(f"{megabytes(max((built.nbytes for built in side), default=0))} MB" for side in sides.values())
     return [
         Row(f"text decoder alone, {recipe}, wall", *_pair(walls, seconds), wanted, note or sizes),
         Row(f"text decoder alone, {recipe}, flushed", *_pair(flushed, seconds), "", note),
@@ -116,7 +116,7 @@ def decoder_rows(recipe: str, ours: Sequence[Decoder], theirs: Sequence[Decoder]
 
 
 def verify_rows(what: str, checked: Run, wanted: str) -> list[Row]:
-    """Seconds and memory of a verification; of one that failed, how far it came."""
+    """Render seconds and memory of a verification, as notes if it failed."""
     wall, peak = seconds(checked.cost.wall_s), f"{megabytes(checked.cost.peak_rss or 0)} MB"
     note = ""
     if checked.failure is not None:
@@ -128,13 +128,13 @@ def verify_rows(what: str, checked: Run, wanted: str) -> list[Row]:
 
 
 def document(sections: Mapping[str, str], file: Path) -> str:
-    """The head and every section: those given, and those that `file` has from the same machine and packages."""
+    """Render the head and all sections: the given ones, and those in `file` from the same machine and packages."""
     kept: dict[str, str] = {}
     head = _head()
     if file.is_file() and (old := file.read_text(encoding="utf-8")).startswith(head):
         for part in re.split(r"^(?=## )", old.removeprefix(head), flags=re.MULTILINE)[1:]:
             kept[part.splitlines()[0].removeprefix("## ")] = part.rstrip("\n")
-    # A section that is measured again keeps its place.
+    # A remeasured section keeps its place.
     return head + "\n" + "\n\n".join({**kept, **sections}.values()) + "\n"
 
 
@@ -144,7 +144,7 @@ def seconds(value: float) -> str:
 
 
 def megabytes(value: float) -> str:
-    """`1,234`: of 10⁶ bytes."""
+    """`1,234`: units of 10⁶ bytes."""
     return f"{value / 1e6:,.0f}"
 
 
@@ -154,7 +154,7 @@ def ratio(ours: float, other: float) -> str:
 
 
 def _pair(values: Sequence[float | None], text: Callable[[float], str]) -> tuple[str, str, str]:
-    """Ours, theirs, and the ratio, as far as they are known."""
+    """Render ours, theirs, and the ratio, where known."""
     ours, other = values
     shown = [UNKNOWN if value is None else text(value) for value in values]
     return shown[0], shown[1], UNKNOWN if ours is None or other is None else ratio(ours, other)

@@ -1,1 +1,1 @@
-"""What a CI runs: `verify.sh` for any export, `matrix` for the releases that this project supports."""
+"""CI entry points: `verify.sh` verifies any export, `matrix` the supported releases of dependencies."""

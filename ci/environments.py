@@ -1,8 +1,4 @@
-"""Virtual environments with other releases of a few packages, and everything else as here.
-
-In: a folder, and distribution → release. Out: the Python of an environment there. Guaranteed: what it has of its own is
-exactly those releases; all other packages are this environment's, used in place; nothing is installed twice.
-"""
+"""Create virtual environments with other releases of a few packages, reusing all other packages of this environment."""
 
 from __future__ import annotations
 
@@ -18,7 +14,7 @@ from builder.util.errors import MissingPackageError
 
 
 def environment(folder: Path) -> Path:
-    """The Python of a new virtual environment that reuses the packages of this one; its own go before them."""
+    """Create a virtual environment whose own packages take precedence over this environment's; return its Python."""
     venv.create(folder, symlinks=True)
     reused = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
     (own_packages(folder) / "reused.pth").write_text("\n".join(sorted(reused)) + "\n", encoding="utf-8")
@@ -26,24 +22,24 @@ def environment(folder: Path) -> Path:
 
 
 def own_packages(folder: Path) -> Path:
-    """The `site-packages` of the virtual environment in `folder`."""
+    """Return the `site-packages` of the virtual environment in `folder`."""
     return Path(sysconfig.get_path("purelib", "venv", vars={"base": str(folder), "platbase": str(folder)}))
 
 
 def with_releases(folder: Path, releases: Mapping[str, str]) -> Path:
-    """The Python of an `environment` in `folder` that has these releases, without what they ask for.
+    """Create an `environment` with these releases, without their dependencies, and return its Python.
 
     Args:
-        folder: kept for the next time; of these releases only.
+        folder: reused by later calls; must be used for these releases only.
         releases: distribution → version.
 
     Raises:
-        MissingPackageError: a release that cannot be installed here.
+        MissingPackageError: a release cannot be installed here.
     """
     executable = environment(folder)
     own = own_packages(folder)
-    there = {one.name: one.version for one in distributions(path=[str(own)])}
-    wanted = [f"{name}=={version}" for name, version in releases.items() if there.get(name) != version]
+    installed = {package.name: package.version for package in distributions(path=[str(own)])}
+    wanted = [f"{name}=={version}" for name, version in releases.items() if installed.get(name) != version]
     if wanted:
         options = ("--no-deps", "--disable-pip-version-check", "--quiet", "--upgrade", "--target", str(own))
         done = subprocess.run(
@@ -53,7 +49,7 @@ def with_releases(folder: Path, releases: Mapping[str, str]) -> Path:
             raise MissingPackageError(
                 f"{', '.join(wanted)} cannot be installed",
                 expected="a release for this platform and Python",
-                found=(done.stderr.strip() or "pip said nothing").splitlines()[-1],
+                found=(done.stderr.strip() or "pip printed nothing").splitlines()[-1],
                 next="give a release that pip finds for this platform and Python",
             )
     return executable

@@ -1,12 +1,11 @@
-"""`python -m ci.matrix`: the miniature, verified again on the oldest and the newest supported releases.
+"""Verify the miniature on the oldest and the newest supported releases: `python -m ci.matrix`.
 
-In: pyproject.toml (lower bounds) and constraints.txt (newest). Out: a Markdown table, and exit code 1 if a combination
-broke, naming the releases that it takes to break it. Guaranteed: every combination of transformers, onnxruntime and
-onnxruntime-genai is built and verified for both targets, and what was built by the newest is also run by the oldest; a
-verdict counts only if the report itself names the releases that were asked for.
+Builds and verifies every combination of transformers, onnxruntime and onnxruntime-genai (lower bounds of
+pyproject.toml, and constraints.txt) for both targets, and runs the newest's bundles on the oldest releases. A verdict
+counts only if its report names the requested releases. Prints a Markdown table; exits with 1 if a combination fails,
+naming the smallest sets of releases that fail.
 
-Stages whose result does not depend on a runtime are not run again where only a runtime differs: the stage keys decide,
-and the table says what ran.
+Combinations share the stages that do not depend on a runtime, by their stage keys; the table shows what ran.
 """
 
 from __future__ import annotations
@@ -45,11 +44,11 @@ Releases = Mapping[str, str]
 
 @dataclass(frozen=True)
 class Combination:
-    """What is run.
+    """Releases to run.
 
     Args:
-        releases: axis → release that builds, or that verifies `builder`'s bundles.
-        builder: release of transformers whose build's bundles are verified; None where it builds itself.
+        releases: axis → release that builds, or that verifies the bundles of `builder`.
+        builder: release of transformers whose bundles are verified; None if this combination builds its own.
     """
 
     releases: Releases
@@ -58,13 +57,13 @@ class Combination:
 
 @dataclass(frozen=True)
 class Row:
-    """What came of it.
+    """Result of a combination.
 
     Args:
         ran: the stages that ran, or the command.
-        verdict: `passed`, `failed` (a gate does not hold) or `error` (it got no further).
-        found: the first difference, or the error's first line; "" where it passed.
-        seconds: of wall time.
+        verdict: `passed`, `failed` (a gate fails) or `error` (the build or verification stopped).
+        found: the first difference, or the error's first line; "" if it passed.
+        seconds: wall time.
     """
 
     combination: Combination
@@ -75,30 +74,30 @@ class Row:
 
 
 def axes(root: Path = ROOT) -> dict[str, tuple[str, ...]]:
-    """Axis → its releases, newest first; one where the lower bound is the newest."""
+    """Return axis → supported releases, see `supported`."""
     return {axis: supported(axis, root) for axis in AXES}
 
 
 def supported(distribution: str, root: Path = ROOT) -> tuple[str, ...]:
-    """The newest and the oldest release, or the one that is both."""
+    """Return the newest and the oldest release; one release if they are the same."""
     project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    declared = [Requirement(one) for one in (*project["dependencies"], *project["optional-dependencies"]["build"])]
+    declared = [Requirement(text) for text in (*project["dependencies"], *project["optional-dependencies"]["build"])]
     lines = (root / "constraints.txt").read_text(encoding="utf-8").splitlines()
     exact = [Requirement(line) for line in lines if line and not line.startswith("#")]
-    (oldest,) = (_release(one, ">=") for one in declared if canonicalize_name(one.name) == distribution)
-    (newest,) = (_release(one, "==") for one in exact if canonicalize_name(one.name) == distribution)
+    (oldest,) = (_release(bound, ">=") for bound in declared if canonicalize_name(bound.name) == distribution)
+    (newest,) = (_release(pin, "==") for pin in exact if canonicalize_name(pin.name) == distribution)
     return (newest,) if Version(oldest) == Version(newest) else (newest, oldest)
 
 
 def _release(requirement: Requirement, operator: str) -> str:
-    """The one version that is written behind the operator, with three numbers."""
-    (written,) = (one.version for one in requirement.specifier if one.operator == operator)
+    """Return the version after the operator, padded to three numbers."""
+    (written,) = (part.version for part in requirement.specifier if part.operator == operator)
     return ".".join([*written.split("."), "0", "0"][: max(3, written.count(".") + 1)])
 
 
 def planned(releases: Mapping[str, Sequence[str]]) -> list[Combination]:
-    """Every combination, those that share a build together; and the newest's bundles on the oldest of everything."""
-    every = [Combination(dict(zip(releases, one, strict=True))) for one in product(*releases.values())]
+    """Return all combinations, grouped by shared builds, and the newest's bundles on the oldest releases."""
+    every = [Combination(dict(zip(releases, chosen, strict=True))) for chosen in product(*releases.values())]
     newest, oldest = every[0], every[-1]
     if newest == oldest:
         return every
@@ -106,40 +105,40 @@ def planned(releases: Mapping[str, Sequence[str]]) -> list[Combination]:
 
 
 def run(combination: Combination, outputs: Path) -> Row:
-    """Build and verify, or verify bundles built before, with the releases of the combination.
+    """Build and verify, or verify existing bundles, with the releases of the combination.
 
     Args:
-        outputs: takes one output folder a release of transformers.
+        outputs: folder for an output folder per release of transformers.
     """
     started = time.monotonic()
     try:
-        other = {name: one for name, one in combination.releases.items() if one != version(name)}
+        other = {name: release for name, release in combination.releases.items() if release != version(name)}
         name = "-".join(f"{axis}-{release}" for axis, release in other.items())
         executable = with_releases(ENVIRONMENTS / name, other) if other else Path(sys.executable)
     except MissingPackageError as error:
         return Row(combination, "nothing", "error", f"{error.what}: {error.found}")
     output = outputs / (combination.builder or combination.releases["transformers"])
     row = (_verified if combination.builder else _built)(combination, executable, output)
-    # Where a temporary folder was says nothing in a table that is kept.
+    # Paths of temporary folders are meaningless in a stored table.
     return replace(row, found=row.found.replace(f"{outputs}{os.sep}", ""), seconds=time.monotonic() - started)
 
 
 def _built(combination: Combination, executable: Path, output: Path) -> Row:
-    payload = _told(executable, "build", "--output", output)
+    payload = _run_json(executable, "build", "--output", output)
     stages = payload.get("stages", [])
     ran = [stage["stage"] for stage in stages if stage["state"] == "run"]
     words = "everything" if ran and len(ran) == len(stages) else ", ".join(ran) or "build"
     if not payload["ok"]:
         return Row(combination, words, _kind(payload), _words(payload))
     reports = [Path(bundle) / "evidence" / "parity.json" for bundle in payload["bundles"].values()]
-    return _judged(combination, words, [json.loads(one.read_text(encoding="utf-8")) for one in reports])
+    return _judged(combination, words, [json.loads(report.read_text(encoding="utf-8")) for report in reports])
 
 
 def _verified(combination: Combination, executable: Path, output: Path) -> Row:
-    bundles = sorted(one.parent for one in (output / "8-bundle").glob("*/manifest.json"))
+    bundles = sorted(manifest.parent for manifest in (output / "8-bundle").glob("*/manifest.json"))
     reports = []
     for bundle in bundles:
-        payload = _told(executable, "verify", bundle, "--reference", MINIATURE)
+        payload = _run_json(executable, "verify", bundle, "--reference", MINIATURE)
         if "gates" not in payload:
             return Row(combination, "verify", _kind(payload), f"{bundle.name}: {_words(payload)}")
         reports.append(payload)
@@ -147,27 +146,28 @@ def _verified(combination: Combination, executable: Path, output: Path) -> Row:
 
 
 def _judged(combination: Combination, ran: str, reports: Sequence[Mapping[str, Any]]) -> Row:
-    """The worst of the targets' reports; one that ran on other releases is an error."""
+    """Return the worst verdict of the targets' reports; a report on other releases is an error."""
     if not reports:
         return Row(combination, ran, "error", "no bundle was built")
     for report in reports:
         used = report["facts"]["versions"]
-        if strange := {name: used.get(name) for name, one in combination.releases.items() if used.get(name) != one}:
-            return Row(combination, ran, "error", f"{report['target']} was verified on {strange}")
-    failing = [one for one in reports if one["verdict"] != "passed"]
-    found = "; ".join(f"{one['target']}: {one['first difference'] or one['not run']}" for one in failing)
+        releases = combination.releases.items()
+        if unexpected := {name: used.get(name) for name, release in releases if used.get(name) != release}:
+            return Row(combination, ran, "error", f"{report['target']} was verified on {unexpected}")
+    failing = [report for report in reports if report["verdict"] != "passed"]
+    found = "; ".join(f"{report['target']}: {report['first difference'] or report['not run']}" for report in failing)
     return Row(combination, ran, "failed" if failing else "passed", found)
 
 
-def _told(executable: Path, *arguments: object) -> dict[str, Any]:
-    """What the command line says with --json; a process that died without a word is an error with its last line."""
+def _run_json(executable: Path, *arguments: object) -> dict[str, Any]:
+    """Run a command with --json and return its object; without one, an error with the last line of stderr."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [str(executable), "-m", "builder", *map(str, arguments), "--json"]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
     try:
         payload: dict[str, Any] = json.loads(done.stdout)
     except json.JSONDecodeError:
-        last = ([line for line in done.stderr.splitlines() if line.strip()] or ["no word"])[-1]
+        last = ([line for line in done.stderr.splitlines() if line.strip()] or ["no output"])[-1]
         return {"ok": False, "what": f"ended with {done.returncode}: {last}"}
     return payload
 
@@ -182,25 +182,25 @@ def _words(payload: Mapping[str, Any]) -> str:
 
 
 def blamed(rows: Iterable[Row]) -> list[str]:
-    """The smallest sets of releases with which nothing passes: `transformers 5.18.0 with onnxruntime 1.30.0`.
+    """Return the smallest sets of releases that always fail, as `transformers 5.18.0 with onnxruntime 1.30.0`.
 
-    A release that is the only one of its axis tells nothing apart and is left out, unless everything broke.
+    Axes with one release are left out, unless every combination fails.
     """
     tried = list(rows)
     broken = [row for row in tried if row.verdict != "passed"]
     if len(broken) == len(tried):
         return [EVERY]
-    telling = [axis for axis in AXES if len({row.combination.releases[axis] for row in tried}) > 1]
+    varying = [axis for axis in AXES if len({row.combination.releases[axis] for row in tried}) > 1]
     found: list[dict[str, str]] = []
-    for count in range(1, len(telling) + 1):
-        for row, some in product(broken, combinations(telling, count)):
+    for count in range(1, len(varying) + 1):
+        for row, some in product(broken, combinations(varying, count)):
             suspect = {axis: row.combination.releases[axis] for axis in some}
-            with_it = [one for one in tried if suspect.items() <= one.combination.releases.items()]
-            smaller = any(one.items() <= suspect.items() for one in found)
-            if not smaller and all(one.verdict != "passed" for one in with_it):
+            using = [each for each in tried if suspect.items() <= each.combination.releases.items()]
+            smaller = any(known.items() <= suspect.items() for known in found)
+            if not smaller and all(each.verdict != "passed" for each in using):
                 found.append(suspect)
-    names = [" with ".join(f"{axis} {release}" for axis, release in one.items()) for one in found]
-    # Where the same releases pass with bundles of their own, it is the bundle of another release that broke.
+    names = [" with ".join(f"{axis} {release}" for axis, release in suspect.items()) for suspect in found]
+    # If the same releases pass with their own bundles, the bundle of the other release is at fault.
     mixed = [row for row in broken if row.combination.builder and not _explained(row, found)]
     return names + [
         f"a bundle built with transformers {row.combination.builder} on {_releases(row.combination)}" for row in mixed
@@ -208,7 +208,7 @@ def blamed(rows: Iterable[Row]) -> list[str]:
 
 
 def _explained(row: Row, found: Sequence[Mapping[str, str]]) -> bool:
-    return any(one.items() <= row.combination.releases.items() for one in found)
+    return any(suspect.items() <= row.combination.releases.items() for suspect in found)
 
 
 def _releases(combination: Combination) -> str:
@@ -216,12 +216,12 @@ def _releases(combination: Combination) -> str:
 
 
 def table(rows: Sequence[Row], releases: Mapping[str, Sequence[str]]) -> str:
-    """Markdown: what was run where, and what came of it."""
+    """Render the rows as Markdown."""
     about = f"{platform.system()} {platform.machine()}, Python {platform.python_version()}, torch {version('torch')}"
     lines = [
         "# The miniature on the supported releases",
         "",
-        f"Made by `make matrix`. {about}; everything else as in constraints.txt.",
+        f"Generated by `make matrix`. {about}; all other packages as in constraints.txt.",
         "",
         "| axis | newest (constraints.txt) | oldest (pyproject.toml) |",
         "|---|---|---|",
@@ -229,7 +229,7 @@ def table(rows: Sequence[Row], releases: Mapping[str, Sequence[str]]) -> str:
             f"| {axis} | {some[0]} | {some[1] if len(some) > 1 else 'the same release'} |"
             for axis, some in releases.items()
         ),
-        "| torch | pinned here | not run here: a job of .github/workflows/ci.yml that is started by hand |",
+        "| torch | pinned here | not run here: a manually started job of .github/workflows/ci.yml |",
         "",
         f"| {' | '.join(releases)} | bundle built with | what ran | verdict | first difference | s |",
         "|" + "---|" * (len(releases) + 4) + "--:|",
@@ -249,22 +249,22 @@ def _conclusion(rows: Sequence[Row]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the matrix; 1 if something broke."""
+    """Run the matrix; return 1 if a combination fails."""
     parser = argparse.ArgumentParser(prog="python -m ci.matrix", description=__doc__.splitlines()[0])
-    parser.add_argument("--write", type=Path, help="where to write the table too")
-    asked = parser.parse_args(arguments)
+    parser.add_argument("--write", type=Path, help="also write the table to this file")
+    options = parser.parse_args(arguments)
     releases = axes()
     rows = []
     with TemporaryDirectory() as outputs:
         for combination in planned(releases):
             rows.append(run(combination, Path(outputs)))
-            said = f"{rows[-1].verdict} ({rows[-1].ran}, {rows[-1].seconds:.0f} s) {rows[-1].found}"
-            print(f"{_releases(combination)}: {said}", file=sys.stderr, flush=True)
+            outcome = f"{rows[-1].verdict} ({rows[-1].ran}, {rows[-1].seconds:.0f} s) {rows[-1].found}"
+            print(f"{_releases(combination)}: {outcome}", file=sys.stderr, flush=True)
     text = table(rows, releases)
     print(text)
-    if asked.write:
-        asked.write.parent.mkdir(parents=True, exist_ok=True)
-        asked.write.write_text(text, encoding="utf-8")
+    if options.write:
+        options.write.parent.mkdir(parents=True, exist_ok=True)
+        options.write.write_text(text, encoding="utf-8")
     return 0 if all(row.verdict == "passed" for row in rows) else 1
 
 

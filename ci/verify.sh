@@ -1,25 +1,25 @@
 #!/usr/bin/env bash
-# Proves an export in any CI: installs this checkout into a virtual environment, builds and verifies a checkpoint (or
-# verifies a bundle that is there already), and puts the reports into one folder. Run it from where paths are to count
-# from; keep .venv and outputs/ between runs, and only what changed is done again.
+# Verify an export in any CI: install this checkout into a virtual environment, build and verify a checkpoint (or verify
+# an existing bundle), and collect the reports in one folder. Paths are relative to the current folder. If .venv and
+# outputs/ are kept between runs, only what changed is built again.
 #
 # Settings are environment variables. Paths must not begin with a dash.
 #   CHECKPOINT  folder or hub id (Org/Name@commit); default: the embedded miniature; for a BUNDLE: none
-#   BUNDLE      verify this bundle and build nothing; needs CHECKPOINT or GOLDEN
+#   BUNDLE      verify this bundle instead of building; needs CHECKPOINT or GOLDEN
 #   RECIPE      name of a shipped recipe, or a .toml file; default fp32
-#   GOLDEN      a file of `qwen3vl-onnx golden`, compared with too; with BUNDLE alone, no torch is installed
-#   CASES       files or folders of cases, one a line; with GOLDEN: those that it was made with
+#   GOLDEN      a file written by `qwen3vl-onnx golden`, to compare with too; with BUNDLE alone, no torch is installed
+#   CASES       files or folders of cases, one per line; with GOLDEN: those that it was recorded with
 #   OUTPUT      where to build; default outputs/<checkpoint>-<recipe>
-#   MEMORY      what verification may use, e.g. 4GB; default all
+#   MEMORY      memory limit of verification, e.g. 4GB; default all
 #   REPORTS     default reports
 #   PYTHON      3.11 or newer; default python3
 #   VENV        default .venv
 #
 # In REPORTS: verdict (passed, partial, failed, error), log.txt, cache-key (changes when a stage was rebuilt), and a
-# folder a comparison (genai, genai-golden, …): report.html, report.md, junit.xml, parity.json, parity.txt.
-# Exit codes are the builder's (README, «Exit codes»): 0 every gate holds, 20 one does not, 2 wrong settings; 1 where it
-# could not be installed.
-# Needs: bash 4.4 or newer, Python, a package index. Torch comes from pip's index: PIP_EXTRA_INDEX_URL chooses.
+# folder per comparison (genai, genai-golden, …): report.html, report.md, junit.xml, parity.json, parity.txt.
+# Exit codes are the builder's (README, «Exit codes»): 0 every gate passes, 20 a gate fails, 2 invalid settings; 1 if the
+# installation fails.
+# Requires bash 4.4 or newer, Python, and a package index. PIP_EXTRA_INDEX_URL selects the build of torch.
 set -euo pipefail
 shopt -s nullglob
 
@@ -29,7 +29,7 @@ OUTPUT=${OUTPUT:-} MEMORY=${MEMORY:-} REPORTS=${REPORTS:-reports} PYTHON=${PYTHO
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 forms=(report.html report.md junit.xml parity.json parity.txt exhibits.json)
 status=0
-decisive=() # the reports that the verdict is read from
+decisive=() # reports that determine the verdict
 
 main() {
   settings
@@ -56,7 +56,7 @@ settings() {
   done
 }
 
-# Reports of an earlier run must not pass for this one's, and a folder that is someone else's must not be emptied.
+# Remove reports of an earlier run, but never empty a folder that this script did not write.
 fresh_reports() {
   if [[ -e $REPORTS && ! -e $REPORTS/verdict && -n $(ls -A "$REPORTS") ]]; then
     refuse "REPORTS=$REPORTS is not empty and not of an earlier run: name another folder"
@@ -66,13 +66,13 @@ fresh_reports() {
   echo error >"$REPORTS/verdict"
 }
 
-# The constraints are the exact versions that everything was tested with; a stamp tells whether they are in.
+# The constraints are the tested versions; a stamp records that they are installed.
 install() {
   local extras="[build]" wanted
   if [[ -n $BUNDLE && -z $CHECKPOINT ]]; then extras=""; fi
   wanted="$root$extras $("$PYTHON" --version) $(cat "$root/pyproject.toml" "$root/constraints.txt" | cksum)"
   if [[ -e $VENV && ! -e $VENV/.verify ]]; then
-    refuse "VENV=$VENV is there and not of an earlier run: name another folder"
+    refuse "VENV=$VENV exists and is not of an earlier run: name another folder"
   fi
   if [[ $wanted != "$(cat "$VENV/.verify" 2>/dev/null)" ]] || ! "$VENV/bin/python" -c '' 2>/dev/null; then
     mkdir -p "$VENV" && : >"$VENV/.verify"
@@ -82,7 +82,7 @@ install() {
   fi
 }
 
-# The console script, unlike `python -m builder`, leaves the current folder out of what is imported.
+# Unlike `python -m builder`, the console script does not import from the current folder.
 builder() {
   "$VENV/bin/qwen3vl-onnx" "$@" 2>&1 | tee -a "$REPORTS/log.txt"
 }
@@ -92,15 +92,15 @@ explain() {
 }
 
 build() {
-  local asked=(--recipe "$RECIPE") explained output target folder bundle=""
-  # A clone's files are as old as the clone: only their bytes tell whether a local checkpoint is the same.
-  if [[ -z $CHECKPOINT || -e $CHECKPOINT ]]; then asked+=(--rehash); fi
-  if [[ -n $OUTPUT ]]; then asked+=(--output "$OUTPUT"); fi
-  if [[ -n $CHECKPOINT ]]; then asked+=("$CHECKPOINT"); fi
-  explained=$(explain "${asked[@]}") || {
-    # A download that was not kept, beside an output that was: error 10 says to fetch it again.
-    if (($? == 10)) && [[ " ${asked[*]} " != *" --rehash "* ]]; then asked+=(--force fetch); fi
-    explained=$(explain "${asked[@]}") || {
+  local options=(--recipe "$RECIPE") explained output target folder bundle=""
+  # File times are those of the clone: only the bytes tell whether a local checkpoint is unchanged.
+  if [[ -z $CHECKPOINT || -e $CHECKPOINT ]]; then options+=(--rehash); fi
+  if [[ -n $OUTPUT ]]; then options+=(--output "$OUTPUT"); fi
+  if [[ -n $CHECKPOINT ]]; then options+=("$CHECKPOINT"); fi
+  explained=$(explain "${options[@]}") || {
+    # The output was cached but the download was not: on error 10, fetch it again.
+    if (($? == 10)) && [[ " ${options[*]} " != *" --rehash "* ]]; then options+=(--force fetch); fi
+    explained=$(explain "${options[@]}") || {
       status=$?
       cat "$REPORTS/log.txt" >&2
       return
@@ -108,7 +108,7 @@ build() {
   }
   output=$("$VENV/bin/python" -c 'import json, sys; print(json.load(sys.stdin)["output"])' <<<"$explained")
 
-  builder build ${MEMORY:+--memory "$MEMORY"} "${asked[@]}" || status=$?
+  builder build ${MEMORY:+--memory "$MEMORY"} "${options[@]}" || status=$?
   folder=$output/7-verify
   if ((status == 20)); then folder+=.part; fi
   if ((status == 0 || status == 20)); then
@@ -121,23 +121,23 @@ build() {
     cp -R "$bundle/evidence" "$REPORTS/.evidence"
     compare "$bundle" "$(basename "$bundle")-$([[ -n $GOLDEN ]] && echo golden || echo cases)" \
       "${CHECKPOINT:-$root/builder/miniature/checkpoint}"
-    # What is shipped keeps the report of its own build.
+    # The bundle keeps the report of its own build.
     cp -R "$REPORTS/.evidence/." "$bundle/evidence" && rm -rf "$REPORTS/.evidence"
   done
 }
 
 # compare BUNDLE NAME CHECKPOINT: verify a bundle; its report becomes NAME. The first failure is the exit code.
 compare() {
-  local bundle=$1 name=$2 checkpoint=$3 asked=() one code=0
-  if [[ -n $checkpoint ]]; then asked+=(--reference "$checkpoint"); fi
-  if [[ -n $GOLDEN ]]; then asked+=(--golden "$GOLDEN"); fi
-  if [[ -n $MEMORY && -z $GOLDEN ]]; then asked+=(--memory "$MEMORY"); fi
-  while IFS= read -r one; do
-    if [[ -n $one ]]; then asked+=(--cases "$one"); fi
+  local bundle=$1 name=$2 checkpoint=$3 options=() path code=0
+  if [[ -n $checkpoint ]]; then options+=(--reference "$checkpoint"); fi
+  if [[ -n $GOLDEN ]]; then options+=(--golden "$GOLDEN"); fi
+  if [[ -n $MEMORY && -z $GOLDEN ]]; then options+=(--memory "$MEMORY"); fi
+  while IFS= read -r path; do
+    if [[ -n $path ]]; then options+=(--cases "$path"); fi
   done <<<"$CASES"
-  builder verify "$bundle" "${asked[@]}" || code=$?
+  builder verify "$bundle" "${options[@]}" || code=$?
   if ((code == 0 || code == 20)); then collect "$bundle/evidence${GOLDEN:+/golden}" "$name"; fi
-  # What a golden alone leaves out, PyTorch has compared where there was a build.
+  # After a build, PyTorch has compared what a golden leaves out.
   if [[ -n $BUNDLE || -z $GOLDEN ]]; then decisive+=("$REPORTS/$name/parity.json"); fi
   if ((status == 0)); then status=$code; fi
 }
@@ -154,7 +154,7 @@ cache_key() {
   "$VENV/bin/python" - "$1" >"$REPORTS/cache-key" <<'PYTHON'
 import hashlib, json, pathlib, sys
 stages = sorted(pathlib.Path(sys.argv[1]).glob("[0-9]-*/stage.json"))
-keys = [json.loads(one.read_bytes())["key"] for one in stages if not one.parent.name.endswith(".part")]
+keys = [json.loads(stage.read_bytes())["key"] for stage in stages if not stage.parent.name.endswith(".part")]
 print(hashlib.sha256("\n".join(keys).encode()).hexdigest()[:16])
 PYTHON
 }
@@ -167,7 +167,7 @@ finish() {
     for report in "${decisive[@]:-none}"; do
       if grep -qs '"verdict": "partial"' "$report"; then verdict=partial; fi
     done
-    # A run that compared nothing must not look like one that passed.
+    # A run that compared nothing must not pass.
     for report in "${decisive[@]:-none}"; do
       if [[ ! -s $report ]]; then verdict=error code=70; fi
     done

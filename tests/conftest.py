@@ -1,4 +1,4 @@
-"""Checkpoints, and what is built from them, that tests share and none may change."""
+"""Shared fixtures: checkpoints, and builds of them. Tests must not change the session-scoped ones."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.helpers.toy_stages import demo as demo
 if TYPE_CHECKING:
     from builder.reference.model import Reference
 
-# Before torch is imported. Models this small are faster on one thread, and do not wait for a core that is busy.
+# Before torch is imported: models this small are faster on one thread, and do not wait for busy cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 Built = Callable[[Path, Recipe], Path]
@@ -39,7 +39,7 @@ def miniature() -> Path:
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """`checkpoint(shape)`: the folder of `tests.helpers.checkpoints.SHAPES[shape]`, written once a session."""
+    """`checkpoint(shape)`: the folder of `tests.helpers.checkpoints.SHAPES[shape]`, written once per session."""
     written: dict[str, Path] = {}
 
     def folder(shape: str) -> Path:
@@ -52,13 +52,13 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 
 @pytest.fixture(scope="session")
 def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where builds lie beside one another: what is traced for one serves all others of its architecture and targets."""
+    """Common parent of builds, which share traced graphs of the same architecture and targets."""
     return tmp_path_factory.mktemp("outputs")
 
 
 @pytest.fixture(scope="session")
 def built(outputs: Path) -> Built:
-    """`built(checkpoint, recipe)`: folders of the stage `configure`, one a target, built once a session."""
+    """`built(checkpoint, recipe)`: folders of the stage `configure`, one per target, built once per session."""
     done: dict[tuple[Path, Recipe], Path] = {}
 
     def folder(checkpoint: Path, recipe: Recipe) -> Path:
@@ -73,13 +73,13 @@ def built(outputs: Path) -> Built:
 
 @pytest.fixture(scope="session")
 def miniature_built(built: Built) -> Path:
-    """The miniature's folders `genai` and `onnxruntime`, without what verification would add."""
+    """The miniature's folders `genai` and `onnxruntime`, before verification."""
     return built(MINIATURE, load_recipe("fp32"))
 
 
 @pytest.fixture(scope="session")
 def finished(outputs: Path) -> Callable[[str], Path]:
-    """`finished(recipe)`: the miniature's bundle for `genai` by a shipped recipe, verified, made once a session."""
+    """`finished(recipe)`: the miniature's verified `genai` bundle of a shipped recipe, built once per session."""
     done: dict[str, Path] = {}
 
     def folder(recipe: str) -> Path:
@@ -94,7 +94,7 @@ def finished(outputs: Path) -> Callable[[str], Path]:
 
 @pytest.fixture
 def lossy(finished: Callable[[str], Path], tmp_path: Path) -> Callable[[str], Path]:
-    """`lossy(recipe)`: that bundle, which a test may change file by file (they are links); no evidence, no sizes."""
+    """`lossy(recipe)`: a copy of that bundle whose files a test may replace (they are links); no evidence, no sizes."""
 
     def folder(recipe: str) -> Path:
         copy = tmp_path / f"lossy-{recipe}"
@@ -110,7 +110,7 @@ def lossy(finished: Callable[[str], Path], tmp_path: Path) -> Callable[[str], Pa
 
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The miniature's output folder as the command leaves it, verified and bundled; minutes, so for slow tests."""
+    """The miniature's complete output folder, verified and bundled; takes minutes, for slow tests only."""
     folder = tmp_path_factory.mktemp("whole")
     done = python("-m", "builder", "build", cwd=folder)
     assert done.returncode == 0, done.stderr
@@ -119,13 +119,13 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def bundle(miniature_built: Path, tmp_path: Path) -> Callable[[str], Path]:
-    """`bundle(target)`: the miniature's, which a test may change file by file (they are links)."""
+    """`bundle(target)`: a copy of the miniature's bundle whose files a test may replace (they are links)."""
 
     def folder(target: str) -> Path:
         copy = tmp_path / target
         for file in sorted((miniature_built / target).iterdir()):
             link(file, copy / file.name)
-        (copy / "manifest.json").unlink()  # the link, through which a file of the stage would be written
+        (copy / "manifest.json").unlink()  # a link: writing through it would change the stage's file
         (copy / "manifest.json").write_text(json.dumps({"target": target}))
         return copy
 

@@ -1,7 +1,4 @@
-"""In: JUnit XML of pytest, of one run or of its parts. Out: the same as a Markdown table, on stdout.
-
-python -m tests.tables results.xml …
-"""
+"""Summarize JUnit XML files of pytest as a Markdown table: `python -m tests.tables results.xml …`."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ SHOWN = ("torch", "transformers", "onnx", "onnxruntime", "onnxruntime-genai")
 
 
 def results(*files: Path) -> str:
-    """Tests, failures and seconds a test file, under a line that says on what."""
+    """Return a table of tests, failures and seconds per test file, after a line with machine and packages."""
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     seconds: dict[str, float] = defaultdict(float)
     for case in (case for file in files for case in ElementTree.parse(file).iter("testcase")):
@@ -27,8 +24,8 @@ def results(*files: Path) -> str:
     counts["**all**"] = sum(counts.values(), Counter())
     seconds["**all**"] = sum(seconds.values())
     rows = [
-        f"| {name} | {one['tests']} | {one['failure'] + one['error']} | {one['skipped']} | {seconds[name]:.1f} |"
-        for name, one in sorted(counts.items(), key=lambda item: (item[0] == "**all**", item[0]))
+        f"| {name} | {row['tests']} | {row['failure'] + row['error']} | {row['skipped']} | {seconds[name]:.1f} |"
+        for name, row in sorted(counts.items(), key=lambda item: (item[0] == "**all**", item[0]))
     ]
     packages = ", ".join(f"{name} {version(name)}" for name in SHOWN)
     head = [

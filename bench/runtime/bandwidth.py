@@ -1,7 +1,7 @@
-"""How fast this machine reads memory: `python -m bench.runtime.bandwidth THREADS`.
+"""Measure memory bandwidth: `python -m bench.runtime.bandwidth THREADS`.
 
-In: a number of threads. Out: one line of JSON on stdout, `read KERNEL` → bytes a second, the best pass of each kernel.
-Guaranteed: all threads read at once, each memory of its own that no cache holds; what is not installed is left out.
+Prints one line of JSON: `read KERNEL` → bytes per second, the best pass of each kernel that is installed. All threads
+read at once, each from its own memory, which exceeds the caches.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 
 from bench.runtime.figures import READ
 
-MIB = 512  # that a thread reads in a pass
+MIB = 512  # read by a thread in a pass
 PASSES = 8
 SOURCE = r"""
 #include <pthread.h>
@@ -67,22 +67,22 @@ int main(int count, char **argument) {
 
 
 def measure(threads: int) -> dict[str, float]:
-    """`read KERNEL` → bytes a second."""
+    """Return `read KERNEL` → bytes per second."""
     kernels = {"C, 64-byte loads": _compiled, "numpy or": _numpy_or, "numpy dot": _numpy_dot, "torch mv": _torch_mv}
-    found = {READ + name: kernel(threads) for name, kernel in kernels.items()}
-    return {name: rate for name, rate in found.items() if rate is not None}
+    rates = {READ + name: kernel(threads) for name, kernel in kernels.items()}
+    return {name: rate for name, rate in rates.items() if rate is not None}
 
 
 def _compiled(threads: int) -> float | None:
-    """A loop that does nothing but load; None without a C compiler."""
+    """Measure a loop that only loads; None without a C compiler."""
     compiler = shutil.which("cc") or shutil.which("gcc")
     if compiler is None:
         return None
     with TemporaryDirectory() as folder:
         source, program = Path(folder) / "read.c", Path(folder) / "read"
         source.write_text(SOURCE)
-        made = subprocess.run([compiler, "-O3", "-march=native", "-pthread", source, "-o", program], check=False)
-        if made.returncode:
+        compiled = subprocess.run([compiler, "-O3", "-march=native", "-pthread", source, "-o", program], check=False)
+        if compiled.returncode:
             return None
         command = [str(part) for part in (program, threads, MIB, PASSES)]
         return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
@@ -97,7 +97,7 @@ def _numpy_dot(threads: int) -> float:
 
 
 def _in_threads(threads: int, dtype: type, kernel: Callable[[np.ndarray], object]) -> float:
-    """Each thread runs `kernel` on an array of its own; numpy lets go of the interpreter's lock."""
+    """Run `kernel` in each thread on its own array; numpy releases the GIL."""
     parts: list[np.ndarray] = [np.ones((MIB << 20) // np.dtype(dtype).itemsize, dtype) for _ in range(threads)]
     with ThreadPoolExecutor(threads) as pool:
         return _best(lambda: list(pool.map(kernel, parts)), threads * (MIB << 20))

@@ -1,15 +1,11 @@
-"""What our artifact's speed must be beside the others', as data, and how far it is so.
-
-In: outcomes of one run. Out: rows, the ratio that is wanted beside the one that was measured.
-Guaranteed: a ratio is given only where both sides were measured.
-"""
+"""Required speed ratios of our artifact to the others, as data, compared with the measured ratios."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from bench.runtime.contestants import AS_IT_COMES
+from bench.runtime.contestants import DEFAULT_THREADS
 from bench.runtime.figures import DECODE, IMAGES, LOAD, PROMPTS, TEXT_PEAK, Outcome, prefill, vision
 from bench.table import UNKNOWN, Row
 
@@ -18,22 +14,22 @@ THEIRS, LLAMA, SDPA = "onnxruntime-genai's builder", "llama.cpp Q4_0", "PyTorch 
 
 @dataclass(frozen=True)
 class Claim:
-    """One bound.
+    """A bound on one ratio.
 
     Args:
-        figure: of `bench.runtime.figures`: a rate where its name ends with `_tps`, a peak with `_peak`, else seconds.
-        beside: whose figure it stands beside; what is set is said behind it.
-        bound: of the ratio.
-        speed: the ratio is how many times as fast ours is, at least; else ours through theirs, at most.
-        as_it_comes: nothing is set on either side; else both are on the asked number of threads.
+        figure: of `bench.runtime.figures`; a rate if its name ends with `_tps`, a peak with `_peak`, else seconds.
+        other: the contestant that ours is compared with, without its number of threads.
+        bound: on the ratio.
+        speed: the ratio is the speedup of ours, at least `bound`; otherwise ours / theirs, at most `bound`.
+        default_threads: neither side sets its threads; otherwise both use the requested number.
     """
 
     what: str
     figure: str
-    beside: str
+    other: str
     bound: float
     speed: bool = True
-    as_it_comes: bool = False
+    default_threads: bool = False
 
 
 SHORT, LONG = PROMPTS
@@ -41,7 +37,7 @@ SMALL, _ = IMAGES
 CLAIMS = (
     Claim("decode", DECODE, THEIRS, 1.2),
     Claim("decode", DECODE, LLAMA, 0.9),
-    Claim("decode, out of the box", DECODE, THEIRS, 1.7, as_it_comes=True),
+    Claim("decode, out of the box", DECODE, THEIRS, 1.7, default_threads=True),
     Claim(f"prefill of {SHORT} tokens", prefill(SHORT), THEIRS, 1.1),
     Claim(f"prefill of {LONG:,} tokens", prefill(LONG), THEIRS, 1.3),
     Claim(f"prefill of {SHORT} tokens", prefill(SHORT), LLAMA, 1.0),
@@ -52,17 +48,17 @@ CLAIMS = (
 
 
 def named(name: str, threads: int | None) -> str:
-    """A contestant that can be set up, on `threads` or as it comes."""
-    return f"{name}, {AS_IT_COMES}" if threads is None else f"{name}, threads set to {threads}"
+    """Return a contestant's name with its threads; None is the default number."""
+    return f"{name}, {DEFAULT_THREADS}" if threads is None else f"{name}, threads set to {threads}"
 
 
 def rows(ours: str, outcomes: Mapping[str, Outcome], threads: int, claims: Sequence[Claim] = CLAIMS) -> list[Row]:
-    """A row a claim on the recipe `ours`."""
-    return [_row(claim, ours, outcomes, None if claim.as_it_comes else threads) for claim in claims]
+    """Return a row per claim, for the recipe `ours`."""
+    return [_row(claim, ours, outcomes, None if claim.default_threads else threads) for claim in claims]
 
 
 def shown(figure: str, value: float | None) -> str:
-    """With its unit; a prefill as tokens a second."""
+    """Format a figure with its unit; a prefill as tokens per second."""
     if value is None:
         return UNKNOWN
     if figure.endswith("_peak"):
@@ -76,11 +72,11 @@ def shown(figure: str, value: float | None) -> str:
 
 
 def _row(claim: Claim, ours: str, outcomes: Mapping[str, Outcome], threads: int | None) -> Row:
-    beside = named(claim.beside, threads) if claim.beside == THEIRS else claim.beside
+    opponent = named(claim.other, threads) if claim.other == THEIRS else claim.other
     wanted = f"{'≥' if claim.speed else '≤'} {claim.bound:.2f}"
-    mine, other = (outcomes.get(name, Outcome()).typical(claim.figure) for name in (named(ours, threads), beside))
+    mine, other = (outcomes.get(name, Outcome()).typical(claim.figure) for name in (named(ours, threads), opponent))
     texts = shown(claim.figure, mine), shown(claim.figure, other)
-    return Row(claim.what, *texts, _ratio(claim, mine, other), wanted, beside)
+    return Row(claim.what, *texts, _ratio(claim, mine, other), wanted, opponent)
 
 
 def _ratio(claim: Claim, ours: float | None, other: float | None) -> str:

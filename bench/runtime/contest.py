@@ -1,7 +1,4 @@
-"""Everyone in turn, round after round.
-
-In: contestants. Out: contestant → `Outcome`. Guaranteed: one that fails is not asked again, and the others go on.
-"""
+"""Measure all contestants in turn, round after round."""
 
 from __future__ import annotations
 
@@ -14,40 +11,41 @@ from bench.runtime.figures import Measured, Outcome, undisturbed
 
 @dataclass(frozen=True)
 class Rules:
-    """How it is measured.
+    """Settings of a contest.
 
     Args:
-        repeat: rounds.
-        patience: seconds to wait, before each process, for a moment at which the machine is idle.
+        repeat: number of rounds.
+        patience: seconds to wait, before each process, for an idle machine.
     """
 
     repeat: int
     patience: float
-    say: Callable[[str], None] = print
+    log: Callable[[str], None] = print
 
 
 def contest(contestants: Sequence[Contestant], rules: Rules) -> dict[str, Outcome]:
-    """A B C A B C."""
-    outcomes = {one.name: Outcome() for one in contestants}
+    """Run the contestants in the order A B C A B C; a task that fails is not run again."""
+    outcomes = {contestant.name: Outcome() for contestant in contestants}
     failed: set[tuple[str, str]] = set()
     for number in range(rules.repeat):
-        for one in contestants:
-            if one.once and number:
+        for contestant in contestants:
+            if contestant.once and number:
                 continue
-            for task, measure in one.tasks.items():
-                if (one.name, task) in failed:
+            name = contestant.name
+            for task, measure in contestant.tasks.items():
+                if (name, task) in failed:
                     continue
-                rules.say(f"round {number + 1} of {rules.repeat}: {one.name}, {task}")
-                found = undisturbed(measure, rules.patience)
-                if found.failure is not None:
-                    failed.add((one.name, task))
-                outcomes[one.name] = _with(outcomes[one.name], task, found)
+                rules.log(f"round {number + 1} of {rules.repeat}: {name}, {task}")
+                measured = undisturbed(measure, rules.patience)
+                if measured.failure is not None:
+                    failed.add((name, task))
+                outcomes[name] = _with(outcomes[name], task, measured)
     return outcomes
 
 
-def _with(outcome: Outcome, task: str, found: Measured) -> Outcome:
+def _with(outcome: Outcome, task: str, measured: Measured) -> Outcome:
     runs = {name: list(values) for name, values in outcome.runs.items()}
-    for name, value in found.figures.items():
+    for name, value in measured.figures.items():
         runs.setdefault(name, []).append(value)
-    failures = outcome.failures + ((f"{task}: {found.failure}",) if found.failure else ())
-    return Outcome(runs, failures, max(outcome.others, found.others))
+    failures = outcome.failures + ((f"{task}: {measured.failure}",) if measured.failure else ())
+    return Outcome(runs, failures, max(outcome.others, measured.others))

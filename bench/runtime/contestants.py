@@ -1,8 +1,4 @@
-"""Who is measured: a name, and a command for each group of figures.
-
-In: folders and programs that are there. Out: `Contestant`s, which know nothing of each other.
-Guaranteed: what is absent is a contestant too; it says why.
-"""
+"""Define the contestants: a name, and a command for each group of figures."""
 
 from __future__ import annotations
 
@@ -16,19 +12,19 @@ from bench.runtime import folders, llama
 from bench.runtime.figures import IMAGE_PEAK, TEXT_PEAK, VISION_PEAK, Measured, process
 from bench.runtime.llama import Llama
 
-AS_IT_COMES = "as it comes"
+DEFAULT_THREADS = "default threads"
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """One line of the tables.
+    """A line of the tables.
 
     Args:
-        tasks: name → what measures it, in processes of its own.
-        nbytes: on the disk.
+        tasks: name → function that measures it, in separate processes.
+        nbytes: size on the disk.
         step: bytes of weights that a decode step reads.
-        once: slow, so that it runs in the first round only.
-        absent: why there is none; then it has no tasks.
+        once: run only in the first round, because it is slow.
+        absent: the reason why it is missing; it then has no tasks.
     """
 
     name: str
@@ -40,12 +36,12 @@ class Contestant:
 
 
 def machine(threads: int) -> Contestant:
-    """How fast memory is read."""
+    """Return the contestant that measures memory bandwidth."""
     return Contestant("this machine", {"bandwidth": partial(process, _module("bandwidth", threads))})
 
 
 def genai(name: str, folder: Path) -> Contestant:
-    """A text decoder of onnxruntime-genai."""
+    """Return a text decoder for onnxruntime-genai."""
     tasks: dict[str, Callable[[], Measured]] = {
         task: partial(process, _module("genai", task, folder), TEXT_PEAK) for task in ("short", "long")
     }
@@ -53,7 +49,7 @@ def genai(name: str, folder: Path) -> Contestant:
 
 
 def bundle(name: str, folder: Path, threads: int | None) -> Contestant:
-    """A bundle of ours: its text decoder and, where it has them, images; its vision encoder alone on `threads`."""
+    """Return one of our bundles: text, images, and, if `threads` is set, the vision encoder alone."""
     text = genai(name, folder)
     tasks: dict[str, Callable[[], Measured]] = {**text.tasks}
     tasks |= {"image": partial(process, _module("genai", "image", folder), IMAGE_PEAK)}
@@ -63,7 +59,7 @@ def bundle(name: str, folder: Path, threads: int | None) -> Contestant:
 
 
 def llama_cpp(name: str, build: Llama, model: Path, threads: int) -> Contestant:
-    """llama.cpp; all of its file but norms are matrices, and the tied one is read as the head."""
+    """Return llama.cpp. A step reads all of its file: only norms are not matrices, and the tied matrix is the head."""
     tasks = {
         "short": partial(llama.short, build, model, threads),
         "long": partial(llama.long, build, model, threads),
@@ -73,11 +69,11 @@ def llama_cpp(name: str, build: Llama, model: Path, threads: int) -> Contestant:
 
 
 def pytorch(checkpoint: Path, dtype: str, attention: str, threads: int) -> Contestant:
-    """transformers; its text decoder with all weights loaded, its vision encoder alone."""
-    asked = (checkpoint, dtype, attention, threads)
+    """Return transformers: its text decoder with all weights loaded, and its vision encoder alone."""
+    arguments = (checkpoint, dtype, attention, threads)
     settings = {"HF_HUB_OFFLINE": "1"}
     tasks = {
-        task: partial(process, _module("pytorch", task, *asked), peak, settings)
+        task: partial(process, _module("pytorch", task, *arguments), peak, settings)
         for task, peak in {"text": TEXT_PEAK, "vision": VISION_PEAK}.items()
     }
     return Contestant(f"PyTorch {attention} {dtype}", tasks, folders.size(checkpoint), once=True)

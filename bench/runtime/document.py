@@ -1,7 +1,6 @@
-"""In: what was measured at one size. Out: Markdown.
+"""Render the runtime bench as Markdown.
 
-Guaranteed: a document says on what machine it was measured; sections of another run stay in it only where that was the
-same one. Nothing of this machine's folders is in it.
+A document names its machine and packages; sections of earlier runs are kept only if those are the same.
 """
 
 from __future__ import annotations
@@ -37,21 +36,22 @@ from bench.runtime.figures import (
 from bench.table import PACKAGES, UNKNOWN, row_table
 
 EXPLAINED = f"""\
-Written by `make bench-runtime`. Everyone in turn, round after round; medians of the rounds, of peaks the highest.
-Each figure comes from a process of its own, its peak RSS is that of the whole process, mapped files included; MB are
-10⁶ bytes. Weights are random, dimensions real; prompts are the same tokens for everyone.
+Written by `make bench-runtime`. Contestants run in turn, round after round; figures are medians over the rounds, peaks
+are maxima. Each figure comes from its own process; peak RSS is that of the process, including mapped files; MB are 10⁶
+bytes. Weights are random, dimensions real; all contestants get the same tokens as prompts.
 
-- *load*: until the model can be asked. Of llama.cpp: its process without the test.
-- *first answer*: the first token behind {PROMPTS[0]} tokens, asked for as soon as it is loaded.
-- *prefill*: tokens of the prompt through seconds to the first token, of a model that has answered before.
-- *decode*: tokens a second, {STEPS} of them behind {PROMPTS[0]} (PyTorch: 8).
-- *of the limit*: what decodes, beside what this machine's memory could: bytes read a second, with all threads at once,
-  through bytes of weights that a step multiplies with.
-- *as it comes*: nothing is set. *threads set*: `intra_op_num_threads` in `genai_config.json`.
-- *encoder*: the vision encoder alone. *answer*: from pixel values and token ids to the first token, whole bundle.
+- *load*: time until the model is ready. For llama.cpp: time of its process without the test.
+- *first answer*: time to the first token after a prompt of {PROMPTS[0]} tokens, right after loading.
+- *prefill*: tokens of the prompt divided by the seconds to the first token, for a model that has answered before.
+- *decode*: tokens per second, over {STEPS} tokens after a prompt of {PROMPTS[0]} (PyTorch: 8 tokens).
+- *of the limit*: the decode rate relative to what memory bandwidth allows: bytes read per second by all threads at
+  once, divided by the bytes of weights in the matmuls of a step.
+- *default threads*: nothing is set. *threads set*: `intra_op_num_threads` in `genai_config.json`.
+- *encoder*: the vision encoder alone. *answer*: from pixel values and token ids to the first token, complete bundle.
 
 ## llama.cpp
-Measured where `--llama DIR`, or the variable `LLAMA_CPP`, names a folder made like this (a C++ compiler, cmake, ninja):
+Measured if `--llama DIR`, or the variable `LLAMA_CPP`, names a folder made as follows (needs a C++ compiler, cmake and
+ninja):
 
 ```
 mkdir DIR && cd DIR
@@ -68,10 +68,10 @@ TEXT_FIGURES = (LOAD, COLD, *map(prefill, PROMPTS), DECODE)
 
 @dataclass(frozen=True)
 class Result:
-    """One run at one size.
+    """A run at one size.
 
     Args:
-        ours: recipes, as their contestants are named.
+        ours: recipes, by the names of their contestants.
     """
 
     size: str
@@ -83,21 +83,21 @@ class Result:
 
 
 def section(result: Result) -> str:
-    """`## size`, text, images, and what is wanted."""
+    """Render `## size` with the tables of text, images and claims."""
     fastest = bandwidth(result.outcomes.values())
     parts = [f"## {result.size}", _about(result, fastest)]
-    measured = [(one, result.outcomes.get(one.name, Outcome())) for one in result.contestants]
+    measured = [(each, result.outcomes.get(each.name, Outcome())) for each in result.contestants]
     parts.append(_text_table(measured, fastest and fastest[1]))
     parts.append(_image_table(measured))
     for recipe in result.ours:
         parts.append(row_table(claims.rows(recipe, result.outcomes, result.threads)).replace("ours", recipe, 1))
-    if notes := [f"- {one.name}: {note}" for one, outcome in measured if (note := _note(one, outcome))]:
+    if notes := [f"- {each.name}: {note}" for each, outcome in measured if (note := _note(each, outcome))]:
         parts.append("\n".join(notes))
     return "\n\n".join(parts)
 
 
 def bandwidth(outcomes: Iterable[Outcome]) -> tuple[str, float] | None:
-    """The kernel that read memory fastest, and its bytes a second."""
+    """Return the kernel that read memory fastest, and its bytes per second."""
     rates = {
         name.removeprefix(READ): rate
         for outcome in outcomes
@@ -108,7 +108,7 @@ def bandwidth(outcomes: Iterable[Outcome]) -> tuple[str, float] | None:
 
 
 def document(sections: Mapping[str, str], file: Path) -> str:
-    """The head and every section: those given, and those that `file` has from the same machine and packages."""
+    """Render the head and all sections: the given ones, and those in `file` from the same machine and packages."""
     kept: dict[str, str] = {}
     head = _head()
     if file.is_file() and (old := file.read_text(encoding="utf-8")).startswith(head):
@@ -118,24 +118,24 @@ def document(sections: Mapping[str, str], file: Path) -> str:
 
 
 def _about(result: Result, fastest: tuple[str, float] | None) -> str:
-    worst = max((one.others for one in result.outcomes.values()), default=0.0)
-    text = f"Everyone on {result.threads} threads; {result.rounds} rounds."
+    worst = max((outcome.others for outcome in result.outcomes.values()), default=0.0)
+    text = f"All on {result.threads} threads; {result.rounds} rounds."
     if fastest is not None:
-        text += f" Memory is read at {fastest[1] / 1e9:.1f} GB/s ({fastest[0]})."
+        text += f" Memory bandwidth: {fastest[1] / 1e9:.1f} GB/s ({fastest[0]})."
     if worst > DISTURBED:
-        text += f" **Disturbed**: others took up to {worst:.1f} cores meanwhile."
+        text += f" **Disturbed**: other processes used up to {worst:.1f} cores."
     return text
 
 
 def _text_table(measured: Sequence[tuple[Contestant, Outcome]], fastest: float | None) -> str:
     lines = [_line("text", *TEXT_HEAD, "peak RSS", "on disk"), "|---|" + "--:|" * (len(TEXT_HEAD) + 2)]
-    for one, outcome in measured:
+    for contestant, outcome in measured:
         if not _is_machine(outcome):
             cells = [shown(name, outcome.typical(name)) for name in TEXT_FIGURES]
             rate, peak = outcome.typical(DECODE), outcome.typical(TEXT_PEAK)
-            limit = f"{rate * one.step / fastest:.0%}" if rate and one.step and fastest else UNKNOWN
-            disk = f"{one.nbytes / 1e6:,.0f} MB" if one.nbytes else UNKNOWN
-            lines.append(_line(one.name, *cells, limit, shown(TEXT_PEAK, peak), disk))
+            limit = f"{rate * contestant.step / fastest:.0%}" if rate and contestant.step and fastest else UNKNOWN
+            disk = f"{contestant.nbytes / 1e6:,.0f} MB" if contestant.nbytes else UNKNOWN
+            lines.append(_line(contestant.name, *cells, limit, shown(TEXT_PEAK, peak), disk))
     return "\n".join(lines)
 
 
@@ -143,10 +143,10 @@ def _image_table(measured: Sequence[tuple[Contestant, Outcome]]) -> str:
     names = [name(image) for name in (vision, answer) for image in IMAGES]
     heads = [f"{what} {image}" for what in ("encoder", "answer") for image in IMAGES]
     lines = [_line("images", *heads, "encoder's peak RSS", "peak RSS"), "|---|" + "--:|" * (len(names) + 2)]
-    for one, outcome in measured:
+    for contestant, outcome in measured:
         values = [shown(name, outcome.typical(name)) for name in (*names, VISION_PEAK, IMAGE_PEAK)]
         if any(value != UNKNOWN for value in values):
-            lines.append(_line(one.name, *values))
+            lines.append(_line(contestant.name, *values))
     return "\n".join(lines)
 
 
@@ -154,9 +154,9 @@ def _is_machine(outcome: Outcome) -> bool:
     return any(name.startswith(READ) for name in outcome.runs)
 
 
-def _note(one: Contestant, outcome: Outcome) -> str:
-    parts = [one.absent] if one.absent else list(outcome.failures)
-    return "; ".join([*parts, *(["one round"] if one.once and outcome.runs else [])])
+def _note(contestant: Contestant, outcome: Outcome) -> str:
+    parts = [contestant.absent] if contestant.absent else list(outcome.failures)
+    return "; ".join([*parts, *(["one round"] if contestant.once and outcome.runs else [])])
 
 
 def _line(*cells: str) -> str:
@@ -173,7 +173,7 @@ def _head() -> str:
 
 
 def _vectors() -> str:
-    """The vector instructions that kernels are chosen by."""
+    """Return the vector instructions by which kernels are chosen."""
     try:
         flags = set(re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)[1].split())  # type: ignore[index]
     except (OSError, TypeError):

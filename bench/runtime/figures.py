@@ -1,7 +1,6 @@
-"""Names of what is measured, and what one process or many of them found.
+"""Names of the figures, and the measurement of one or several processes.
 
-In: a command that prints its figures as JSON on its last line. Out: `Measured`.
-Guaranteed: a process that fails is a `Measured` that says why; how much of the machine others took meanwhile is known.
+A measured command prints its figures as JSON on its last line. A process that fails is a `Measured` with the reason.
 """
 
 from __future__ import annotations
@@ -18,19 +17,19 @@ import psutil
 from bench.measure import Run, run
 
 PROMPTS = (128, 1024)  # tokens of a text prompt
-STEPS = 64  # tokens that are decoded behind the shorter one
-# Patches (height, width) of an image that smart_resize makes of one so large: sides are multiples of 32 pixels.
+STEPS = 64  # tokens decoded after the shorter prompt
+# Patches (height, width) after smart_resize of an image of this size: sides become multiples of 32 pixels.
 IMAGES: Mapping[str, tuple[int, int]] = {"640×480": (30, 40), "1280×720": (44, 80)}
 
 LOAD, COLD, DECODE = "load_s", "cold_s", "decode_tps"
 TEXT_PEAK, IMAGE_PEAK, VISION_PEAK = "text_peak", "image_peak", "vision_peak"
-READ = "read "  # + the kernel's name: bytes a second
-DISTURBED = 0.1  # cores that others may take
+READ = "read "  # + the kernel's name: bytes per second
+DISTURBED = 0.1  # cores that other processes may use
 TRIES = 3
 
 
 def prefill(tokens: int) -> str:
-    """Seconds to the first token behind a prompt of so many."""
+    """Seconds to the first token after a prompt of `tokens`."""
     return f"prefill_{tokens}_s"
 
 
@@ -46,10 +45,10 @@ def answer(image: str) -> str:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a process found.
+    """Result of a process.
 
     Args:
-        others: cores that the rest of the machine used on average meanwhile, other guests of its host included.
+        others: cores used on average by the rest of the machine, including other guests of its host.
     """
 
     figures: Mapping[str, float]
@@ -59,14 +58,14 @@ class Measured:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Every run of a contestant: figure → values, a round each; what failed; the most that others took."""
+    """All runs of a contestant: figure → a value per round; failures; the largest `Measured.others`."""
 
     runs: Mapping[str, Sequence[float]] = field(default_factory=dict)
     failures: tuple[str, ...] = ()
     others: float = 0.0
 
     def typical(self, name: str) -> float | None:
-        """The median, of a peak the highest; None where it was not measured."""
+        """Return the median, or the highest of a peak; None if it was not measured."""
         values = self.runs.get(name)
         if not values:
             return None
@@ -79,10 +78,10 @@ def process(
     settings: Mapping[str, str] | None = None,
     read: Callable[[Run], Mapping[str, float]] | None = None,
 ) -> Measured:
-    """Run `command`; its figures, its peak RSS among them as `peak`.
+    """Run `command` and return its figures, with its peak RSS as `peak`.
 
     Args:
-        read: figures from the process; by default its last line, JSON.
+        read: extracts the figures; by default from the last line, as JSON.
     """
     before = busy()
     done = run(command, settings=settings)
@@ -94,36 +93,36 @@ def process(
 
 
 def together(each: Iterable[Measured]) -> Measured:
-    """One after the other: all figures, of a peak the higher; the first failure."""
+    """Combine several processes: all figures, the higher of a peak, the first failure."""
 
-    def add(one: Measured, other: Measured) -> Measured:
-        peaks = {name: max(one.figures.get(name, 0.0), value) for name, value in other.figures.items()}
-        figures = {**one.figures, **{n: peaks[n] if n.endswith("_peak") else v for n, v in other.figures.items()}}
-        return Measured(figures, one.failure or other.failure, max(one.others, other.others))
+    def add(first: Measured, other: Measured) -> Measured:
+        peaks = {name: max(first.figures.get(name, 0.0), value) for name, value in other.figures.items()}
+        figures = {**first.figures, **{n: peaks[n] if n.endswith("_peak") else v for n, v in other.figures.items()}}
+        return Measured(figures, first.failure or other.failure, max(first.others, other.others))
 
     return reduce(add, each)
 
 
 def undisturbed(measure: Callable[[], Measured], patience: float) -> Measured:
-    """The run of `measure` that others disturbed least: the first that they hardly did, or the best of `TRIES`.
+    """Return the least disturbed run of `measure`: the first with `others` below `DISTURBED`, or the best of `TRIES`.
 
     Args:
-        patience: seconds to wait, before each, for a moment at which the machine is idle; 0 takes the first as it is.
+        patience: seconds to wait, before each run, for an idle machine; 0 returns the first run.
     """
     best: Measured | None = None
     for _ in range(TRIES if patience else 1):
         wait_for_quiet(patience)
-        found = measure()
-        if best is None or found.others < best.others:
-            best = found
-        if found.failure is not None or found.others <= DISTURBED:
+        measured = measure()
+        if best is None or measured.others < best.others:
+            best = measured
+        if measured.failure is not None or measured.others <= DISTURBED:
             break
     assert best is not None
     return best
 
 
 def wait_for_quiet(patience: float) -> None:
-    """Until nobody uses the machine for two seconds, or `patience` is over."""
+    """Wait until the machine is idle for two seconds, at most `patience` seconds."""
     end = time.monotonic() + patience
     while time.monotonic() < end:
         before = busy()
@@ -133,7 +132,7 @@ def wait_for_quiet(patience: float) -> None:
 
 
 def busy() -> float:
-    """CPU seconds that this machine has spent, or has been denied by its host, so far."""
+    """Return the CPU seconds that this machine has used, or that its host has withheld, since boot."""
     times = psutil.cpu_times()
     names = ("user", "nice", "system", "irq", "softirq", "steal")
     return float(sum(getattr(times, name, 0.0) for name in names))

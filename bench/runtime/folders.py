@@ -1,7 +1,6 @@
-"""The folders that are compared: bundles of ours, and the artifact of onnxruntime-genai's own builder.
+"""Build the compared folders: our bundles, and the artifact of onnxruntime-genai's own builder.
 
-In: a checkpoint. Out: folders that onnxruntime-genai loads, and what a decode step of them reads.
-Guaranteed: what was built before is used again; a build that fails says why.
+Earlier builds are reused.
 """
 
 from __future__ import annotations
@@ -21,11 +20,11 @@ from bench.measure import run
 from bench.runtime.llama import AbsentError
 
 CONFIG = "genai_config.json"
-MULTIPLIES = ("MatMul", "Gemm", "FusedMatMul")  # how the names of what reads a whole matrix begin
+MULTIPLIES = ("MatMul", "Gemm", "FusedMatMul")  # prefixes of operators that read a complete matrix
 
 
 def ours(checkpoint: Path, recipe: str, output: Path) -> Path:
-    """The `genai` bundle of `recipe`, not yet verified; `output` is a build of our own, so that it is resumed.
+    """Build the `genai` folder of `recipe`, without verification, or resume the build in `output`.
 
     Raises:
         AbsentError: the build fails.
@@ -38,10 +37,10 @@ def ours(checkpoint: Path, recipe: str, output: Path) -> Path:
 
 
 def theirs(checkpoint: Path, out: Path) -> Path:
-    """What onnxruntime-genai's builder makes of the checkpoint: its text decoder, int4, ids in, logits out.
+    """Build the text decoder with onnxruntime-genai's builder: int4, ids in, logits out.
 
     Raises:
-        AbsentError: it fails.
+        AbsentError: the build fails.
     """
     if (out / CONFIG).is_file():
         return out
@@ -57,7 +56,7 @@ def theirs(checkpoint: Path, out: Path) -> Path:
 
 
 def with_threads(folder: Path, out: Path, threads: int) -> Path:
-    """`folder` again, each session set to so many threads; its files are linked.
+    """Copy `folder` to `out`, with hard links, and set `threads` in each session.
 
     Raises:
         OSError: `out` is on another disk.
@@ -76,20 +75,20 @@ def with_threads(folder: Path, out: Path, threads: int) -> Path:
 
 
 def size(folder: Path) -> int:
-    """Bytes on the disk."""
+    """Return the bytes on the disk."""
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def read_by_a_step(folder: Path) -> int:
-    """Bytes of the weights that a decode step reads: those that the decoder multiplies with, each once."""
+    """Return the bytes of weights that a decode step reads: those in the decoder's matmuls, each once."""
     config = json.loads((folder / CONFIG).read_bytes())
     graph = onnx.load(folder / config["model"]["decoder"]["filename"], load_external_data=False).graph
     used = {name for node in graph.node if node.op_type.startswith(MULTIPLIES) for name in node.input}
-    return sum(_bytes(one) for one in graph.initializer if one.name in used)
+    return sum(_bytes(tensor) for tensor in graph.initializer if tensor.name in used)
 
 
 def _bytes(tensor: onnx.TensorProto) -> int:
-    stated = {entry.key: entry.value for entry in tensor.external_data}
-    if "length" in stated:
-        return int(stated["length"])
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    if "length" in entries:
+        return int(entries["length"])
     return onnx.numpy_helper.to_array(tensor).nbytes

@@ -1,7 +1,6 @@
-"""A folder of onnxruntime-genai, driven as a program would: `python -m bench.runtime.genai TASK FOLDER`.
+"""Measure a folder with genai_config.json in onnxruntime-genai: `python -m bench.runtime.genai TASK FOLDER`.
 
-In: one of `TASKS`, and a folder with genai_config.json, whoever made it. Out: one line of JSON on stdout.
-Guaranteed: every folder gets the same calls and the same tokens, and the settings that its genai_config.json has.
+Prints one line of JSON. All folders get the same calls and tokens, and run with their own settings.
 """
 
 from __future__ import annotations
@@ -20,13 +19,13 @@ import numpy.typing as npt
 
 from bench.runtime.figures import COLD, DECODE, IMAGES, LOAD, PROMPTS, STEPS, answer, prefill
 
-PATCH = 16  # pixels of a patch's side
-# Ordinary tokens of the tokenizer: no special one, no image.
+PATCH = 16  # pixels per side
+# Range of ordinary tokens, without special tokens.
 FIRST, LAST = 1000, 100000
 
 
 def prompt(count: int) -> npt.NDArray[np.int32]:
-    """[count] token ids, the same for every contestant."""
+    """Return token ids [count], the same for every contestant."""
     return np.random.default_rng(count).integers(FIRST, LAST, count, dtype=np.int32)
 
 
@@ -48,7 +47,7 @@ def long(folder: Path) -> dict[str, float]:
 
 
 def image(folder: Path) -> dict[str, float]:
-    """Our bundle, from pixel values and token ids to the first token; an image of the smallest size warms it up."""
+    """Measure our bundle from pixel values and token ids to the first token, after a warm-up on the smallest image."""
     from builder.targets.runners.genai import GenaiBundle
 
     bundle = GenaiBundle(folder)
@@ -70,7 +69,7 @@ TASKS: Mapping[str, Callable[[Path], dict[str, float]]] = {"short": short, "long
 
 
 def _loaded(folder: Path) -> tuple[float, Callable[[npt.NDArray[np.int32], int], list[float]]]:
-    """Seconds to load it, and what answers."""
+    """Return the seconds to load the model, and a function that generates."""
     import onnxruntime_genai as og
 
     begin = time.perf_counter()
@@ -80,10 +79,10 @@ def _loaded(folder: Path) -> tuple[float, Callable[[npt.NDArray[np.int32], int],
 
 
 def generate(og: Any, model: Any, tokens: npt.NDArray[np.int32], count: int) -> Iterator[float]:
-    """Seconds until each of `count` greedy tokens was there, each from the one before on."""
+    """Yield the seconds that each of `count` greedy tokens took."""
     total = len(tokens) + count
     params = og.GeneratorParams(model)
-    # No token may end it, and the shared buffer is no longer than what is asked for.
+    # No token may end generation, and the shared buffer is as long as needed.
     params.set_search_options(do_sample=False, repetition_penalty=1.0, max_length=total, min_length=total)
     begin = time.perf_counter()
     generator = og.Generator(model, params)

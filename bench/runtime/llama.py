@@ -1,7 +1,6 @@
-"""llama.cpp beside us: the same checkpoint as a Q4_0 GGUF, measured by its own llama-bench.
+"""Measure the same checkpoint in llama.cpp, as a Q4_0 GGUF, with its own llama-bench.
 
-In: a folder with a build of llama.cpp and its source (docs/bench-runtime.md says how to make one), a checkpoint.
-Out: a GGUF, `Measured`. Guaranteed: where a program is missing, the words say which.
+docs/bench-runtime.md shows how to make the folder with its build and source.
 """
 
 from __future__ import annotations
@@ -19,11 +18,11 @@ from bench.runtime.figures import COLD, DECODE, LOAD, PROMPTS, STEPS, TEXT_PEAK,
 
 VARIABLE = "LLAMA_CPP"
 BENCH, QUANTIZE, CONVERTER = "build/bin/llama-bench", "build/bin/llama-quantize", "source/convert_hf_to_gguf.py"
-PYTHONPATH = "python"  # packages that its converter needs and this environment has not
+PYTHONPATH = "python"  # folder of packages that only its converter needs
 
 
 class AbsentError(Exception):
-    """A comparator that is not there; its message is the row's note."""
+    """A comparator is missing; the message is the row's note."""
 
 
 @dataclass(frozen=True)
@@ -33,10 +32,10 @@ class Llama:
     folder: Path
 
     def program(self, name: str) -> Path:
-        """A file of the build, absolute.
+        """Return the absolute path of a file of the build.
 
         Raises:
-            AbsentError: it is not there.
+            AbsentError: the file is missing.
         """
         file = (self.folder / name).resolve()
         if not file.is_file():
@@ -45,7 +44,7 @@ class Llama:
 
 
 def gguf(llama: Llama, checkpoint: Path, out: Path) -> Path:
-    """`out`, converted to bf16 and quantized to Q4_0 unless it is there; llama-quantize's defaults, head in Q6_K.
+    """Convert to bf16 and quantize to Q4_0 (defaults of llama-quantize, head in Q6_K), unless `out` exists.
 
     Raises:
         AbsentError: a program is missing, or fails.
@@ -54,20 +53,20 @@ def gguf(llama: Llama, checkpoint: Path, out: Path) -> Path:
     if out.is_file():
         return out
     converter, quantize = llama.program(CONVERTER), llama.program(QUANTIZE)
-    whole, part = out.with_suffix(".bf16.gguf"), out.with_suffix(".part")
+    full, part = out.with_suffix(".bf16.gguf"), out.with_suffix(".part")
     settings = {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str((llama.folder / PYTHONPATH).resolve())}
     try:
-        convert = [sys.executable, converter, checkpoint.resolve(), "--outtype", "bf16", "--outfile", whole.resolve()]
+        convert = [sys.executable, converter, checkpoint.resolve(), "--outtype", "bf16", "--outfile", full.resolve()]
         _succeeded(run(convert, settings=settings))
-        _succeeded(run([quantize, whole.resolve(), part.resolve(), "Q4_0"]))
+        _succeeded(run([quantize, full.resolve(), part.resolve(), "Q4_0"]))
         return part.rename(out)
     finally:
-        whole.unlink(missing_ok=True)
+        full.unlink(missing_ok=True)
         part.unlink(missing_ok=True)
 
 
 def short(llama: Llama, model: Path, threads: int) -> Measured:
-    """Load and first token, prefill of the short prompt, decode behind it."""
+    """Measure load and first token, prefill of the short prompt, and decode after it."""
     count = PROMPTS[0]
     bench = partial(_bench, llama, model, threads)
     cold = bench("-p", count, "-n", 0, "--no-warmup", names={(count, 0): COLD})
@@ -75,16 +74,16 @@ def short(llama: Llama, model: Path, threads: int) -> Measured:
 
 
 def long(llama: Llama, model: Path, threads: int) -> Measured:
-    """Prefill of the long prompt."""
+    """Measure prefill of the long prompt."""
     return _bench(llama, model, threads, "-p", PROMPTS[1], "-n", 0)
 
 
 def figures(output: str, wall_s: float, names: Mapping[tuple[int, int], str] | None = None) -> dict[str, float]:
-    """From llama-bench's JSON.
+    """Parse llama-bench's JSON.
 
     Args:
-        wall_s: of the process: what is not the test of a run without warm-up is loading.
-        names: (prompt, generated) → what to call it; by default prefill and decode.
+        wall_s: seconds of the process; in a run without warm-up, all but the test is loading.
+        names: (prompt, generated) → name of the figure; by default prefill and decode.
     """
     tests: list[dict[str, Any]] = json.loads(output)
     found: dict[str, float] = {}
@@ -112,12 +111,12 @@ def _succeeded(done: Run) -> None:
 
 
 def somewhere(named: Path | None, environment: Mapping[str, str]) -> Llama:
-    """What `--llama` or the variable names.
+    """Return the build that `--llama` or the variable names.
 
     Raises:
-        AbsentError: neither is set.
+        AbsentError: neither names an existing folder.
     """
     folder = named or (Path(environment[VARIABLE]) if environment.get(VARIABLE) else None)
     if folder is None or not folder.is_dir():
-        raise AbsentError(f"not installed: neither --llama nor {VARIABLE} names a folder that is there")
+        raise AbsentError(f"not installed: neither --llama nor {VARIABLE} names an existing folder")
     return Llama(folder)

@@ -1,7 +1,7 @@
-"""Where an artifact's time goes: `python -m bench.runtime.profile FOLDER --threads N`.
+"""Profile the decoder of an onnxruntime-genai folder: `python -m bench.runtime.profile FOLDER --threads N`.
 
-In: a folder of onnxruntime-genai. Out: a table on stdout, milliseconds an operator of the decoder, of a decode step and
-of both prefills. Guaranteed: what no operator took is a line too; the folder is not changed.
+Prints a table of milliseconds per operator, for a decode step and both prefills; time outside operators has its own
+lines.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ STEP = "a decode step"
 
 @dataclass(frozen=True)
 class Spent:
-    """Milliseconds of one run of the decoder: operator → time; and all of it."""
+    """Milliseconds of a run of the decoder: operator → time, and the total."""
 
     operators: Mapping[str, float]
     total: float
 
 
 def runs(events: Sequence[Mapping[str, Any]]) -> list[Spent]:
-    """Each run of the session in a profile of ONNX Runtime, in order.
+    """Split a profile of ONNX Runtime into the runs of the session, in order.
 
     Args:
-        events: microseconds; a node's lies within its run's.
+        events: in microseconds; a node's interval is within its run's.
     """
     bounds = sorted((event["ts"], event["ts"] + event["dur"]) for event in events if event.get("name") == "model_run")
     nodes = sorted(
@@ -60,31 +60,31 @@ def runs(events: Sequence[Mapping[str, Any]]) -> list[Spent]:
 
 
 def mean(each: Sequence[Spent], wall_ms: float) -> Spent:
-    """The mean of several; what they took of `wall_ms` besides is `OUTSIDE`."""
-    names = dict.fromkeys(name for one in each for name in one.operators)
-    operators = {name: fmean(one.operators.get(name, 0.0) for one in each) for name in names}
-    return Spent({**operators, OUTSIDE: wall_ms - fmean(one.total for one in each)}, wall_ms)
+    """Return the mean of several runs; the rest of `wall_ms` is `OUTSIDE`."""
+    names = dict.fromkeys(name for spent in each for name in spent.operators)
+    operators = {name: fmean(spent.operators.get(name, 0.0) for spent in each) for name in names}
+    return Spent({**operators, OUTSIDE: wall_ms - fmean(spent.total for spent in each)}, wall_ms)
 
 
 def table(columns: Mapping[str, Spent]) -> str:
-    """A line an operator, the longest of the first column first; milliseconds and share."""
+    """Render a line per operator, in descending order of the first column: milliseconds and share."""
     first = next(iter(columns.values()))
     names = sorted(
-        dict.fromkeys(name for one in columns.values() for name in one.operators),
+        dict.fromkeys(name for column in columns.values() for name in column.operators),
         key=lambda name: -first.operators.get(name, 0.0),
     )
     lines = ["| ms | " + " | ".join(f"{name} | " for name in columns) + " |", "|---" + "|--:|--:" * len(columns) + "|"]
     for name in names:
-        cells = [(one.operators.get(name, 0.0), one.total) for one in columns.values()]
+        cells = [(column.operators.get(name, 0.0), column.total) for column in columns.values()]
         lines.append(
             f"| {name} | " + " | ".join(f"{spent:,.2f} | {spent / total:.0%}" for spent, total in cells) + " |"
         )
-    totals = " | ".join(f"{one.total:,.2f} | " for one in columns.values())
+    totals = " | ".join(f"{column.total:,.2f} | " for column in columns.values())
     return "\n".join([*lines, f"| **all** | {totals} |"])
 
 
 def profile(folder: Path, threads: int) -> dict[str, Spent]:
-    """Column → what it took. The model has answered before."""
+    """Return column → time, for a model that has answered before."""
     import onnxruntime_genai as og
 
     short, long = map(prompt, PROMPTS)
@@ -95,7 +95,7 @@ def profile(folder: Path, threads: int) -> dict[str, Spent]:
         (copy / CONFIG).write_text(json.dumps(config))
         model = og.Model(str(copy))
         sum(generate(og, model, short, 2))
-        walls = [[1e3 * spent for spent in generate(og, model, *asked)] for asked in ((short, STEPS + 1), (long, 1))]
+        walls = [[1e3 * spent for spent in generate(og, model, *each)] for each in ((short, STEPS + 1), (long, 1))]
         del model
         time.sleep(1)
         events = json.loads(next(Path(scratch).glob("profile*")).read_bytes())

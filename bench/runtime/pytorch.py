@@ -1,7 +1,7 @@
-"""The checkpoint in PyTorch: `python -m bench.runtime.pytorch TASK CHECKPOINT DTYPE ATTENTION THREADS`.
+"""Measure the checkpoint in PyTorch: `python -m bench.runtime.pytorch TASK CHECKPOINT DTYPE ATTENTION THREADS`.
 
-In: one of `TASKS`, a checkpoint, `float32` or `bfloat16`, `eager` or `sdpa`. Out: one line of JSON on stdout.
-Guaranteed: transformers as it is installed, on so many threads, logits of the last position only.
+DTYPE is `float32` or `bfloat16`, ATTENTION `eager` or `sdpa`. Prints one line of JSON. transformers runs unpatched,
+with logits of the last position only.
 """
 
 from __future__ import annotations
@@ -22,49 +22,49 @@ from bench.runtime import vision
 from bench.runtime.figures import COLD, DECODE, IMAGES, LOAD, PROMPTS, prefill
 from bench.runtime.genai import prompt
 
-FEW = 8  # tokens that are decoded: enough for a rate that hardly moves
+FEW = 8  # decoded tokens: enough for a stable rate
 PREFIX = "model.visual."
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What to load, and how it computes."""
+class Options:
+    """What to load, and how to compute."""
 
     checkpoint: Path
     dtype: torch.dtype
     attention: str
 
 
-def text(asked: Asked) -> dict[str, float]:
+def text(options: Options) -> dict[str, float]:
     """Load, answer at once, prefill both prompts, decode a few tokens."""
     begin = time.perf_counter()
     kind: Any = Qwen3VLForConditionalGeneration
-    model = kind.from_pretrained(asked.checkpoint, dtype=asked.dtype, attn_implementation=asked.attention)
+    model = kind.from_pretrained(options.checkpoint, dtype=options.dtype, attn_implementation=options.attention)
     figures = {LOAD: time.perf_counter() - begin, COLD: _generate(model, PROMPTS[0], 1)[0]}
     first, *rest = _generate(model, PROMPTS[0], FEW + 1)
     figures |= {prefill(PROMPTS[0]): first, DECODE: FEW / sum(rest)}
     return figures | {prefill(PROMPTS[1]): _generate(model, PROMPTS[1], 1)[0]}
 
 
-def images(asked: Asked) -> dict[str, float]:
-    """The vision encoder alone, only its weights loaded."""
-    config = AutoConfig.from_pretrained(asked.checkpoint).vision_config
+def images(options: Options) -> dict[str, float]:
+    """Measure the vision encoder alone, with only its weights loaded."""
+    config = AutoConfig.from_pretrained(options.checkpoint).vision_config
     kind: Any = Qwen3VLVisionModel
-    encoder = kind._from_config(config, dtype=asked.dtype, attn_implementation=asked.attention).eval()
+    encoder = kind._from_config(config, dtype=options.dtype, attn_implementation=options.attention).eval()
     weights: dict[str, torch.Tensor] = {}
-    for file in asked.checkpoint.glob("*.safetensors"):
+    for file in options.checkpoint.glob("*.safetensors"):
         with safe_open(file, "pt") as tensors:
             weights |= {k.removeprefix(PREFIX): tensors.get_tensor(k) for k in tensors.keys() if k.startswith(PREFIX)}  # noqa: SIM118
     encoder.load_state_dict(weights)
-    ready = {image: [torch.from_numpy(one) for one in vision.inputs(image)] for image in IMAGES}
-    return vision.measure(lambda name: encoder(ready[name][0].to(asked.dtype), grid_thw=ready[name][1]))
+    ready = {image: [torch.from_numpy(array) for array in vision.inputs(image)] for image in IMAGES}
+    return vision.measure(lambda name: encoder(ready[name][0].to(options.dtype), grid_thw=ready[name][1]))
 
 
-TASKS: Mapping[str, Callable[[Asked], dict[str, float]]] = {"text": text, "vision": images}
+TASKS: Mapping[str, Callable[[Options], dict[str, float]]] = {"text": text, "vision": images}
 
 
 def _generate(model: Any, tokens: int, count: int) -> list[float]:
-    """Seconds until each of `count` greedy tokens was there, each from the one before on."""
+    """Return the seconds that each of `count` greedy tokens took."""
     ids, cache, spent = torch.from_numpy(prompt(tokens)).long()[None], None, []
     for _ in range(count):
         begin = time.perf_counter()
@@ -75,10 +75,10 @@ def _generate(model: Any, tokens: int, count: int) -> list[float]:
 
 
 def main(task: str, checkpoint: str, dtype: str, attention: str, threads: str) -> dict[str, float]:
-    """The figures of one task."""
+    """Return the figures of one task."""
     torch.set_num_threads(int(threads))
     with torch.inference_mode():
-        return TASKS[task](Asked(Path(checkpoint), getattr(torch, dtype), attention))
+        return TASKS[task](Options(Path(checkpoint), getattr(torch, dtype), attention))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
-"""A vision encoder in ONNX Runtime, alone: `python -m bench.runtime.vision FOLDER THREADS`.
+"""Measure the vision encoder of a `genai` bundle in ONNX Runtime: `python -m bench.runtime.vision FOLDER THREADS`.
 
-In: a `genai` bundle of ours. Out: one line of JSON on stdout, seconds an image.
-Guaranteed: the session has the settings that the bundle's genai_config.json gives to it, and so many threads.
+Prints one line of JSON: seconds per image. The session has the settings of the bundle's genai_config.json, and THREADS.
 """
 
 from __future__ import annotations
@@ -19,19 +18,19 @@ import numpy.typing as npt
 
 from bench.runtime.figures import IMAGES, vision
 
-CHANNELS = 1536  # of a patch: 3 colours, 2 frames, 16 × 16 pixels
+CHANNELS = 1536  # per patch: 3 colours, 2 frames, 16 × 16 pixels
 RUNS = 3
 
 
 def inputs(image: str) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
-    """`pixel_values` [patches, CHANNELS] and `image_grid_thw` [1, 3] of an image of noise."""
+    """Return `pixel_values` [patches, CHANNELS] float32 and `image_grid_thw` [1, 3] int64 of a noise image."""
     height, width = IMAGES[image]
     pixels = np.random.default_rng(width).uniform(-1, 1, (height * width, CHANNELS)).astype(np.float32)
     return pixels, np.array([[1, height, width]], np.int64)
 
 
 def measure(encode: Callable[[str], object]) -> dict[str, float]:
-    """Seconds of `encode` for each image: the median of `RUNS`, one before them that does not count."""
+    """Return the seconds of `encode` for each image: the median of `RUNS`, after a warm-up."""
     figures = {}
     for image in IMAGES:
         spent = []
@@ -44,7 +43,7 @@ def measure(encode: Callable[[str], object]) -> dict[str, float]:
 
 
 def session(folder: Path, threads: int) -> Any:
-    """The vision encoder of the bundle, as onnxruntime-genai would load it."""
+    """Load the vision encoder of the bundle as onnxruntime-genai does."""
     import onnxruntime as ort
 
     config = json.loads((folder / "genai_config.json").read_bytes())["model"]["vision"]
@@ -57,7 +56,7 @@ def session(folder: Path, threads: int) -> Any:
 
 
 def main(folder: Path, threads: int) -> dict[str, float]:
-    """Both images, once through."""
+    """Measure both images."""
     encoder = session(folder, threads)
     ready = {image: dict(zip(("pixel_values", "image_grid_thw"), inputs(image), strict=True)) for image in IMAGES}
     return measure(lambda image: encoder.run(None, ready[image]))

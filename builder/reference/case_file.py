@@ -1,12 +1,12 @@
-"""Read cases from a TOML file of prompts, images, and what is to be compared.
+"""Read cases from a TOML file: prompts, images, and what to compare.
 
-An unknown key or tag, a wrong type, an image outside the file's folder, checks that do not go together, or a drawn
-image that no case uses is a `CasesError` that names the file and the case.
+An unknown key or tag, a wrong type, an image outside the file's folder, checks that exclude each other, or an unused
+synthetic image is a `CasesError` that names the file and the case.
 
     [[case]]
     name = "a street sign"                 # unique, also among the shipped cases
     prompt = "What does the sign say?"
-    images = ["signs/stop.jpg", "small"]   # files below this file's folder, or images that are drawn; default none
+    images = ["signs/stop.jpg", "small"]   # files below this file's folder, or synthetic images; default none
     checks = ["inputs", "features"]        # default all
     tolerance = "fp32"                     # default; or "tight", a fifth of it
     max_new_tokens = 64                    # default
@@ -15,8 +15,8 @@ image that no case uses is a `CasesError` that names the file and the case.
 
     [picture.small]
     draw = "noise"
-    patches = "least"                      # or a number: at least as many, and no resize; or instead:
-    # pixels = [7, 1200]                   # width and height, whatever the checkpoint makes of them
+    patches = "least"                      # the least without a resize; or a number of patches; or instead:
+    # pixels = [7, 1200]                   # width and height, resized by the checkpoint as needed
     aspect = 2.0                           # width / height, default 1
     seed = 0                               # default
 """
@@ -35,21 +35,20 @@ from pydantic.dataclasses import dataclass as checked
 from builder.util.errors import CasesError
 from builder.util.spelling import nearest
 
-# What a case can have compared, in the order in which the model computes: token ids, pixel values and positions;
-# what the vision encoder makes; the merged embeddings; the decoder's logits; greedy tokens; the runtime's own
-# processor, and tokens from its pixels.
+# In the order of the computation: token ids, pixel values and positions; outputs of the vision encoder; merged
+# embeddings; logits of the decoder; greedy tokens; the runtime's own processor, and tokens from its pixels.
 Check = Literal["inputs", "features", "embeddings", "decoder", "tokens", "runtime"]
 CHECKS: tuple[Check, ...] = get_args(Check)
-# What fp32 allows, or what is usually seen; see builder/verify/tolerances.py.
+# The limit for fp32, or the typical error; see builder/verify/tolerances.py.
 Tolerance = Literal["fp32", "tight"]
-# Which shipped cases take part where not all of them can. They do not restrict a case that the user adds, and are not
-# part of a case's digest in a golden.
+# Select shipped cases where not all of them can run. Tags do not restrict cases that the user adds, and are not part of
+# a case's digest in a golden.
 #   layerwise: compared layer by layer where the model does not fit in memory, and on the fp32 copy of a quantized
-#     bundle: each graph, with no image, one image and several. Cases that differ in preprocessing alone are compared
-#     on fp32 bundles, whose preprocessing is the same.
+#     bundle: each graph, with no image, one image and several. Cases that differ only in preprocessing are compared on
+#     fp32 bundles, whose preprocessing is the same.
 #   ranges: run in PyTorch to measure the ranges of activations.
-#   self-test: compared on each mutant of `verify --self-test`; the least that shows all: one image, and two of
-#     different sizes. The first one also measures the thresholds.
+#   self-test: compared on each mutant of `verify --self-test`: one image, and two of different sizes, which is the
+#     smallest set that catches all mutants. The first case also measures the thresholds.
 Tag = Literal["layerwise", "ranges", "self-test"]
 TOKENS = 64  # greedy tokens a case
 MOST_BYTES = 2**20  # of one file
@@ -60,7 +59,7 @@ _Side = Annotated[StrictInt, Field(ge=1, le=2**16)]
 
 @checked(frozen=True, config=_STRICT)
 class SyntheticImage:
-    """An image that is drawn for a checkpoint: `patches` of it that need no resize, or a size in `pixels`."""
+    """An image generated for a checkpoint: a number of `patches` that needs no resize, or a size in `pixels`."""
 
     draw: Literal["noise"]
     patches: Literal["least"] | Annotated[StrictInt, Field(ge=1, le=2**20)] | None = None
@@ -70,11 +69,11 @@ class SyntheticImage:
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """A synthetic image of this name in its file."""
+class NamedImage:
+    """A synthetic image and its name in the file."""
 
     name: str
-    image: SyntheticImage
+    spec: SyntheticImage
 
 
 def _in_order(checks: tuple[Check, ...]) -> tuple[Check, ...]:
@@ -83,7 +82,7 @@ def _in_order(checks: tuple[Check, ...]) -> tuple[Check, ...]:
 
 @checked(frozen=True, config=_STRICT)
 class Entry:
-    """One `[[case]]` of a file, key by key; `checks` in the order of `CHECKS`."""
+    """A `[[case]]` of a file, with the same keys; `checks` are in the order of `CHECKS`."""
 
     name: Annotated[str, Field(min_length=1, max_length=80)]
     prompt: str
@@ -96,12 +95,12 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Written:
-    """A case and its file; `images` are the entry's, as files or still to be drawn."""
+class FileCase:
+    """A case and its file; `images` are those of `entry`, as existing files or still to be generated."""
 
     file: Path
     entry: Entry
-    images: tuple[Path | Drawn, ...]
+    images: tuple[Path | NamedImage, ...]
 
     @property
     def name(self) -> str:
@@ -114,8 +113,8 @@ class _Document:
     picture: dict[str, SyntheticImage] = field(default_factory=dict)
 
 
-def read_file(path: Path) -> tuple[Written, ...]:
-    """The cases in one file.
+def read_file(path: Path) -> tuple[FileCase, ...]:
+    """Read the cases of a file.
 
     Raises:
         CasesError: see the module.
@@ -124,18 +123,18 @@ def read_file(path: Path) -> tuple[Written, ...]:
         document = TypeAdapter(_Document).validate_python(_parsed(path))
     except ValidationError as error:
         raise _explained(path, error) from None
-    for name, picture in document.picture.items():
-        if (picture.patches is None) == (picture.pixels is None):
+    for name, image in document.picture.items():
+        if (image.patches is None) == (image.pixels is None):
             raise CasesError(
                 f"{path}: picture {name!r} needs either `patches` or `pixels`",
                 expected="one of them",
-                found="neither" if picture.pixels is None else "both",
+                found="neither" if image.pixels is None else "both",
             )
-        if picture.pixels is not None and picture.aspect != 1.0:
+        if image.pixels is not None and image.aspect != 1.0:
             raise CasesError(
-                f"{path}: picture {name!r} has `pixels`, which say its aspect",
+                f"{path}: picture {name!r} has `pixels`, which define its aspect",
                 expected="no `aspect`",
-                found=picture.aspect,
+                found=image.aspect,
                 next="remove `aspect`",
             )
     used = {image for case in document.case for image in case.images}
@@ -146,42 +145,45 @@ def read_file(path: Path) -> tuple[Written, ...]:
             found=", ".join(sorted(used)) or "no images",
             next="remove it, or name it in `images`",
         )
-    return tuple(_written(path, case, document.picture) for case in document.case)
+    return tuple(_resolved(path, case, document.picture) for case in document.case)
 
 
-def _written(path: Path, case: Entry, synthetic: Mapping[str, SyntheticImage]) -> Written:
+def _resolved(path: Path, case: Entry, synthetic: Mapping[str, SyntheticImage]) -> FileCase:
     where = f"{path}: case {case.name!r}"
     if {"tokens", "runtime"} & set(case.checks) and "decoder" not in case.checks:
         raise CasesError(
-            f"{where} compares tokens, whose near ties are told by the error of the logits",
+            f"{where} compares tokens, whose near ties are judged by the error of the logits",
             expected='"decoder" in `checks`',
             found=", ".join(case.checks),
         )
     if case.limits == "lifted" and case.checks != ("features",):
         raise CasesError(
-            f"{where} lifts the checkpoint's limits, which its runtimes keep",
+            f"{where} lifts the checkpoint's limits, which runtimes do not",
             expected='checks = ["features"]',
             found=", ".join(case.checks),
         )
     images = tuple(
-        Drawn(image, synthetic[image]) if image in synthetic else _inside(path, where, image) for image in case.images
+        NamedImage(image, synthetic[image]) if image in synthetic else _inside(path, where, image)
+        for image in case.images
     )
-    return Written(path, case, images)
+    return FileCase(path, case, images)
 
 
 def _inside(path: Path, where: str, image: str) -> Path:
-    """An image's file, links followed, which must lie below the folder of `path`."""
+    """Resolve the path of an image; it must be below the folder of `path`, after following links."""
     folder = path.parent.resolve()
     file = (folder / image).resolve() if "\0" not in image else folder
     if Path(image).is_absolute() or not file.is_relative_to(folder):
         raise CasesError(
-            f"{where}: {image!r} leaves the folder of its file",
+            f"{where}: {image!r} is outside the folder of the cases file",
             expected=f"a file below {path.parent}",
             found=image,
             next="copy the image there",
         )
     if not file.is_file():
-        raise CasesError(f"{where}: there is no image {image!r}", expected=f"a file below {path.parent}", found=image)
+        raise CasesError(
+            f"{where}: image {image!r} does not exist", expected=f"a file below {path.parent}", found=image
+        )
     return file
 
 
@@ -203,14 +205,14 @@ _UNKNOWN = "unexpected_keyword_argument"
 
 
 def _explained(path: Path, error: ValidationError) -> CasesError:
-    """The first problem in the file's own words; an unknown key goes before everything else."""
-    problems = sorted(error.errors(include_url=False), key=lambda one: one["type"] != _UNKNOWN)
+    """Describe the first problem in terms of the file; unknown keys come first."""
+    problems = sorted(error.errors(include_url=False), key=lambda problem: problem["type"] != _UNKNOWN)
     problem = problems[0]
     place = [str(part) for part in problem["loc"]]
     key = ".".join(place)
     if problem["type"] == _UNKNOWN:
         kind: Any = {"case": Entry, "picture": SyntheticImage}[place[0]] if len(place) > 1 else _Document
-        known = [one.name for one in fields(kind)]
+        known = [key.name for key in fields(kind)]
         near = nearest(place[-1], known)
         return CasesError(
             f"{path}: unknown key `{key}`",
@@ -226,4 +228,4 @@ def _explained(path: Path, error: ValidationError) -> CasesError:
             found=found or "no key",
             next=f"add `{place[-1]} = …`",
         )
-    return CasesError(f"{path}: `{key}` is not right", expected=problem["msg"], found=repr(problem["input"])[:200])
+    return CasesError(f"{path}: `{key}` is not valid", expected=problem["msg"], found=repr(problem["input"])[:200])

@@ -1,7 +1,6 @@
-"""What a bundle is verified on: the cases of the shipped files (builder/suite) and of the user's, and a checkpoint's
-held-out set.
+"""Collect the cases that a bundle is verified on: shipped ones (builder/suite), the user's, and the held-out set.
 
-The same files give the same cases and, for one checkpoint, the same images.
+The same files give the same cases and, for a checkpoint, the same images.
 """
 
 from __future__ import annotations
@@ -14,11 +13,11 @@ from pathlib import Path
 from typing import Literal
 
 from builder.checkpoint.load import Checkpoint
-from builder.reference.case_file import CHECKS, TOKENS, Tag, Tolerance, Written, read_file
+from builder.reference.case_file import CHECKS, TOKENS, FileCase, Tag, Tolerance, read_file
 from builder.reference.synthetic_images import SizeLimits, draw
 from builder.util.errors import CasesError
 
-MAX_PATCHES = 2500  # patches: a case of ten thousand costs minutes and adds the few positions of its question
+MAX_PATCHES = 2500  # patches: a case of ten thousand takes minutes and adds only the positions of its question
 
 SUITE = Path(__file__).parents[1] / "suite"
 IMAGES = SUITE / "images"
@@ -27,13 +26,13 @@ __all__ = ["CHECKS", "IMAGES", "SUITE", "TOKENS", "Case", "Suite", "held_out", "
 
 @dataclass(frozen=True)
 class Case:
-    """One question; what is not described here is as in `builder.reference.case_file.Entry`.
+    """A prompt with images and what to compare; see `builder.reference.case_file.Entry` for the other fields.
 
     Args:
-        answer: the expected text where there is one (held-out sets).
+        answer: the expected text, in held-out sets.
         tolerance: of its gates, see `builder.verify.tolerances`.
-        drawn: which of `images` were drawn for this checkpoint.
-        shipped: whether it is one of builder/suite.
+        drawn: which of `images` are synthetic.
+        shipped: whether the case is in builder/suite.
     """
 
     name: str
@@ -55,17 +54,17 @@ class Case:
 
     @property
     def unchecked(self) -> tuple[str, ...]:
-        """What is not compared, and could be: without images there are no features."""
+        """Checks that the case leaves out, except those that need images where it has none."""
         images = ("features", "runtime") if not self.images else ()
         return tuple(check for check in CHECKS if check not in (*self.checks, *images))
 
 
 @dataclass(frozen=True)
 class Suite:
-    """What a verification asks: `cases` compared place by place, `tasks` by the text of their answers.
+    """Cases of a verification: `cases` are compared place by place, `tasks` by the text of their answers.
 
     Args:
-        tokens: greedy tokens a case, at most; a case may ask for fewer.
+        tokens: most greedy tokens per case; a case may set fewer.
     """
 
     cases: tuple[Case, ...]
@@ -74,10 +73,10 @@ class Suite:
 
 
 def whole_suite(checkpoint: Checkpoint, folder: Path, more: Sequence[Path] = ()) -> Suite:
-    """Every shipped case, those of the files `more`, and the checkpoint's held-out set.
+    """Return all shipped cases, those of the files `more`, and the checkpoint's held-out set.
 
     Args:
-        folder: where images are drawn.
+        folder: for synthetic images.
         more: files, or folders of them.
 
     Raises:
@@ -87,40 +86,39 @@ def whole_suite(checkpoint: Checkpoint, folder: Path, more: Sequence[Path] = ())
 
 
 def suite_cases(checkpoint: Checkpoint, folder: Path, more: Sequence[Path] = ()) -> tuple[Case, ...]:
-    """The same without the held-out set, which is not even read."""
+    """Return the same cases without reading the held-out set."""
     return placed(read_cases((SUITE, *more)), SizeLimits.of(checkpoint), folder)
 
 
-def read_cases(paths: Sequence[Path]) -> tuple[Written, ...]:
-    """The cases that files, or all `*.toml` files right in folders, describe; in order, folders' files by name.
+def read_cases(paths: Sequence[Path]) -> tuple[FileCase, ...]:
+    """Read the cases of files, and of all `*.toml` files directly in folders (sorted by name), in order.
 
     Raises:
-        CasesError: a file or folder that holds no cases, a file that says what cannot be carried out, or a name that
-            two cases have.
+        CasesError: a file or folder without cases, an invalid file, or two cases with one name.
     """
     written = []
     for path in paths:
         files = sorted(path.glob("*.toml")) if path.is_dir() else [path]
         if not files:
-            raise CasesError(f"{path} holds no cases", expected="*.toml files in it", found="none")
+            raise CasesError(f"{path} contains no cases", expected="*.toml files in it", found="none")
         written += [case for file in files for case in read_file(file)]
-    twice = [name for name, count in Counter(case.name for case in written).items() if count > 1]
-    if twice:
-        where = sorted({str(case.file) for case in written if case.name == twice[0]})
+    duplicates = [name for name, count in Counter(case.name for case in written).items() if count > 1]
+    if duplicates:
+        where = sorted({str(case.file) for case in written if case.name == duplicates[0]})
         raise CasesError(
-            f"two cases are called {twice[0]!r}",
-            expected="a name of its own for each case, those that are shipped included",
+            f"two cases have the name {duplicates[0]!r}",
+            expected="a unique name for each case, including the shipped ones",
             found=", ".join(where),
             next="give one of them another name",
         )
     return tuple(written)
 
 
-def placed(written: Sequence[Written], limits: SizeLimits, folder: Path) -> tuple[Case, ...]:
-    """The same with every image in a file: what is drawn is drawn into `folder`.
+def placed(written: Sequence[FileCase], limits: SizeLimits, folder: Path) -> tuple[Case, ...]:
+    """Return the cases with all images as files, writing synthetic images to `folder`.
 
     Raises:
-        CasesError: an image of more patches than the checkpoint takes.
+        CasesError: an image has more patches than the checkpoint accepts.
     """
     cases = []
     for case in written:
@@ -132,30 +130,30 @@ def placed(written: Sequence[Written], limits: SizeLimits, folder: Path) -> tupl
 
 
 def layerwise(cases: Sequence[Case]) -> tuple[Case, ...]:
-    """The shipped cases tagged "layerwise", and every case that the user added."""
+    """Return the shipped cases tagged "layerwise", and all cases that the user added."""
     return tuple(case for case in cases if not case.shipped or "layerwise" in case.tags)
 
 
 def shipped_cases() -> tuple[Case, ...]:
-    """Those shipped cases that are the same for every checkpoint: all but the ones with drawn images."""
+    """Return the shipped cases that do not depend on the checkpoint: those without synthetic images."""
     same = [case for case in read_cases((SUITE,)) if all(isinstance(image, Path) for image in case.images)]
     return placed(same, SizeLimits(1, 1, 1, 1), SUITE)
 
 
 def held_out(checkpoint: Checkpoint) -> tuple[Case, ...]:
-    """The cases of `heldout/cases.jsonl` beside the checkpoint's folder (the miniature has one), or none.
+    """Read `heldout/cases.jsonl` next to the checkpoint's folder, if present.
 
-    A line is {"task", "images", "question", "answer"}; images lie beside the file.
+    A line is {"task", "images", "question", "answer"}; images are relative to the file.
     """
-    return _beside(checkpoint, "heldout")
+    return _sibling_cases(checkpoint, "heldout")
 
 
 def read_calibration(checkpoint: Checkpoint) -> tuple[Case, ...]:
-    """Those of `calibration/cases.jsonl`, which quantization may look at: what the checkpoint is for. Or none."""
-    return _beside(checkpoint, "calibration")
+    """Read `calibration/cases.jsonl` next to the checkpoint's folder, if present: typical inputs, for quantization."""
+    return _sibling_cases(checkpoint, "calibration")
 
 
-def _beside(checkpoint: Checkpoint, name: str) -> tuple[Case, ...]:
+def _sibling_cases(checkpoint: Checkpoint, name: str) -> tuple[Case, ...]:
     file = checkpoint.folder.resolve().parent / name / "cases.jsonl"
     if not file.is_file():
         return ()

@@ -1,8 +1,4 @@
-"""What an upstream model that was built on the meta device still lacks.
-
-In: transformers' Qwen3-VL without weights. Out: the same with its rotary frequencies.
-Guaranteed: computed by upstream's own modules from the model's own config.
-"""
+"""Build transformers' Qwen3-VL without weights, but with real rotary frequencies."""
 
 from __future__ import annotations
 
@@ -14,17 +10,17 @@ from builder.util.errors import CheckpointError
 
 
 def recompute_frequencies(model: Any) -> None:
-    """No checkpoint has the rotary frequencies, and those made on the meta device are none."""
+    """Recompute the rotary frequencies, which neither checkpoint nor meta device has, with upstream's modules."""
     text, visual = model.model.language_model, model.model.visual
     text.rotary_emb = type(text.rotary_emb)(config=model.config.text_config)
     visual.rotary_pos_emb = type(visual.rotary_pos_emb)(model.config.vision_config)
 
 
 def empty_model(checkpoint: Checkpoint) -> Any:
-    """Upstream's model in fp32: parameters are allocated, their pages never touched; rotary frequencies are real.
+    """Return upstream's model in fp32, its parameters allocated but not written.
 
     Raises:
-        CheckpointError: upstream does not take the config.
+        CheckpointError: transformers rejects the config.
     """
     import torch
     from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
@@ -35,12 +31,11 @@ def empty_model(checkpoint: Checkpoint) -> Any:
         with torch.device("meta"):
             kind: Any = Qwen3VLForConditionalGeneration
             model = kind._from_config(config, dtype=torch.float32)
-    except (
-        Exception
-    ) as error:  # what builder/checkpoint/config.py does not read, upstream does: an activation's name, say
+    # Upstream reads fields that builder/checkpoint/config.py does not validate, such as an activation's name.
+    except Exception as error:
         raise CheckpointError(
-            f"transformers does not take the config.json of {checkpoint.folder}",
-            expected="a config that it makes a model of",
+            f"transformers rejects the config.json of {checkpoint.folder}",
+            expected="a config that transformers builds a model from",
             found=f"{type(error).__name__}: {error}",
         ) from error
     model = model.to_empty(device="cpu").eval()

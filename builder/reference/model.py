@@ -1,7 +1,6 @@
-"""PyTorch, unpatched: what every artifact is compared with.
+"""Run the checkpoint in unpatched PyTorch, on the CPU in fp32: the reference for every artifact.
 
-In: a checkpoint folder. Out: `Reference`, which computes on the CPU in fp32 with transformers' own classes.
-Guaranteed: nothing of builder/graph/modules.py, patches/ or builder/targets/clients/pipeline.py is used;
+Guarantees: uses nothing from builder/graph/modules.py, patches/ or builder/targets/clients/pipeline.py;
 `trust_remote_code` is off.
 """
 
@@ -26,7 +25,7 @@ ANY_SIZE = 2**40  # pixels
 
 @dataclass(frozen=True)
 class Prompt:
-    """A question as upstream's processor gives it.
+    """Inputs of a prompt, from upstream's processor.
 
     Args:
         input_ids: [1, seq] int64.
@@ -43,7 +42,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Answer:
-    """Greedy tokens, and at each the reference's lead: the largest logit minus the second largest."""
+    """Greedy tokens, and the lead at each: the largest logit minus the second largest."""
 
     tokens: tuple[int, ...]
     margins: tuple[float, ...]
@@ -51,13 +50,13 @@ class Answer:
 
 @dataclass(frozen=True)
 class Trace:
-    """What one forward pass went through, fp32.
+    """Intermediate values of a forward pass, fp32.
 
     Args:
-        vision: [patches, vision hidden] behind each vision block; empty without images.
+        vision: [patches, vision hidden] after each vision block; empty without images.
         features: [tokens, H]: the main features, then each DeepStack level; empty without images.
-        decoder: [1, seq, H] behind each decoder layer and the DeepStack addition that follows it: what the next
-            layer (or the final norm) is given.
+        decoder: [1, seq, H] after each decoder layer and its DeepStack addition: the input of the next layer, or of
+            the final norm.
         logits: [positions, vocab].
     """
 
@@ -71,9 +70,9 @@ class Reference:
     """Upstream's model, tokenizer and PIL image processor of one checkpoint.
 
     Args:
-        checkpoint: whose weights are loaded when they are first needed.
-        streamed: hold one layer at a time (builder/reference/streaming.py) instead of all, and read all for every
-        token.
+        checkpoint: its weights are loaded on first use.
+        streamed: hold one layer in memory at a time (builder/reference/streaming.py), reading all weights for every
+            token.
     """
 
     def __init__(self, checkpoint: Checkpoint, streamed: bool = False) -> None:
@@ -84,7 +83,7 @@ class Reference:
             import transformers
         except ModuleNotFoundError as error:
             raise MissingPackageError(
-                f"comparing with PyTorch needs {error.name}", next='pip install "qwen3vl-onnx[build]"'
+                f"comparing with PyTorch requires {error.name}", next='pip install "qwen3vl-onnx[build]"'
             ) from error
         logging: Any = transformers.utils.logging
         logging.disable_progress_bar()
@@ -107,16 +106,16 @@ class Reference:
 
     @cached_property
     def image_processor(self) -> Any:
-        """The PIL processor: the one that does without torchvision."""
+        """The PIL processor, which does not need torchvision."""
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
         return Qwen2VLImageProcessorPil.from_pretrained(self.checkpoint.folder)
 
     def prepare(self, prompt: str, images: Sequence[Path], *, lifted: bool = False) -> Prompt:
-        """Chat template, images from their files, token ids, position ids: upstream's path.
+        """Prepare inputs as upstream does: chat template, images, token ids, position ids.
 
         Args:
-            lifted: images may have any number of pixels, whatever the checkpoint allows.
+            lifted: ignore the checkpoint's limit of pixels.
         """
         from transformers.image_utils import load_image
 
@@ -130,7 +129,7 @@ class Reference:
         return self.with_pixels(prompt, len(images), pixels, grid)
 
     def with_pixels(self, prompt: str, images: int, pixels: Array | None, grid: Array | None) -> Prompt:
-        """The same, for pixel values that someone else computed."""
+        """Prepare inputs with given pixel values."""
         content = [{"type": "image"}] * images + [{"type": "text", "text": prompt}]
         text = self.tokenizer.apply_chat_template(
             [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
@@ -156,27 +155,27 @@ class Reference:
         return result
 
     def vision(self, pixels: Array, grid: Array) -> tuple[Array, list[Array]]:
-        """Main features [tokens, H] and D DeepStack levels [tokens, H]."""
+        """Return main features [tokens, H] and D DeepStack levels [tokens, H]."""
         torch = self.torch
         with torch.no_grad():
             out = self.model.model.visual(torch.from_numpy(pixels), torch.from_numpy(grid))
         return out.pooler_output.numpy(), [level.numpy() for level in out.deepstack_features]
 
     def embed(self, ids: Array) -> Array:
-        """[batch, seq] int64 → [batch, seq, H]."""
+        """Embed ids [batch, seq] int64 as [batch, seq, H]."""
         with self.torch.no_grad():
             result: Array = self.model.get_input_embeddings()(self.torch.from_numpy(ids)).numpy()
         return result
 
     def logits(self, prompt: Prompt, answer: Sequence[int]) -> Array:
-        """[seq + len(answer), vocab]: one forward pass over the prompt and the given answer."""
+        """Return logits [seq + len(answer), vocab] of a forward pass over the prompt and the given answer."""
         return self._forward(prompt, answer, None)
 
     def hidden_states(self, prompt: Prompt, answer: Sequence[int] = (), keep: int | None = None) -> Trace:
-        """The same forward pass, and what it went through on the way.
+        """Run the same forward pass and return its intermediate values.
 
         Args:
-            keep: how many positions, counted from the last, get logits (1 or more); None for all.
+            keep: number of last positions with logits (1 or more); None for all.
         """
         vision: list[Array] = []
         features: list[Array] = []
@@ -201,13 +200,13 @@ class Reference:
     def _forward(self, prompt: Prompt, answer: Sequence[int], keep: int | None) -> Array:
         ids = np.concatenate([prompt.input_ids, np.asarray(answer, np.int64)[None]], axis=1)
         with self.torch.no_grad():
-            # To upstream, 0 means all.
+            # Upstream takes 0 as all.
             out = self.model(use_cache=False, logits_to_keep=keep or 0, **self._inputs(ids, prompt))
         result: Array = out.logits[0].numpy()
         return result
 
     def text_logits(self, embeds: Array, positions: Array) -> Array:
-        """[batch, seq, vocab] of the decoder alone: embeds [batch, seq, H], positions [3, batch, seq], full mask."""
+        """Return logits [batch, seq, vocab] of embeds [batch, seq, H] at positions [3, batch, seq], full mask."""
         torch = self.torch
         with torch.no_grad():
             hidden = self.model.model.language_model(
@@ -219,7 +218,7 @@ class Reference:
         return result
 
     def generate(self, prompt: Prompt, max_new_tokens: int, min_new_tokens: int = 0) -> Answer:
-        """Greedy `generate()`."""
+        """Run `generate()` greedily."""
         torch = self.torch
         self.model.model.rope_deltas = None
         with torch.no_grad():
@@ -240,7 +239,7 @@ class Reference:
         return Answer(tuple(tokens.tolist()), tuple((best[:, 0] - best[:, 1]).tolist()))
 
     def text(self, tokens: Sequence[int]) -> str:
-        """Without special tokens."""
+        """Decode without special tokens."""
         result: str = self.tokenizer.decode(list(tokens), skip_special_tokens=True)
         return result
 

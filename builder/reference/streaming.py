@@ -1,9 +1,7 @@
-"""Upstream's model for a checkpoint that does not fit in memory: a weight is read when it is used, then let go.
+"""Run upstream's model for checkpoints that do not fit in memory, reading weights on use and releasing them after.
 
-In: a checkpoint, whose weights stay on disk. Out: upstream's own Qwen3-VL, in fp32 on the CPU.
-Guaranteed: every forward that runs is upstream's, but for the embedding lookup and the head; in memory are the weights
-of one layer at a time, the embedding rows asked for, one block of the head; no file is mapped; every tensor of the
-checkpoint has its place in the model, and every parameter its tensor.
+All forwards but the embedding lookup and the head are upstream's. In memory are the weights of one layer, the requested
+embedding rows, and one block of the head; no file is mapped.
 """
 
 from __future__ import annotations
@@ -25,41 +23,41 @@ from builder.checkpoint.tensors import EMBEDDINGS, LM_HEAD, nearest
 from builder.reference.meta_model import recompute_frequencies
 from builder.util.errors import CheckpointError, WeightError
 
-READ_BYTES = 2**20  # of a tensor as it is stored, at a time: it stays in the processor's cache while it is cast
-HEAD_BYTES = 64 * 2**20  # of the head in fp32, at a time
-# Blocks of the head are multiples of it: odd ones go to other kernels, whose sums differ by up to 6e-6 of the logits'
-# standard deviation; with these, what comes out is what the whole head gives, bit for bit.
+READ_BYTES = 2**20  # of a stored tensor, read at a time: small enough to stay in the cache while it is cast
+HEAD_BYTES = 64 * 2**20  # of the head in fp32, in memory at a time
+# Blocks of the head are multiples of this: odd sizes use other kernels, whose sums differ by up to 6e-6 of the logits'
+# standard deviation, whereas these equal the unblocked head bit for bit.
 HEAD_ROWS = 64
 STORED = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 TOWERS = ("model.visual", "model.language_model")
 
 
 class StreamedModel(Qwen3VLForConditionalGeneration):  # type: ignore[no-untyped-call]
-    """Upstream's model while its parameters lie on the meta device."""
+    """Upstream's model with its parameters on the meta device."""
 
     @property
     def device(self) -> torch.device:
-        """Where it computes. Upstream asks its first parameter, and `generate()` would make its own tensors there."""
+        """Device of the computation; upstream would return its first parameter's, and `generate()` allocate there."""
         return torch.device("cpu")
 
 
 class EmbeddingRows(nn.Module):
-    """ids, any shape, int64 → [*ids, hidden] fp32; each row that is asked for is read, once a call."""
+    """Look up ids of any shape, int64, as [*ids, hidden] fp32, reading each requested row once per call."""
 
     def __init__(self, folder: Path, tensor: Tensor) -> None:
         super().__init__()
         self.folder, self.tensor = folder, tensor
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        wanted, places = torch.unique(ids, return_inverse=True)
-        rows = torch.empty(len(wanted), self.tensor.shape[1])
-        for place, row in enumerate(wanted.tolist()):
+        requested, places = torch.unique(ids, return_inverse=True)
+        rows = torch.empty(len(requested), self.tensor.shape[1])
+        for place, row in enumerate(requested.tolist()):
             rows[place] = read_rows(self.folder, self.tensor, row, row + 1)[0]
         return rows[places]
 
 
 class HeadInBlocks(nn.Module):
-    """hidden [..., hidden] → logits [..., vocab] fp32, one block of vocabulary rows after the other."""
+    """Map hidden [..., hidden] to logits [..., vocab] fp32, one block of vocabulary rows at a time."""
 
     def __init__(self, folder: Path, tensor: Tensor) -> None:
         super().__init__()
@@ -76,23 +74,23 @@ class HeadInBlocks(nn.Module):
 
 
 def streamed_model(checkpoint: Checkpoint) -> Any:
-    """Upstream's model with its default attention, to be used like one of `from_pretrained`.
+    """Return upstream's model with its default attention, usable like the result of `from_pretrained`.
 
-    Its forward raises `CheckpointError` where a file is gone or has become shorter.
+    Its forward raises `CheckpointError` if a file is missing or truncated.
 
     Raises:
-        WeightError: a parameter of upstream's has no tensor, or a tensor no parameter.
+        WeightError: a parameter has no tensor, or a tensor no parameter.
     """
     config: Any = Qwen3VLConfig.from_pretrained(checkpoint.folder)
     kind: Any = StreamedModel
     with torch.device("meta"):
         model = kind._from_config(config, dtype=torch.float32)
-    # A graph of gradients would hold the weights of every layer.
+    # An autograd graph would keep the weights of every layer.
     model.eval().requires_grad_(False)
     if checkpoint.generation:
         model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
     recompute_frequencies(model)
-    _demand_the_same({name for name, _ in model.named_parameters()}, checkpoint.tensors)
+    _require_same_names({name for name, _ in model.named_parameters()}, checkpoint.tensors)
     head = EMBEDDINGS if checkpoint.text.tied else LM_HEAD
     model.model.language_model.embed_tokens = EmbeddingRows(checkpoint.folder, checkpoint.tensors[EMBEDDINGS])
     model.lm_head = HeadInBlocks(checkpoint.folder, checkpoint.tensors[head])
@@ -101,16 +99,18 @@ def streamed_model(checkpoint: Checkpoint) -> Any:
     return model
 
 
-def _demand_the_same(parameters: Collection[str], tensors: Collection[str]) -> None:
+def _require_same_names(parameters: Collection[str], tensors: Collection[str]) -> None:
     for name in (*parameters, *tensors):
         if name not in tensors:
-            raise WeightError(f"upstream's parameter {name} has no tensor", expected=nearest(name, tensors))
+            raise WeightError(
+                f"upstream's parameter {name} has no tensor in the checkpoint", expected=nearest(name, tensors)
+            )
         if name not in parameters:
-            raise WeightError(f"the tensor {name} has no parameter upstream", expected=nearest(name, parameters))
+            raise WeightError(f"the tensor {name} is not a parameter upstream", expected=nearest(name, parameters))
 
 
 def _parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """What is in memory as one, by name: each layer, block and merger, and what lies before and behind them."""
+    """Yield the modules that are loaded as a unit, with names: each layer, block and merger, and those around them."""
     for tower in TOWERS:
         for name, child in model.get_submodule(tower).named_children():
             if isinstance(child, nn.ModuleList):
@@ -120,7 +120,7 @@ def _parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _stream(prefix: str, part: nn.Module, checkpoint: Checkpoint) -> None:
-    """Gives `part` its weights for as long as each of its forwards takes, one that fails included."""
+    """Load the weights of `part` before each of its forwards and release them after, even if it fails."""
     empty = dict(part.named_parameters())
 
     def load(*_: object) -> None:
@@ -143,11 +143,11 @@ def _put(part: nn.Module, name: str, parameter: nn.Parameter) -> None:
 
 
 def read_rows(folder: Path, tensor: Tensor, start: int, stop: int) -> torch.Tensor:
-    """Rows [start, stop) of a tensor, fp32 [stop - start, *the other axes].
+    """Read rows [start, stop) of a tensor as fp32 [stop - start, *other axes].
 
     Raises:
-        IndexError: there are no such rows.
-        CheckpointError: the file is gone, cannot be read, or ends before them.
+        IndexError: the rows are out of range.
+        CheckpointError: the file is missing, unreadable or too short.
     """
     rows, *rest = tensor.shape
     if not 0 <= start <= stop <= rows:
@@ -165,7 +165,7 @@ def read_rows(folder: Path, tensor: Tensor, start: int, stop: int) -> torch.Tens
 
 
 def _read(folder: Path, tensor: Tensor, start: int, into: npt.NDArray[np.uint8]) -> None:
-    """The bytes of a tensor from `start` on, as many as `into` takes."""
+    """Read the bytes of a tensor from `start` on, until `into` is full."""
     path = folder / tensor.file
     try:
         with path.open("rb") as stream:
@@ -175,7 +175,7 @@ def _read(folder: Path, tensor: Tensor, start: int, into: npt.NDArray[np.uint8])
         raise CheckpointError(f"{path} cannot be read", found=error.strerror) from error
     if count < len(into):
         raise CheckpointError(
-            f"{path} has become shorter since it was opened",
+            f"{path} was truncated after it was opened",
             expected=f"{tensor.name} up to byte {tensor.offset + start + len(into)}",
             found=f"{tensor.offset + start + count} bytes",
         )

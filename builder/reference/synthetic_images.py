@@ -1,7 +1,6 @@
-"""Images that are drawn for a checkpoint, in units of its patches.
+"""Generate the synthetic images of a cases file for a checkpoint, in units of its patches.
 
-In: a `Image` of a cases file, the checkpoint's sizes. Out: a PNG. Guaranteed: the same pixels for the same image
-and sizes; one that is given in patches needs no resize.
+The same image and sizes give the same pixels; an image given in patches needs no resize.
 """
 
 from __future__ import annotations
@@ -14,14 +13,20 @@ import numpy as np
 from PIL import Image
 
 from builder.checkpoint.load import Checkpoint
-from builder.reference.case_file import Drawn, SyntheticImage, Written
+from builder.reference.case_file import FileCase, NamedImage, SyntheticImage
 from builder.util.errors import CasesError
 
 
 @dataclass(frozen=True)
 class SizeLimits:
-    """What a checkpoint says of images: pixels of a patch's side, patches of a merged square's side, fewest and most
-    pixels of an image."""
+    """Image sizes of a checkpoint.
+
+    Args:
+        patch: side of a patch, in pixels.
+        merge: side of a merged square, in patches.
+        least: fewest pixels of an image.
+        most: most pixels of an image.
+    """
 
     patch: int
     merge: int
@@ -35,37 +40,37 @@ class SizeLimits:
         return cls(vision.patch_size, vision.merge_size, size["shortest_edge"], size["longest_edge"])
 
 
-def draw(drawn: Drawn, limits: SizeLimits, folder: Path, case: Written) -> Path:
-    """The image in `folder`, under a name that no other file of cases gives it.
+def draw(image: NamedImage, limits: SizeLimits, folder: Path, case: FileCase) -> Path:
+    """Write the image to `folder` and return its path, which includes the name of the cases file.
 
     Raises:
-        CasesError: more patches than the checkpoint takes, where `case` does not lift its limits.
+        CasesError: the image has more patches than the checkpoint accepts, and `case` does not lift its limits.
     """
-    width, height = drawn.image.pixels or _sides(drawn.image, limits)
-    if drawn.image.pixels is None and width * height > limits.most and case.entry.limits != "lifted":
+    width, height = image.spec.pixels or _sides(image.spec, limits)
+    if image.spec.pixels is None and width * height > limits.most and case.entry.limits != "lifted":
         raise CasesError(
-            f"{case.file}: case {case.name!r}: {drawn.name!r} is larger than the checkpoint takes without a resize",
+            f"{case.file}: case {case.name!r}: {image.name!r} is larger than the checkpoint accepts without a resize",
             expected=f"at most {limits.most // limits.patch**2} patches",
             found=f"{width // limits.patch} × {height // limits.patch}",
-            next='ask for fewer patches, or for `pixels`, or lift the limits (limits = "lifted")',
+            next='use fewer patches, or `pixels`, or lift the limits (limits = "lifted")',
         )
-    if drawn.image.pixels is not None and max(width, height) > 200 * min(width, height):
+    if image.spec.pixels is not None and max(width, height) > 200 * min(width, height):
         raise CasesError(
-            f"{case.file}: case {case.name!r}: one side of {drawn.name!r} is more than 200 times the other",
-            expected="at most 200 times, which is what the image processor takes",
+            f"{case.file}: case {case.name!r}: one side of {image.name!r} is more than 200 times the other",
+            expected="at most 200 times, the limit of the image processor",
             found=f"{width} × {height} pixels",
         )
-    pixels = np.random.default_rng(drawn.image.seed).integers(0, 256, (height, width, 3), np.uint8)
-    path = folder / f"{case.file.stem}-{drawn.name}.png"
+    pixels = np.random.default_rng(image.spec.seed).integers(0, 256, (height, width, 3), np.uint8)
+    path = folder / f"{case.file.stem}-{image.name}.png"
     Image.fromarray(pixels).save(path, compress_level=0)
     return path
 
 
 def _sides(image: SyntheticImage, limits: SizeLimits) -> tuple[int, int]:
-    """Width and height in pixels, multiples of a merged square's side; the longer side makes up what is missing."""
+    """Return width and height in pixels, multiples of a merged square's side; the longer side is rounded up."""
     unit = limits.patch * limits.merge
-    asked = limits.least / limits.patch**2 if image.patches == "least" else int(image.patches or 1)
-    squares = math.ceil(asked / limits.merge**2)
+    patches = limits.least / limits.patch**2 if image.patches == "least" else int(image.patches or 1)
+    squares = math.ceil(patches / limits.merge**2)
     aspect = max(image.aspect, 1 / image.aspect)
     short = max(1, round(math.sqrt(squares / aspect)))
     long = max(math.ceil(squares / short), round(short * aspect))

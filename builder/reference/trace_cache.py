@@ -1,8 +1,7 @@
-"""Keep what PyTorch went through, so that a second comparison with the same inputs need not compute it again.
+"""Cache the traces of PyTorch in a folder.
 
-In: a reference, a prompt, a folder. Out: its `Trace`, computed or read. Guaranteed: one that is read was computed from
-the same weights (as far as size, time and header of each file tell), inputs and versions; a file that cannot be read is
-computed again.
+The key covers inputs, package versions and weights (size, time and header of each file); an unreadable file is computed
+again.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ COMPUTED_WITH = ("torch", "transformers", "numpy")
 
 
 def traced(reference: Reference, prompt: Prompt, folder: Path, answer: Sequence[int] = ()) -> Trace:
-    """`reference.hidden_states(prompt, answer)`, from `folder` where it is there, and kept there where it is not."""
+    """Return `reference.hidden_states(prompt, answer)`, cached in `folder`."""
     path = folder / f"{_key(reference, prompt, answer)}.safetensors"
     try:
         return _unpacked(load_file(path))
@@ -41,8 +40,8 @@ def _key(reference: Reference, prompt: Prompt, answer: Sequence[int]) -> str:
     checkpoint = reference.checkpoint
     digest = hashlib.sha256()
     files = {file: file_fingerprint(checkpoint.folder / file) for file in checkpoint.files}
-    said = [files, {name: version(name) for name in COMPUTED_WITH}, list(answer)]
-    digest.update(json.dumps(said, sort_keys=True).encode())
+    computed_from = [files, {name: version(name) for name in COMPUTED_WITH}, list(answer)]
+    digest.update(json.dumps(computed_from, sort_keys=True).encode())
     for array in (prompt.input_ids, prompt.pixel_values, prompt.image_grid_thw, prompt.position_ids):
         digest.update(b"-" if array is None else f"{array.dtype} {array.shape} ".encode() + array.tobytes())
     return digest.hexdigest()[:32]
@@ -50,7 +49,7 @@ def _key(reference: Reference, prompt: Prompt, answer: Sequence[int]) -> str:
 
 def _packed(trace: Trace) -> dict[str, np.ndarray]:
     rows = {"vision": trace.vision, "features": trace.features, "decoder": trace.decoder, "logits": (trace.logits,)}
-    return {f"{name}.{i}": np.ascontiguousarray(one) for name, row in rows.items() for i, one in enumerate(row)}
+    return {f"{name}.{i}": np.ascontiguousarray(array) for name, row in rows.items() for i, array in enumerate(row)}
 
 
 def _unpacked(arrays: dict[str, np.ndarray]) -> Trace:

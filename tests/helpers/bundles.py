@@ -1,7 +1,6 @@
-"""A bundle of a few hundred bytes that every check takes, and ways to alter it. No torch.
+"""A bundle of a few hundred bytes that passes all checks, and ways to alter it. No torch.
 
-In: a folder, a seed. Out: the bundle. Guaranteed: its manifest says what is true; `relisted` makes it so again after a
-change, as someone would who can write a manifest.
+`relisted` updates the manifest after a change, like an attacker who can write a manifest.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ COMMIT = "c0ffee" + "0" * 34
 
 
 def small_bundle(folder: Path, seed: int = 0, width: int = 4, error: float = 2e-6) -> Path:
-    """A `genai` bundle of one graph, `y = Gelu(x · w) + b`; its weights are drawn, `error` is what parity measured."""
+    """A `genai` bundle of one graph, `y = Gelu(x · w) + b`; with random weights; `error` is the figure in parity."""
     folder.mkdir(parents=True)
     graph(folder / "model.onnx", seed, width)
     write_json(folder / "genai_config.json", {"model": {"decoder": {"filename": "model.onnx", "hidden_size": width}}})
@@ -59,9 +58,9 @@ def small_bundle(folder: Path, seed: int = 0, width: int = 4, error: float = 2e-
 
 
 def graph(path: Path, seed: int = 0, width: int = 4) -> None:
-    """With a weight in `DATA` and a bias inside."""
-    drawn = np.random.default_rng(seed)
-    weight = numpy_helper.from_array(drawn.standard_normal((width, width), np.float32), "w")
+    """Return a graph with a weight in `DATA` and an embedded bias."""
+    generator = np.random.default_rng(seed)
+    weight = numpy_helper.from_array(generator.standard_normal((width, width), np.float32), "w")
     bias = numpy_helper.from_array(np.full(width, 0.5, np.float32), "b")
     x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", width]) for name in "xy")
     nodes = [
@@ -77,7 +76,7 @@ def graph(path: Path, seed: int = 0, width: int = 4) -> None:
 
 
 def edit_graph(folder: Path, change: Callable[[onnx.ModelProto], object]) -> None:
-    """Alter model.onnx and leave its data alone."""
+    """Alter model.onnx but not its data."""
     model = onnx.load(folder / "model.onnx", load_external_data=False)
     change(model)
     onnx.save(model, folder / "model.onnx")
@@ -90,7 +89,7 @@ def edit_manifest(folder: Path, change: Callable[[dict[str, Any]], object]) -> N
 
 
 def relisted(folder: Path, *, graphs: bool = True) -> None:
-    """Have the manifest list the files as they are by now, and, unless told otherwise, the graphs too."""
+    """Update the files in the manifest, and by default its graphs too."""
 
     def change(content: dict[str, Any]) -> None:
         there = (path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())

@@ -1,8 +1,7 @@
-"""In: a shape (and a seed). Out: a folder with a random Qwen3-VL checkpoint of that shape, as
-`save_pretrained` lays it.
+"""Write random Qwen3-VL checkpoints, laid out as by `save_pretrained`. No torch.
 
-Guaranteed: the same bytes for the same arguments; weights whose scale keeps the argmax from being one and
-the same token, and lets DeepStack, images and positions each change the answer. No torch.
+The same arguments give the same bytes. Weights are scaled so that the argmax varies, and so that DeepStack, images and
+positions each change the answer.
 """
 
 from __future__ import annotations
@@ -52,12 +51,12 @@ TOKEN_IDS = {
     "vision_start_token_id": "<|vision_start|>",
     "vision_end_token_id": "<|vision_end|>",
 }
-# No random model may answer with a special token, or one that the tokenizer does not have: the rows of these matrices
-# from the first special token on are scaled down.
+# A random model must not answer with a special or unknown token: the rows of these matrices from the first special
+# token on are scaled down.
 SPECIAL_ROWS = frozenset({EMBEDDINGS, LM_HEAD})
 SPECIAL_SCALE = 0.1
 
-# The shapes that every parity test goes through: arguments of `write_checkpoint`.
+# The shapes of all parity tests: arguments of `write_checkpoint`.
 SHAPES: Mapping[str, Mapping[str, Any]] = {
     "untied": {
         "seed": 11,
@@ -117,7 +116,7 @@ SHAPES: Mapping[str, Mapping[str, Any]] = {
 
 
 def write_shape(folder: Path, shape: str) -> Path:
-    """`SHAPES[shape]`, written into `folder`."""
+    """Write `SHAPES[shape]` to `folder`."""
     return write_checkpoint(folder, **SHAPES[shape])
 
 
@@ -135,7 +134,7 @@ def write_checkpoint(
     tokenizer: Literal["mini", "qwen3"] = "mini",
     legacy: bool = False,
 ) -> Path:
-    """A checkpoint in `folder`, which is made.
+    """Write a checkpoint to the new folder `folder`.
 
     Args:
         folder: must not exist yet.
@@ -144,7 +143,7 @@ def write_checkpoint(
         tied: whether the head is the embedding matrix.
         deepstack: `deepstack_visual_indexes`.
         dtype: of every weight.
-        shards: safetensors files; more than one come with an index.
+        shards: number of safetensors files; several have an index.
         rope: the rope parameters; `mrope_section` is added to fit the head size.
         tokenizer: the miniature's, or the real one with its 151,936 embeddings.
         legacy: rope parameters and dtype under the names of transformers 4.
@@ -180,7 +179,7 @@ def write_settings(
     tokenizer: Literal["mini", "qwen3"] = "mini",
     legacy: bool = False,
 ) -> tuple[dict[str, tuple[int, ...]], int]:
-    """All of `write_checkpoint`, whose arguments these are, but the weights.
+    """Write everything of `write_checkpoint`, with the same arguments, but the weights.
 
     Returns:
         name → shape of every weight that is missing, and the first special token's id (see `SPECIAL_ROWS`).
@@ -201,7 +200,7 @@ def write_settings(
 
 
 def spread(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
-    """Mean and standard deviation of a weight's values."""
+    """Return mean and standard deviation of a weight's values."""
     if name.endswith(".bias"):
         return 0.0, 0.05
     if name.endswith(("q_norm.weight", "k_norm.weight")):
@@ -211,11 +210,11 @@ def spread(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
     if "norm" in name:
         return 1.0, 0.1
     if name.endswith("embed_tokens.weight"):
-        # Small beside what the layers add, or the likeliest next token would be the last one.
+        # Small compared with what the layers add; otherwise the likeliest next token would be the last token.
         return 0.0, 0.15
     if name.endswith("pos_embed.weight"):
         return 0.0, 0.5
-    # An image's many tokens would drown the last one, and with it the difference between two steps.
+    # The many tokens of an image would outweigh the last token, and hide the difference between two steps.
     gain = 0.6 if name.endswith("o_proj.weight") else 1.0
     return 0.0, gain / math.sqrt(math.prod(shape[1:]))
 
@@ -251,13 +250,13 @@ def _config(
 
 
 def _write_tokenizer(folder: Path, tokenizer: str) -> dict[str, int]:
-    """The tokenizer's files; returns the ids of its special tokens."""
+    """Write the tokenizer's files; return the ids of its special tokens."""
     settings = json.loads((MINIATURE / "tokenizer_config.json").read_text())
     if tokenizer == "qwen3":
         content = lzma.decompress((QWEN3_TOKENIZER / "tokenizer.json.xz").read_bytes())
         (folder / "tokenizer.json").write_bytes(content)
         real = json.loads((QWEN3_TOKENIZER / "tokenizer_config.json").read_text())
-        # The package's template is of a text-only model.
+        # The package's template is for a text-only model.
         settings = real | {key: settings[key] for key in ("chat_template", "processor_class")}
     else:
         shutil.copyfile(MINIATURE / "tokenizer.json", folder / "tokenizer.json")
@@ -292,7 +291,7 @@ def _write_weights(folder: Path, tensors: Mapping[str, npt.NDArray[Any]], shards
 def _draw(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> npt.NDArray[np.float32]:
     mean, deviation = spread(name, shape)
     noise = np.float32(deviation) * rng.standard_normal(shape, dtype=np.float32)
-    return noise + np.float32(mean) if mean else noise  # + 0 would turn a -0 around, and with it the bytes
+    return noise + np.float32(mean) if mean else noise  # adding 0 would change -0 to +0, and thus the bytes
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

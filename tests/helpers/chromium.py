@@ -1,4 +1,4 @@
-"""A headless Chromium that a test drives through a pipe (Chrome's DevTools protocol), and a server of local folders."""
+"""Drive a headless Chromium through a pipe (DevTools protocol), and serve local folders."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from urllib.parse import unquote, urlsplit
 
 FLAGS = (
     "--headless",
-    "--no-sandbox",  # as root there is none
+    "--no-sandbox",  # not available as root
     "--disable-gpu",
     "--disable-quic",
     "--no-first-run",
@@ -40,22 +40,22 @@ for number, pipe in enumerate(pipes, start=3):
     os.dup2(pipe, number)
 os.execv(sys.argv[3], sys.argv[3:])
 """
-# With them a page may share memory between threads, so that WebAssembly uses all cores.
+# These headers allow shared memory between threads, so that WebAssembly uses all cores.
 ISOLATED = {"Cross-Origin-Opener-Policy": "same-origin", "Cross-Origin-Embedder-Policy": "require-corp"}
 KINDS = {".mjs": "text/javascript", ".wasm": "application/wasm"}
-PATIENCE = 300  # seconds, beyond which nothing is waited for
+PATIENCE = 300  # longest wait, in seconds
 
 
 def chromium() -> str | None:
-    """The browser's command; None where there is none."""
+    """Return the browser's command, or None."""
     return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
 class _Files(SimpleHTTPRequestHandler):
-    """Files of several folders, each under a name of its own."""
+    """Serve several folders, each under its own name."""
 
-    def __init__(self, *args: Any, folders: Mapping[str, Path], asked: list[str], **kwargs: Any) -> None:
-        self.folders, self.asked = folders, asked
+    def __init__(self, *args: Any, folders: Mapping[str, Path], requested: list[str], **kwargs: Any) -> None:
+        self.folders, self.requested = folders, requested
         self.extensions_map = {**SimpleHTTPRequestHandler.extensions_map, **KINDS}
         super().__init__(*args, **kwargs)
 
@@ -70,18 +70,18 @@ class _Files(SimpleHTTPRequestHandler):
         super().end_headers()
 
     def log_message(self, format: str, *args: Any) -> None:
-        self.asked.append(self.path)
+        self.requested.append(self.path)
 
 
 @contextmanager
 def served(folders: Mapping[str, Path]) -> Iterator[tuple[str, list[str]]]:
-    """The server's address, and the paths that it has been asked for."""
-    asked: list[str] = []
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Files, folders=folders, asked=asked))
+    """The server's address, and the paths requested from it."""
+    requested: list[str] = []
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Files, folders=folders, requested=requested))
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
-        yield f"http://127.0.0.1:{server.server_port}", asked
+        yield f"http://127.0.0.1:{server.server_port}", requested
     finally:
         server.shutdown()
         server.server_close()
@@ -89,7 +89,7 @@ def served(folders: Mapping[str, Path]) -> Iterator[tuple[str, list[str]]]:
 
 
 class Page:
-    """One page; every method waits for what it asks for."""
+    """A page; every method waits for its result."""
 
     def __init__(self, send: int, receive: int) -> None:
         self._send, self._receive = os.fdopen(send, "wb", buffering=0), os.fdopen(receive, "rb")
@@ -100,7 +100,7 @@ class Page:
         self.call("DOM.enable")
 
     def call(self, method: str, **params: Any) -> dict[str, Any]:
-        """The answer to one call of the protocol.
+        """Call a method of the protocol and return its result.
 
         Raises:
             RuntimeError: what the browser says is wrong with it, or that it has ended.
@@ -111,11 +111,11 @@ class Page:
             message["sessionId"] = self._session
         self._send.write(json.dumps(message).encode() + b"\0")
         while True:
-            told = json.loads(self._next())
-            if told.get("id") == self._count:
-                if "error" in told:
-                    raise RuntimeError(f"{method}: {told['error']}")
-                result: dict[str, Any] = told["result"]
+            reply = json.loads(self._next())
+            if reply.get("id") == self._count:
+                if "error" in reply:
+                    raise RuntimeError(f"{method}: {reply['error']}")
+                result: dict[str, Any] = reply["result"]
                 return result
 
     def _next(self) -> bytes:
@@ -131,11 +131,11 @@ class Page:
         self.until("document.readyState === 'complete'")
 
     def value(self, expression: str) -> Any:
-        """Of a JavaScript expression, as JSON has it."""
-        told = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
-        if "exceptionDetails" in told:
-            raise RuntimeError(f"{expression}: {told['exceptionDetails']}")
-        return told["result"].get("value")
+        """Evaluate a JavaScript expression as a JSON value."""
+        reply = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        if "exceptionDetails" in reply:
+            raise RuntimeError(f"{expression}: {reply['exceptionDetails']}")
+        return reply["result"].get("value")
 
     def until(self, condition: str, patience: float = PATIENCE) -> None:
         """
@@ -149,19 +149,19 @@ class Page:
             time.sleep(0.05)
 
     def choose(self, selector: str, file: Path) -> None:
-        """Gives a file to an input."""
+        """Set the file of an input."""
         root = self.call("DOM.getDocument")["root"]["nodeId"]
         node = self.call("DOM.querySelector", nodeId=root, selector=selector)["nodeId"]
         self.call("DOM.setFileInputFiles", nodeId=node, files=[str(file)])
 
     def image(self, path: Path) -> None:
-        """Writes what the page looks like, as PNG."""
+        """Save a screenshot as PNG."""
         path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot")["data"]))
 
 
 @contextmanager
 def browser(size: tuple[int, int] = (900, 1100), *, webgpu: bool = False) -> Iterator[Page]:
-    """A page of a browser with a profile of its own."""
+    """Open a page in a browser with a new profile."""
     command = chromium()
     assert command is not None
     theirs_in, send = os.pipe()

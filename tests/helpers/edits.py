@@ -1,4 +1,4 @@
-"""Ways to spoil a checkpoint folder, each a function of the folder, for tests to put in a table."""
+"""Ways to corrupt a checkpoint folder, each a function of the folder, for use in test tables."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def edit_json(file: str, edit: Callable[[dict[str, Any]], object]) -> Change:
 
 
 def config(**values: Any) -> Change:
-    """Changes of `config.json`; `text__x` is in `text_config`, `rope__x` in its rope parameters."""
+    """Change `config.json`; `text__x` is in `text_config`, `rope__x` in its rope parameters."""
 
     def edit(content: dict[str, Any]) -> None:
         for key, value in values.items():
@@ -61,7 +61,7 @@ def both(*changes: Change) -> Change:
 
 
 def edit_header(file: str, edit: Callable[[Header], object], *, tail: bytes = b"") -> Change:
-    """A safetensors file with another header over the same bytes."""
+    """Replace the header of a safetensors file, with the same data."""
 
     def change(folder: Path) -> None:
         content = (folder / file).read_bytes()
@@ -75,7 +75,7 @@ def edit_header(file: str, edit: Callable[[Header], object], *, tail: bytes = b"
 
 
 def edit_tensors(file: str, edit: Callable[[dict[str, Any]], object]) -> Change:
-    """A safetensors file written again with other tensors."""
+    """Rewrite a safetensors file with other tensors."""
 
     def change(folder: Path) -> None:
         tensors = dict(load_file(folder / file))
@@ -90,7 +90,7 @@ def truncate(file: str, keep: float) -> Change:
 
 
 def retype(dtype: str) -> Callable[[Header], None]:
-    """Says that the first tensor is of another type of one byte an element."""
+    """Declare the first tensor as another type with one byte per element."""
 
     def edit(header: Header) -> None:
         entry = next(value for name, value in header.items() if name != "__metadata__")
@@ -101,7 +101,7 @@ def retype(dtype: str) -> Callable[[Header], None]:
 
 
 def last_offsets(first: int, second: int) -> Callable[[Header], None]:
-    """Moves the data of the last tensor of a file."""
+    """Move the data of the last tensor of a file."""
 
     def edit(header: Header) -> None:
         entries = [value for name, value in header.items() if name != "__metadata__"]

@@ -1,8 +1,7 @@
-"""Checkpoints that mean harm, as tables; and what is done with those, and with bundles and images.
+"""Tables of hostile checkpoints, and what tests do with them, with bundles and with images. No torch.
 
-In: a folder (or file) that holds something good. Out: it is spoiled in a named way, or at a few bytes drawn by a seed.
-Guaranteed: the same bytes for the same name or seed; what `outcome` is given ends in a value or in a `BuildError`, in
-bounded time, or the test fails. No torch.
+Changes are named, or a few bytes chosen by a seed; the same name or seed gives the same bytes. `outcome` requires a
+value or a `BuildError` in bounded time.
 """
 
 from __future__ import annotations
@@ -19,12 +18,12 @@ from typing import Any
 from builder.util.errors import BuildError
 from tests.helpers.edits import Change, both, config, edit_header, edit_json, edit_tensors, remove, truncate, write
 
-SECONDS = 10.0  # of a process of its own, for one input
+SECONDS = 10.0  # of a separate process, for one input
 INDEX, SHARD = "model.safetensors.index.json", "model-00001-of-00002.safetensors"
 SETTINGS, WORDS = "preprocessor_config.json", "tokenizer.json"
 NORM = "model.language_model.norm.weight"
-HUGE = 10**4000  # fits into an integer of Python's, into no float, and just into what json reads
-# Spelled by hand: json would not write these.
+HUGE = 10**4000  # fits a Python integer but not a float, and is just accepted by json
+# Written by hand: json would not produce these.
 ODD_NUMBERS = (b"NaN", b"-Infinity", b"1e999", b"-1", b"0", b"9" * 4000, b"9" * 10_000, b"1e-400", b"true", b'"1"')
 ODD_VALUES: tuple[Any, ...] = (
     None,
@@ -45,7 +44,7 @@ ODD_VALUES: tuple[Any, ...] = (
 
 
 def outcome(action: Callable[[], object]) -> str:
-    """`accepted`, or the kind of `BuildError` that `action` ends in; anything else that it raises is passed on."""
+    """`accepted`, or the type of `BuildError` that `action` raises; other exceptions propagate."""
     before = time.process_time()
     found = _refusal(action)
     assert time.process_time() - before < SECONDS, "it took too long"
@@ -67,7 +66,7 @@ def _refusal(action: Callable[[], object]) -> BuildError | None:
 
 
 def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
-    """Everything under `folder`: size and time of change."""
+    """Return size and modification time of everything under `folder`."""
     found = {}
     for path in sorted(folder.rglob("*")):
         stat = path.lstat()
@@ -79,12 +78,12 @@ def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 def header_bytes(text: bytes, data: bytes = b"", length: int | None = None) -> bytes:
-    """A safetensors file with any header, however long it says that it is."""
+    """Return a safetensors file with any header and any declared length."""
     return struct.pack("<Q", len(text) if length is None else length) + text + data
 
 
 def first_entry(**values: Any) -> Change:
-    """What a header says about its first tensor."""
+    """Replace the header's entry of the first tensor."""
 
     def edit(header: dict[str, Any]) -> None:
         next(value for name, value in header.items() if name != "__metadata__").update(values)
@@ -211,7 +210,7 @@ VISION_COUNTS = ("depth", "hidden_size", "num_heads", "patch_size", "num_positio
 
 
 def spelled(file: str, key: str, number: bytes) -> Change:
-    """Another spelling of every value of `key`, which json would not write."""
+    """Replace every value of `key` by text that json would not write."""
 
     def change(folder: Path) -> None:
         content = json.loads((folder / file).read_text())
@@ -272,7 +271,7 @@ def setting(file: str, key: str, value: Any) -> Change:
 
 
 def added_tokens(key: str, value: Any) -> Change:
-    """The same about every added token."""
+    """Do the same for every added token."""
     return edit_json(WORDS, lambda content: [token.update({key: value}) for token in content["added_tokens"]])
 
 

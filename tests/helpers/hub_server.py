@@ -1,7 +1,6 @@
-"""A hub on this machine: the part of the protocol that huggingface_hub speaks to download a model.
+"""A local hub in a thread: the part of the protocol that huggingface_hub uses to download a model.
 
-In: folders as repositories. Out: an HTTP server in a thread, with a log of what was asked. Guaranteed: it
-can answer as a hub does on a bad day: a connection dropped half way, other bytes than it names, a refusal.
+It logs requests, and can drop a connection halfway, send wrong bytes, or refuse.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ class Request:
 
 @dataclass
 class Repository:
-    """A model repository of one commit, which `main` names too.
+    """A model repository with one commit, also named `main`.
 
     Args:
         folder: its files.
@@ -93,7 +92,7 @@ class HubServer:
         self.url = f"http://127.0.0.1:{self._server.server_port}"
 
     def handler(self) -> type[Handler]:
-        """What answers."""
+        """The request handler."""
         return Handler
 
     def __enter__(self) -> Self:
@@ -106,18 +105,18 @@ class HubServer:
         self.close()
 
     def close(self) -> None:
-        """Stop listening, and answer no connection that is still open."""
+        """Stop listening, and drop open connections."""
         self.closed = True
         self._server.shutdown()
         self._server.server_close()
 
     def contents(self, file: str) -> list[Request]:
         """The requests for the content of `file`."""
-        return [one for one in self.requests if one.method == "GET" and one.path.endswith("/" + file)]
+        return [request for request in self.requests if request.method == "GET" and request.path.endswith("/" + file)]
 
     def fetched(self) -> set[str]:
-        """The names of all files whose content was asked for."""
-        found = (_FILE.fullmatch(one.path) for one in self.requests if one.method == "GET")
+        """The names of all files whose content was requested."""
+        found = (_FILE.fullmatch(request.path) for request in self.requests if request.method == "GET")
         return {match["file"] for match in found if match}
 
 
@@ -132,7 +131,7 @@ class Handler(BaseHTTPRequestHandler):
         self._answer()
 
     def log_message(self, format: str, *args: object) -> None:
-        """Nothing on stderr."""
+        """Print nothing to stderr."""
 
     def _answer(self) -> None:
         if self.hub.closed:

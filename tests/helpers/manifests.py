@@ -1,4 +1,4 @@
-"""A manifest as a build writes it, and what may be in its place, for the documents that are made from one."""
+"""A manifest as a build writes it, and variants, for documents generated from manifests."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MANIFEST: dict[str, Any] = {
 
 
 def manifest(**changes: Any) -> dict[str, Any]:
-    """`MANIFEST` with other values; those of `checkpoint` and `recipe` are added to the ones that are there."""
+    """`MANIFEST` with other values; those of `checkpoint` and `recipe` are merged."""
     found = copy.deepcopy(MANIFEST)
     for key, value in changes.items():
         found[key] = {**found[key], **value} if key in ("checkpoint", "recipe") else value

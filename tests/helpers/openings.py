@@ -12,7 +12,7 @@ from builder.checkpoint.safetensors import Tensor
 
 
 def count_openings(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """The folder of every `open_checkpoint` from here on."""
+    """Record the folder of every `open_checkpoint` from here on."""
     folders: list[Path] = []
     index_tensors = vars(load)["index_tensors"]
 

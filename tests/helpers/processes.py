@@ -1,7 +1,6 @@
-"""The command line in a process of its own, as a user starts it: elsewhere, with other settings, from other folders.
+"""Run the command line in a separate process, as users do: with other settings, from other folders.
 
-In: arguments, and what is to be different from this process. Out: what it printed and how it ended; a copy of the
-checkout, the digests of an output folder. Guaranteed: nothing is written into this checkout.
+Nothing is written into this checkout.
 """
 
 from __future__ import annotations
@@ -17,9 +16,9 @@ from builder.stages.engine.output_folder import EVIDENCE, LOCK, MARKER, RECORD
 from builder.util.files import sha256
 
 ROOT = Path(__file__).parents[2]
-# What a checkout holds besides its files.
+# Generated folders of a checkout.
 _LEFT_BY_USE = (".git", ".venv", ".node", ".cache", "outputs", "build", "dist", "*.egg-info", "__pycache__", ".*_cache")
-# What tells of one run, or of this machine, rather than of the artifacts. `verify` writes nothing but measurements.
+# Files that describe a run or a machine, not the artifacts. `verify` writes only measurements.
 _RECORDS = frozenset({LOCK, MARKER, RECORD, "checkpoint.json", EVIDENCE, "7-verify"})
 
 
@@ -33,7 +32,7 @@ def python(
     """Run Python with `arguments`.
 
     Args:
-        cwd: where it is started, so that `outputs/` is no one else's.
+        cwd: working directory, so that `outputs/` is not shared.
         root: the checkout whose packages are imported; None for those that are installed.
         executable: which Python.
         settings: environment variables that are to be different.
@@ -52,7 +51,7 @@ def python(
 
 
 def checkout(folder: Path) -> Path:
-    """A copy of this checkout, as a clone would be."""
+    """Copy this checkout as a clone would."""
     return Path(shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(*_LEFT_BY_USE)))
 
 
@@ -66,6 +65,6 @@ def artifacts(output: Path) -> Mapping[str, str]:
 
 
 def copied(output: Path, folder: Path) -> Path:
-    """An output folder that a test may change: times and hard links stay as they are."""
+    """Copy an output folder, with times and hard links, for a test to change."""
     subprocess.run(["cp", "-a", str(output), str(folder)], check=True)
     return folder

@@ -1,7 +1,6 @@
-"""Small random architectures and inputs, and the comparison of whatever computes them with PyTorch.
+"""Small random architectures and inputs, and the comparison of implementations with PyTorch.
 
-In: a seed. Out: arguments of `tests.helpers.checkpoints.write_checkpoint`; `Input`s of a checkpoint; gates.
-Guaranteed: the same for the same seed; every input is one that the model can be asked.
+The same seed gives the same inputs, all valid for the model.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
     from builder.reference.model import Reference
 
 Array = npt.NDArray[Any]
-TEXT_TOKENS = 3900  # of the miniature's tokenizer; special ones lie behind
+TEXT_TOKENS = 3900  # ordinary tokens of the miniature's tokenizer; special tokens follow
 ROPES: tuple[Mapping[str, Any], ...] = (
     {"rope_type": "default", "rope_theta": 10000.0},
     {"rope_type": "linear", "rope_theta": 50000.0, "factor": 2.0},
@@ -80,7 +79,7 @@ def architecture(seed: int) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Input:
-    """One prompt, or frames without one.
+    """A prompt, or frames without a prompt.
 
     Args:
         input_ids: [1, seq].
@@ -98,7 +97,7 @@ class Input:
 
 
 def drawn_input(checkpoint: Checkpoint, seed: int) -> Input:
-    """Text, and up to three images in it, apart or one behind the other."""
+    """Text with up to three images, separate or adjacent."""
     rng, vision = random.Random(seed), checkpoint.vision
 
     def grids(count: int, frames: int) -> Array:
@@ -147,7 +146,7 @@ class Computed(Protocol):
 
 @dataclass(frozen=True)
 class Wanted:
-    """PyTorch's side of an `Input`.
+    """PyTorch's results for an `Input`.
 
     Args:
         images, frames: main features [tokens, H] and the DeepStack levels.
@@ -162,7 +161,7 @@ class Wanted:
 
 
 def wanted(reference: Reference, given: Input) -> Wanted:
-    """What upstream computes, unpatched."""
+    """Compute with unpatched upstream code."""
     from builder.reference.model import Prompt
 
     checkpoint = reference.checkpoint
@@ -180,7 +179,7 @@ def wanted(reference: Reference, given: Input) -> Wanted:
 
 
 def positions(checkpoint: Checkpoint, given: Input) -> Array:
-    """[3, 1, seq], by this project's own arithmetic: upstream works them out itself."""
+    """Return positions [3, 1, seq] by our own code; upstream computes its own."""
     image, merge = checkpoint.image_token_id, checkpoint.vision.merge_size
     settings = Settings("", "", "", "", image, "", merge, (), 0, 0, checkpoint.text.hidden)
     return position_ids(given.input_ids, given.image_grid_thw, settings)[0]
@@ -212,7 +211,7 @@ def compared(graphs: Computed, checkpoint: Checkpoint, given: Input, want: Wante
         pieces = [level[:, part] for level in inputs]
         got, past = graphs.decode(embeds[:, part], pieces, places[:, :, part], mask, past)
         expected = want.logits[:, end - 1 : end] if graphs.packed else want.logits[:, part]
-        # Of all logits: those of a single position can lie closer together.
+        # Over all logits: those of a single position can have a smaller spread.
         scale = float(want.logits.std() / expected.std())
         gates.append(compare_close("decoder prefill", f"tokens {begin}–{end}", got, expected, FP32 * max(1.0, scale)))
     return gates

@@ -1,4 +1,4 @@
-"""Reports to render, without a model: one that passes, one that fails, one in slices, one that means harm."""
+"""Reports to render, without a model: passing, failing, partial and hostile."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def harmful() -> Report:
     gates = (Gate("token ids", HARM, 3, 0, HARM), Gate("decoder prefill", HARM + ", layer 3", 1e-6, 1e-4, HARM, 3))
     (shown, *_) = exhibits()
     (image,) = shown.images
-    pixels = tuple(type(one)(HARM, one.values, 5, 0.5, one.difference, one.sides) for one in image.pixels)
+    pixels = tuple(type(shown)(HARM, shown.values, 5, 0.5, shown.difference, shown.sides) for shown in image.pixels)
     exhibit = Exhibit(HARM, "task", HARM, (type(image)(HARM, "", pixels),), HARM, (HARM, HARM + "!"))
     case = Exhibit(HARM, "case", HARM, (type(image)(HARM, image.thumbnail, pixels),), None, (HARM, HARM))
     facts = {"versions": {HARM: HARM}, "task": {HARM: HARM}}
@@ -92,14 +92,14 @@ def harmful_context() -> Context:
 
 
 def exhibits(wrong: bool = False) -> tuple[Exhibit, ...]:
-    """As a verification collects them, from numbers made up here."""
+    """Exhibits as a verification collects them, from invented numbers."""
     rng = np.random.default_rng(5)
     want = rng.standard_normal((24, 3 * 2 * 16), np.float32)
     got = want.copy()
     got[7, 3] += 0.5 * wrong
     logits = 4 * rng.standard_normal((1, 20, 300)).astype(np.float32)
     with collecting(VISION) as collected:
-        (case,) = [one for one in shipped_cases() if one.name == "one image"]
+        (case,) = [case for case in shipped_cases() if case.name == "one image"]
         show_case(case.name, case.prompt, case.images)
         show_pixels("preprocessing of the bundle", got, want, GRID, GRID)
         show_logits(case.name, (0, 20), logits + np.float32(1e-5) * rng.standard_normal(logits.shape), logits)

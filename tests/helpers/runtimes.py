@@ -1,7 +1,6 @@
-"""Runtimes that are not Python packages of this project, for tests that play bundles in them.
+"""Require runtimes that are not Python packages of this project.
 
-In: what is missing on this machine, if anything. Out: a test that is skipped with that word, or, where everything must
-be there (`make test-full` sets EVERY_RUNTIME), one that fails with it.
+A missing runtime skips the test, or fails it if EVERY_RUNTIME is set (`make test-full`).
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ INSTALL = "npm --prefix examples/node ci"
 
 
 def require(missing: str | None) -> None:
-    """Skips the test, or fails it, where something is missing."""
+    """Skip the test, or fail it, if a runtime is missing."""
     if missing is None:
         return
     if os.environ.get("EVERY_RUNTIME"):
@@ -33,7 +32,7 @@ def require_openvino() -> None:
 
 
 def require_node() -> str:
-    """The path of Node.js; the example's packages are installed."""
+    """Return the path of Node.js, with the packages of the example installed."""
     node = shutil.which("node")
     require(None if node else "Node.js is not installed")
     there = (NODE_EXAMPLE / "node_modules" / "onnxruntime-node").is_dir()

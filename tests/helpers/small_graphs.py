@@ -1,6 +1,6 @@
-"""In: a few lines of ONNX's text format, and weights. Out: a `BoundGraph`, and what ONNX Runtime computes with it.
+"""Build a `BoundGraph` from ONNX's text format and weights, and run it in ONNX Runtime.
 
-Guaranteed: the weights are no part of the graph until it runs, as in a build: their external file does not exist.
+As in a build, the weights are not part of the graph until it runs: their external file does not exist.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def bound_graph(text: str, weights: Weights | None = None, domains: Sequence[str
     """
     imports = ", ".join(['"": 18', *(f'"{domain}": 1' for domain in domains)])
     proto = onnx.parser.parse_model(f"<ir_version: 10, opset_import: [{imports}]> {text}")
-    for node in proto.graph.node:  # the text format leaves them unnamed
+    for node in proto.graph.node:  # the text format does not name nodes
         node.name = f"node_{node.output[0]}"
     weights = weights or {}
     blank = [onnx.numpy_helper.from_array(np.zeros_like(array), name) for name, array in weights.items()]
@@ -44,13 +44,13 @@ def bound_graph(text: str, weights: Weights | None = None, domains: Sequence[str
 
 
 def run(graph: BoundGraph, weights: Weights | None = None, /, **feed: Array) -> list[Array]:
-    """The graph's outputs; its initializers are filled as their bindings say, the graph itself stays as it is."""
+    """Run the graph with initializers filled by their bindings; the graph is not changed."""
     outputs: list[Array] = session(graph, weights or {}).run(None, feed)
     return outputs
 
 
 def session(graph: BoundGraph, weights: Weights, options: onnxruntime.SessionOptions | None = None) -> Any:
-    """ONNX Runtime on the CPU without its own optimizations, which would fuse what a pass did not."""
+    """ONNX Runtime on the CPU without its own optimizations, which could hide a missing fusion."""
     model = ir.from_proto(ir.to_proto(graph.model))
     for name, binding in graph.bindings.items():
         array = weights[name].reshape(binding.shape)
@@ -63,10 +63,10 @@ def session(graph: BoundGraph, weights: Weights, options: onnxruntime.SessionOpt
 
 
 def operators(graph: BoundGraph) -> Counter[str]:
-    """How often each operator occurs, subgraphs included; constants do not count."""
+    """Count operators, including subgraphs, without constants."""
     return Counter(operator(node) for node in graph.model.graph.all_nodes() if node.op_type != "Constant")
 
 
 def drawn(*shape: int, seed: int = 0) -> Array:
-    """Standard normal float32."""
+    """Return standard normal float32 values."""
     return np.random.default_rng([seed, *shape]).standard_normal(shape, dtype=np.float32)

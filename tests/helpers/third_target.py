@@ -1,6 +1,6 @@
-"""A runtime that this release does not have: graphs in a subfolder, names of its own, embeddings that only look up.
+"""A fictional runtime: graphs in a subfolder, its own names, embeddings that only look up.
 
-Its graphs are those of tests/helpers/toy_graphs.py, whose answers numpy knows; it is played in plain sessions.
+Its graphs are those of tests/helpers/toy_graphs.py, whose answers numpy computes; it runs in plain sessions.
 """
 
 from __future__ import annotations

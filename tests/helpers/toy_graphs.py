@@ -1,8 +1,7 @@
-"""A model of a few lines of arithmetic, as the three graphs of either runtime, and once more in numpy.
+"""A model of a few lines of arithmetic, as the three graphs of either runtime, and in numpy.
 
-In: a checkpoint's facts and a seed. Out: graphs that keep the contracts of builder/graph/ports.py; the greedy
-tokens they lead to. Guaranteed: every port of the decoder has its say in the logits; numpy keeps no cache, so
-that one which is kept wrongly shows.
+The graphs satisfy builder/graph/ports.py, and every port of the decoder affects the logits. numpy uses no cache, so
+that a wrong cache shows.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from builder.targets.recipe import Recipe, Target
 
 Array = npt.NDArray[Any]
 TYPES = {"float32": TensorProto.FLOAT, "int64": TensorProto.INT64}
-MERGED = 4  # patches a token
+MERGED = 4  # patches per token
 
 
 @dataclass(frozen=True)
@@ -54,11 +53,11 @@ class Toy:
             "axis": (3, text.hidden),
             "head": (text.hidden, text.vocab),
         }
-        drawn = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
-        drawn["embed"][:, text.hidden :] = 0
-        drawn["project"] /= np.float32(np.sqrt(pixels))
-        drawn["axis"] /= np.float32(80)
-        return drawn
+        weights = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+        weights["embed"][:, text.hidden :] = 0
+        weights["project"] /= np.float32(np.sqrt(pixels))
+        weights["axis"] /= np.float32(80)
+        return weights
 
     def tokens(self, inputs: Inputs, count: int, barred: tuple[int, ...] = ()) -> list[int]:
         """`count` greedy tokens that are none of `barred`, the whole sequence computed again for each."""
@@ -85,7 +84,7 @@ class Toy:
         return logits
 
     def write(self, folder: Path, runtime: str) -> Path:
-        """A bundle of the graphs, its configuration, and the least manifest."""
+        """A bundle of the graphs, its configuration, and a minimal manifest."""
         folder.mkdir(parents=True)
         for name, graph in self.graphs(runtime).items():
             onnx.save(graph, folder / f"{name}.onnx")
@@ -99,13 +98,13 @@ class Toy:
         return folder
 
     def graphs(self, runtime: str) -> dict[str, onnx.ModelProto]:
-        """By role."""
-        asked = GRAPHS[runtime]
+        """Return the graphs by role."""
+        settings = GRAPHS[runtime]
         vision, embeddings, model = components(self.checkpoint, runtime)
         return {
-            vision.name: self._vision(vision, asked.packed),
-            embeddings.name: self._embeddings(embeddings, asked.merges),
-            model.name: self._model(model, asked.packed),
+            vision.name: self._vision(vision, settings.packed),
+            embeddings.name: self._embeddings(embeddings, settings.merges),
+            model.name: self._model(model, settings.packed),
         }
 
     def _vision(self, component: Component, packed: bool) -> onnx.ModelProto:

@@ -1,4 +1,4 @@
-"""A build of three stages that write down that they ran, importable as the package `demo`."""
+"""A build of three stages that log their runs, importable as the package `demo`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from builder.stages.engine.build import Build, Stage
 from builder.stages.engine.execute import plan
 from builder.targets.recipe_file import load_recipe
 
-# Each module writes down that it ran; `second` reads what `first` made; a file `die` makes it fail half way.
+# Each module logs its run; `second` reads the output of `first`; a file `die` makes it fail halfway.
 MODULES = {
     "__init__.py": "",
     "first.py": """
@@ -85,7 +85,7 @@ def build(demo: Path, tmp_path: Path) -> Build:
 
 
 def ran(build: Build) -> list[str]:
-    """Stages that ran since the last call."""
+    """Return the stages that ran since the last call."""
     log = build.output.parent / "log"
     names = log.read_text().split() if log.exists() else []
     log.unlink(missing_ok=True)

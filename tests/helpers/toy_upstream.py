@@ -1,6 +1,6 @@
-"""A toy upstream distribution in several releases, with real files and real metadata, and patches of it.
+"""A toy upstream distribution in several releases, with real files and metadata, and patches of it.
 
-In: a folder. Out: `toy_upstream` importable at the release that was installed last.
+`toy_upstream` is importable at the release that was installed last.
 """
 
 from __future__ import annotations
@@ -61,13 +61,13 @@ RENAMED = FIRST.replace("class Layer(Base)", "class Block(Base)").replace("Layer
 
 @dataclass
 class Toy:
-    """The folder that releases are installed below, and the one that is importable now."""
+    """The parent folder of installed releases, and the release that is importable now."""
 
     folder: Path
     monkeypatch: pytest.MonkeyPatch
 
     def install(self, release: str, text: str) -> ModuleType:
-        """Make `toy_upstream` that release, as pip would."""
+        """Install that release of `toy_upstream`, as pip would."""
         site = self.folder / f"site-{release}"
         info = site / f"{PACKAGE}-{release}.dist-info"
         info.mkdir(parents=True)
@@ -81,7 +81,7 @@ class Toy:
         return importlib.import_module(f"{PACKAGE}.model")
 
     def forget(self) -> None:
-        """Drop the imported release."""
+        """Remove the imported release."""
         for name in [name for name in sys.modules if name.partition(".")[0] == PACKAGE]:
             del sys.modules[name]
         linecache.clearcache()
@@ -89,7 +89,7 @@ class Toy:
 
 @pytest.fixture
 def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Toy]:
-    """An installer of toy releases; nothing of them stays imported."""
+    """An installer of toy releases; their modules are removed afterwards."""
     toy = Toy(tmp_path, monkeypatch)
     yield toy
     toy.forget()
@@ -128,5 +128,5 @@ LAYER = Patch(
 
 
 def patch(**changes: Any) -> Patch:
-    """`LAYER`, changed."""
+    """Return `LAYER` with a change."""
     return replace(LAYER, **changes)

@@ -1,8 +1,7 @@
-"""A hub that takes what is sent to it: repositories, branches, LFS objects and commits, as huggingface_hub speaks.
+"""A local hub that accepts uploads: repositories, branches, LFS objects and commits, as huggingface_hub sends them.
 
-In: a folder for repositories. Out: an `UploadHub`, with a log of what was sent. Guaranteed: a file is in a repository
-only when a commit says so; an LFS object is taken only with the bytes of its name; it can refuse, and it can tell when
-an object arrives, so that a test may end the sender there.
+A file is in a repository only after a commit, and an LFS object must match its name. The hub logs requests, can refuse,
+and can signal when an object arrives, so that a test may stop the sender.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ TOKEN = "hf_of_the_test"
 
 
 class UploadHub(HubServer):
-    """`with UploadHub(folder) as hub:`; a repository that is made lies in `folder/Org/Name`.
+    """`with UploadHub(folder) as hub:`; a created repository is in `folder/Org/Name`.
 
     Args:
         objects: LFS objects by SHA-256.
@@ -97,9 +96,9 @@ class UploadHandler(Handler):
             self._json({"errors": [], "warnings": []})
             return
         if path == "/api/repos/create":
-            asked = json.loads(body)
-            self.hub.made.append(asked)
-            repo = f"{asked['organization']}/{asked['name']}"
+            request = json.loads(body)
+            self.hub.made.append(request)
+            repo = f"{request['organization']}/{request['name']}"
             self.hub.make(repo)
             self._json({"url": f"{self.hub.url}/{repo}", "name": repo, "id": "1"})
             return
@@ -115,7 +114,7 @@ class UploadHandler(Handler):
             repository.names.add("/".join(rest))
             self._json({})
         elif verb == "preupload":
-            self._json({"files": [self._mode(repository, one["path"]) for one in json.loads(body)["files"]]})
+            self._json({"files": [self._mode(repository, file["path"]) for file in json.loads(body)["files"]]})
         elif verb == "commit":
             self._commit(f"{org}/{name}", repository, [json.loads(line) for line in body.splitlines()])
 
@@ -126,12 +125,12 @@ class UploadHandler(Handler):
         oid = None if content is None else sha256(content) if lfs else git_blob(content)
         return {"path": name, "uploadMode": "lfs" if lfs else "regular", "shouldIgnore": False, "oid": oid}
 
-    def _batch(self, asked: dict[str, list[dict[str, object]]]) -> None:
+    def _batch(self, request: dict[str, list[dict[str, object]]]) -> None:
         objects = []
-        for one in asked["objects"]:
-            href = f"{self.hub.url}/lfs/{one['oid']}"
-            actions = {} if one["oid"] in self.hub.objects else {"actions": {"upload": {"href": href}}}
-            objects.append({**one, **actions})
+        for item in request["objects"]:
+            href = f"{self.hub.url}/lfs/{item['oid']}"
+            actions = {} if item["oid"] in self.hub.objects else {"actions": {"upload": {"href": href}}}
+            objects.append({**item, **actions})
         self._json({"transfer": "basic", "objects": objects})
 
     def _commit(self, repo: str, repository: Repository, lines: list[dict[str, Any]]) -> None:
@@ -140,8 +139,8 @@ class UploadHandler(Handler):
             self.send(412, {}, b'{"error": "A commit has happened since."}')
             return
         added, removed = [], []
-        for one in operations:
-            value, kind = one["value"], one["key"]
+        for operation in operations:
+            value, kind = operation["value"], operation["key"]
             path = repository.folder / value["path"]
             if kind == "deletedFile":
                 path.unlink()

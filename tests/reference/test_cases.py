@@ -1,4 +1,4 @@
-"""Cases as data: what files may say, what they may not, and that what they say is what is compared."""
+"""Test cases as data: valid files, refused files, and that exactly their checks are compared."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 MINI = SizeLimits(16, 2, 4096, 131072)
 REAL = SizeLimits(16, 2, 65536, 16777216)
 ODD = SizeLimits(14, 3, 4096, 131072)
-ONE = '[[case]]\nname = "mine"\nprompt = "What?"\n'
+CASE = '[[case]]\nname = "mine"\nprompt = "What?"\n'
 
 
 def written(folder: Path, text: str, name: str = "mine.toml") -> Path:
@@ -52,7 +52,7 @@ def written(folder: Path, text: str, name: str = "mine.toml") -> Path:
     return path
 
 
-def test_the_shipped_cases_cover_what_goes_wrong() -> None:
+def test_the_shipped_cases_cover_the_difficult_inputs() -> None:
     cases = {case.name: case for case in read_cases((SUITE,))}
     formats = {path.suffix for case in cases.values() for path in case.images if isinstance(path, Path)}
     assert formats == {".png", ".jpg"}
@@ -62,7 +62,7 @@ def test_the_shipped_cases_cover_what_goes_wrong() -> None:
     assert used == {path.resolve() for path in IMAGES.iterdir() if path.suffix != ".md"}
 
 
-def test_tags_choose_among_the_shipped_cases(tmp_path: Path) -> None:
+def test_tags_select_shipped_cases(tmp_path: Path) -> None:
     chosen = {tag: [case.name for case in shipped_cases() if tag in case.tags] for tag in get_args(Tag)}
     assert chosen == {
         "layerwise": ["one image", "wide, tall", "text"],
@@ -70,7 +70,7 @@ def test_tags_choose_among_the_shipped_cases(tmp_path: Path) -> None:
         "self-test": ["one image", "wide, tall"],
     }
     mine, tagged = (
-        placed(read_file(written(tmp_path, ONE + tags)), MINI, tmp_path)[0] for tags in ("", 'tags = ["self-test"]')
+        placed(read_file(written(tmp_path, CASE + tags)), MINI, tmp_path)[0] for tags in ("", 'tags = ["self-test"]')
     )
     assert [case.name for case in layerwise((*shipped_cases(), mine))] == [*chosen["layerwise"], "mine"]
     assert layerwise([tagged]) == (tagged,)
@@ -78,7 +78,7 @@ def test_tags_choose_among_the_shipped_cases(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("limits", [MINI, REAL, ODD], ids=["miniature", "real", "patch14merge3"])
-def test_drawn_images_fit_every_checkpoint(limits: SizeLimits, tmp_path: Path) -> None:
+def test_synthetic_images_fit_every_checkpoint(limits: SizeLimits, tmp_path: Path) -> None:
     cases = {case.name: case for case in placed(read_cases((SUITE,)), limits, tmp_path)}
 
     def resized(case: str, number: int) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -97,20 +97,20 @@ def test_drawn_images_fit_every_checkpoint(limits: SizeLimits, tmp_path: Path) -
         assert image.width % (limits.patch * limits.merge) == image.height % (limits.patch * limits.merge) == 0
 
 
-def test_images_are_drawn_alike_twice(tmp_path: Path) -> None:
+def test_synthetic_images_are_reproducible(tmp_path: Path) -> None:
     pixels = []
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
-        (case,) = [one for one in placed(read_cases((SUITE,)), MINI, tmp_path / name) if one.name == "own size"]
+        (case,) = [case for case in placed(read_cases((SUITE,)), MINI, tmp_path / name) if case.name == "own size"]
         pixels.append(np.asarray(Image.open(case.images[0])))
         assert case.drawn == (True,)
     np.testing.assert_array_equal(pixels[0], pixels[1])
     assert pixels[0].std() > 50
 
 
-def test_a_file_of_ones_own_is_read(tmp_path: Path) -> None:
+def test_a_user_file_is_read(tmp_path: Path) -> None:
     text = (
-        ONE
+        CASE
         + 'images = ["red.png", "small"]\nchecks = ["features", "inputs"]\nmax_new_tokens = 5\n'
         + '[picture.small]\ndraw = "noise"\npatches = 40\nseed = 7\n'
     )
@@ -131,45 +131,45 @@ def test_a_text_leaves_nothing_unchecked() -> None:
 
 
 REFUSED = {
-    "an unknown key": (ONE + "image = []\n", "unknown key `case.0.image`", "`images`"),
+    "an unknown key": (CASE + "image = []\n", "unknown key `case.0.image`", "`images`"),
     "an unknown key of an image": (
-        ONE + 'images = ["x"]\n[picture.x]\ndraw = "noise"\npatch = 4\n',
+        CASE + 'images = ["x"]\n[picture.x]\ndraw = "noise"\npatch = 4\n',
         "unknown key `picture.x.patch`",
         "`patches`",
     ),
-    "an unknown table": ("[other]\nx = 1\n" + ONE, "unknown key `other`", ""),
+    "an unknown table": ("[other]\nx = 1\n" + CASE, "unknown key `other`", ""),
     "no prompt": ('[[case]]\nname = "mine"\n', "`case.0.prompt` is missing", ""),
     "no case": ("", "`case` is missing", ""),
-    "a wrong type": (ONE + 'max_new_tokens = "5"\n', "`case.0.max_new_tokens` is not right", ""),
-    "an unknown check": (ONE + 'checks = ["logits"]\n', "`case.0.checks.0` is not right", ""),
-    "an unknown tag": (ONE + 'tags = ["layer-wise"]\n', "`case.0.tags.0` is not right", ""),
-    "an unknown tolerance": (ONE + 'tolerance = "loose"\n', "`case.0.tolerance` is not right", ""),
-    "an image above": (ONE + 'images = ["../outside.png"]\n', "leaves the folder", "copy"),
-    "an image by its whole path": (ONE + 'images = ["/etc/hostname"]\n', "leaves the folder", "copy"),
-    "an image by a link": (ONE + 'images = ["link.png"]\n', "leaves the folder", "copy"),
-    "no image": (ONE + 'images = ["blue.png"]\n', "there is no image 'blue.png'", ""),
-    "a folder": (ONE + 'images = ["."]\n', "there is no image '.'", ""),
-    "an image that nobody uses": (ONE + '[picture.x]\ndraw = "noise"\npatches = 4\n', "no case uses", "remove"),
-    "an image of no size": (ONE + 'images = ["x"]\n[picture.x]\ndraw = "noise"\n', "either `patches` or `pixels`", ""),
+    "a wrong type": (CASE + 'max_new_tokens = "5"\n', "`case.0.max_new_tokens` is not valid", ""),
+    "an unknown check": (CASE + 'checks = ["logits"]\n', "`case.0.checks.0` is not valid", ""),
+    "an unknown tag": (CASE + 'tags = ["layer-wise"]\n', "`case.0.tags.0` is not valid", ""),
+    "an unknown tolerance": (CASE + 'tolerance = "loose"\n', "`case.0.tolerance` is not valid", ""),
+    "an image above": (CASE + 'images = ["../outside.png"]\n', "outside the folder", "copy"),
+    "an image by its absolute path": (CASE + 'images = ["/etc/hostname"]\n', "outside the folder", "copy"),
+    "an image by a link": (CASE + 'images = ["link.png"]\n', "outside the folder", "copy"),
+    "no image": (CASE + 'images = ["blue.png"]\n', "image 'blue.png' does not exist", ""),
+    "a folder": (CASE + 'images = ["."]\n', "image '.' does not exist", ""),
+    "an unused image": (CASE + '[picture.x]\ndraw = "noise"\npatches = 4\n', "no case uses", "remove"),
+    "an image of no size": (CASE + 'images = ["x"]\n[picture.x]\ndraw = "noise"\n', "either `patches` or `pixels`", ""),
     "an image of two sizes": (
-        ONE + 'images = ["x"]\n[picture.x]\ndraw = "noise"\npatches = 4\npixels = [4, 4]\n',
+        CASE + 'images = ["x"]\n[picture.x]\ndraw = "noise"\npatches = 4\npixels = [4, 4]\n',
         "either `patches` or `pixels`",
         "",
     ),
     "an image too large to draw": (
-        ONE + 'images = ["x"]\n[picture.x]\ndraw = "noise"\npixels = [1, 1000000000]\n',
-        "is not right",
+        CASE + 'images = ["x"]\n[picture.x]\ndraw = "noise"\npixels = [1, 1000000000]\n',
+        "is not valid",
         "",
     ),
-    "tokens without logits": (ONE + 'checks = ["tokens"]\n', "compares tokens", ""),
-    "lifted limits with tokens": (ONE + 'limits = "lifted"\n', "lifts the checkpoint's limits", ""),
+    "tokens without logits": (CASE + 'checks = ["tokens"]\n', "compares tokens", ""),
+    "lifted limits with tokens": (CASE + 'limits = "lifted"\n', "lifts the checkpoint's limits", ""),
     "no TOML": ("[[case]\n", "cannot be read as cases", ""),
-    "too large": ("#" * 2**20 + "\n" + ONE, "is too large", ""),
+    "too large": ("#" * 2**20 + "\n" + CASE, "is too large", ""),
 }
 
 
 @pytest.mark.parametrize(("text", "what", "next_step"), REFUSED.values(), ids=REFUSED.keys())
-def test_what_a_file_may_not_say(tmp_path: Path, text: str, what: str, next_step: str) -> None:
+def test_invalid_files_are_refused(tmp_path: Path, text: str, what: str, next_step: str) -> None:
     path = written(tmp_path, text)
     (path.parent / "link.png").symlink_to(tmp_path / "outside.png")
     with pytest.raises(CasesError) as caught:
@@ -180,20 +180,20 @@ def test_what_a_file_may_not_say(tmp_path: Path, text: str, what: str, next_step
 
 
 @pytest.mark.parametrize(
-    ("size", "what"), [("patches = 600", "larger than the checkpoint takes"), ("pixels = [1, 201]", "more than 200")]
+    ("size", "what"), [("patches = 600", "larger than the checkpoint accepts"), ("pixels = [1, 201]", "more than 200")]
 )
-def test_what_a_checkpoint_cannot_take(tmp_path: Path, size: str, what: str) -> None:
-    path = written(tmp_path, ONE + f'images = ["x"]\n[picture.x]\ndraw = "noise"\n{size}\n')
+def test_images_that_a_checkpoint_cannot_take_are_refused(tmp_path: Path, size: str, what: str) -> None:
+    path = written(tmp_path, CASE + f'images = ["x"]\n[picture.x]\ndraw = "noise"\n{size}\n')
     with pytest.raises(CasesError, match=what):
         placed(read_file(path), MINI, tmp_path)
 
 
-def test_names_are_used_once_and_folders_hold_cases(tmp_path: Path) -> None:
-    path = written(tmp_path, ONE.replace("mine", "text"))
-    with pytest.raises(CasesError, match="two cases are called 'text'"):
+def test_names_are_unique_and_folders_contain_cases(tmp_path: Path) -> None:
+    path = written(tmp_path, CASE.replace("mine", "text"))
+    with pytest.raises(CasesError, match="two cases have the name 'text'"):
         read_cases((SUITE, path))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(CasesError, match="holds no cases"):
+    with pytest.raises(CasesError, match="contains no cases"):
         read_cases((tmp_path / "empty",))
     with pytest.raises(CasesError, match="cannot be read"):
         read_cases((tmp_path / "absent.toml",))
@@ -201,7 +201,7 @@ def test_names_are_used_once_and_folders_hold_cases(tmp_path: Path) -> None:
 
 @pytest.mark.torch  # to build the bundle
 def test_the_command_refuses_a_broken_file(bundle: Callable[[str], Path], tmp_path: Path) -> None:
-    path = written(tmp_path, ONE + "image = []\n")
+    path = written(tmp_path, CASE + "image = []\n")
     arguments = ["verify", str(bundle("genai")), "--reference", str(MINIATURE), "--cases", str(path)]
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 25
@@ -209,7 +209,7 @@ def test_the_command_refuses_a_broken_file(bundle: Callable[[str], Path], tmp_pa
 
 
 @pytest.mark.torch
-def test_what_a_case_asks_for_is_what_is_compared(miniature_built: Path, reference: Reference) -> None:
+def test_exactly_the_checks_of_a_case_are_compared(miniature_built: Path, reference: Reference) -> None:
     (image,) = [case.images for case in shipped_cases() if case.name == "one image"]
     cases = (
         Case("some", "What?", image, checks=("inputs", "features")),

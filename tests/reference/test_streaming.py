@@ -1,8 +1,7 @@
-"""The reference that streams its weights, against the one that holds them all.
+"""Compare the reference that streams its weights with the reference that holds them all.
 
-The layers run the same kernels on the same values: bit-equal. So does the head as long as its blocks are multiples of
-`HEAD_ROWS`; as that is the matrix library's doing rather than ours, what the head gives may differ by 1e-6 of its
-standard deviation.
+The layers run the same kernels on the same values and are bit-equal. So is the head while its blocks are multiples of
+`HEAD_ROWS`; as that depends on the matrix library, logits may differ here by 1e-6 of their standard deviation.
 """
 
 from __future__ import annotations
@@ -50,9 +49,9 @@ for streamed in (True, False):
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """The same checkpoint whole and streamed, and a prompt about two images."""
+    """A checkpoint loaded completely and streamed, and a prompt with two images."""
 
-    whole: Reference
+    loaded: Reference
     streamed: Reference
     prompt: Prompt
 
@@ -65,19 +64,19 @@ def pair(request: pytest.FixtureRequest, checkpoint: Callable[[str], Path]) -> P
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No tensor of two axes, and no head, in one block; the last one is not a whole one."""
+    """Split every matrix and head into several blocks, the last one partial."""
     monkeypatch.setattr(streaming, "READ_BYTES", 1001)
     monkeypatch.setattr(streaming, "HEAD_BYTES", 100_000)
 
 
 def open_pair(folder: Path) -> Pair:
     opened = open_checkpoint(folder)
-    whole = Reference(opened)
-    return Pair(whole, Reference(opened, streamed=True), two_images(whole))
+    loaded = Reference(opened)
+    return Pair(loaded, Reference(opened, streamed=True), two_images(loaded))
 
 
 def two_images(reference: Reference) -> Prompt:
-    """Of different sizes, their pixels drawn."""
+    """Return a prompt with two images of different sizes and random pixels."""
     vision = reference.checkpoint.vision
     grid = np.array([[1, 4, 6], [1, 2, 2]], np.int64) * [1, vision.merge_size, vision.merge_size]
     width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
@@ -86,12 +85,12 @@ def two_images(reference: Reference) -> Prompt:
 
 
 def close(got: Array, want: Array) -> bool:
-    """What the head gives: see the module."""
+    """Whether logits are equal within the tolerance of the module docstring."""
     return got.shape == want.shape and bool(np.abs(got - want).max() <= 1e-6 * want.std())
 
 
 def all_on_meta(reference: Reference) -> bool:
-    """Whether no weight is in memory."""
+    """Whether all weights are on the meta device."""
     return all(parameter.is_meta for parameter in reference.model.parameters())
 
 
@@ -101,8 +100,8 @@ def images(prompt: Prompt) -> tuple[Array, Array]:
     return prompt.pixel_values, prompt.image_grid_thw
 
 
-def test_the_settings_are_those_of_the_whole_model(pair: Pair) -> None:
-    got, want = pair.streamed.model, pair.whole.model
+def test_the_settings_equal_those_of_the_loaded_model(pair: Pair) -> None:
+    got, want = pair.streamed.model, pair.loaded.model
     assert got.config._attn_implementation == want.config._attn_implementation == "sdpa"
     assert (got.device, got.dtype) == (want.device, want.dtype)
     assert got.generation_config.to_dict() == want.generation_config.to_dict()
@@ -120,16 +119,16 @@ def test_the_prompt_is_the_same(pair: Pair) -> None:
 
 def test_the_features_are_bit_equal(pair: Pair) -> None:
     got, got_levels = pair.streamed.vision(*images(pair.prompt))
-    want, want_levels = pair.whole.vision(*images(pair.prompt))
+    want, want_levels = pair.loaded.vision(*images(pair.prompt))
     assert np.array_equal(got, want)
-    assert len(got_levels) == len(want_levels) == len(pair.whole.checkpoint.vision.deepstack)
+    assert len(got_levels) == len(want_levels) == len(pair.loaded.checkpoint.vision.deepstack)
     assert all(map(np.array_equal, got_levels, want_levels))
     assert all_on_meta(pair.streamed)
 
 
 def test_the_embeddings_are_bit_equal(pair: Pair) -> None:
     ids = np.array([[0, 4095, 7], [7, 7, 1]], np.int64)
-    assert np.array_equal(pair.streamed.embed(ids), pair.whole.embed(ids))
+    assert np.array_equal(pair.streamed.embed(ids), pair.loaded.embed(ids))
 
 
 @pytest.mark.parametrize("row", [4096, -1])
@@ -140,23 +139,23 @@ def test_a_token_without_a_row_is_refused_as_upstream_does(row: int) -> None:
 
 
 def test_the_logits_are_equal(pair: Pair) -> None:
-    assert close(pair.streamed.logits(pair.prompt, ANSWER), pair.whole.logits(pair.prompt, ANSWER))
+    assert close(pair.streamed.logits(pair.prompt, ANSWER), pair.loaded.logits(pair.prompt, ANSWER))
     assert all_on_meta(pair.streamed)
 
 
-def test_the_logits_without_a_image_are_equal(pair: Pair) -> None:
+def test_the_logits_without_an_image_are_equal(pair: Pair) -> None:
     prompt = pair.streamed.prepare("Which number is it?", [])
-    assert close(pair.streamed.logits(prompt, ()), pair.whole.logits(prompt, ()))
+    assert close(pair.streamed.logits(prompt, ()), pair.loaded.logits(prompt, ()))
 
 
 def test_the_decoder_alone_is_equal_in_a_batch(pair: Pair) -> None:
-    embeds = pair.whole.embed(np.random.default_rng(1).integers(0, 4096, (2, 9), np.int64))
+    embeds = pair.loaded.embed(np.random.default_rng(1).integers(0, 4096, (2, 9), np.int64))
     positions = np.stack([np.arange(9)[None] * [[1], [2]] + axis * np.arange(9) for axis in range(3)]).astype(np.int64)
-    assert close(pair.streamed.text_logits(embeds, positions), pair.whole.text_logits(embeds, positions))
+    assert close(pair.streamed.text_logits(embeds, positions), pair.loaded.text_logits(embeds, positions))
 
 
 def test_the_answer_is_the_same(pair: Pair) -> None:
-    got, want = pair.streamed.generate(pair.prompt, 8, 8), pair.whole.generate(pair.prompt, 8, 8)
+    got, want = pair.streamed.generate(pair.prompt, 8, 8), pair.loaded.generate(pair.prompt, 8, 8)
     assert len(got.tokens) == 8
     assert got.tokens == want.tokens
     assert got.margins == pytest.approx(want.margins, abs=1e-4)
@@ -164,27 +163,27 @@ def test_the_answer_is_the_same(pair: Pair) -> None:
 
 
 def test_the_hidden_states_are_bit_equal(pair: Pair) -> None:
-    got, want = (one.hidden_states(pair.prompt, ANSWER) for one in (pair.streamed, pair.whole))
+    got, want = (reference.hidden_states(pair.prompt, ANSWER) for reference in (pair.streamed, pair.loaded))
     for name in ("vision", "features", "decoder"):
         assert len(getattr(got, name)) == len(getattr(want, name)) > 0
         assert all(map(np.array_equal, getattr(got, name), getattr(want, name))), name
     assert close(got.logits, want.logits)
 
 
-def test_hidden_states_are_what_upstream_hands_on(pair: Pair) -> None:
-    """Each against the module that takes it; DeepStack is in the decoder's, at the image tokens and there only."""
+def test_hidden_states_are_the_inputs_of_upstream_modules(pair: Pair) -> None:
+    """Check each against the module that takes it; the decoder's include DeepStack, at image tokens only."""
     outputs: list[Any] = []
     hooks = [
         layer.register_forward_hook(lambda _layer, _args, out: outputs.append(out[0].numpy()))
-        for layer in pair.whole.model.model.language_model.layers
+        for layer in pair.loaded.model.model.language_model.layers
     ]
-    trace = pair.whole.hidden_states(pair.prompt, ANSWER)
+    trace = pair.loaded.hidden_states(pair.prompt, ANSWER)
     for hook in hooks:
         hook.remove()
-    main, levels = pair.whole.vision(*images(pair.prompt))
+    main, levels = pair.loaded.vision(*images(pair.prompt))
     assert all(map(np.array_equal, trace.features, (main, *levels)))
-    assert np.array_equal(trace.logits, pair.whole.logits(pair.prompt, ANSWER))
-    facts = pair.whole.checkpoint
+    assert np.array_equal(trace.logits, pair.loaded.logits(pair.prompt, ANSWER))
+    facts = pair.loaded.checkpoint
     assert len(trace.vision) == facts.vision.depth
     image = np.append(pair.prompt.input_ids[0] == facts.image_token_id, [False] * len(ANSWER))
     for index, (given, output) in enumerate(zip(trace.decoder, outputs, strict=True)):
@@ -193,31 +192,33 @@ def test_hidden_states_are_what_upstream_hands_on(pair: Pair) -> None:
             want[image] += levels[index]
         assert np.array_equal(given[0], want)
     with torch.no_grad():
-        merged = pair.whole.model.model.visual.merger(torch.from_numpy(trace.vision[-1]))
-        normed = pair.whole.model.model.language_model.norm(torch.from_numpy(trace.decoder[-1]))
-        logits = pair.whole.model.lm_head(normed)[0]
+        merged = pair.loaded.model.model.visual.merger(torch.from_numpy(trace.vision[-1]))
+        normed = pair.loaded.model.model.language_model.norm(torch.from_numpy(trace.decoder[-1]))
+        logits = pair.loaded.model.lm_head(normed)[0]
     assert np.array_equal(merged.numpy(), main)
     assert np.array_equal(logits.numpy(), trace.logits)
 
 
-def test_hidden_states_without_a_image_have_no_vision(pair: Pair) -> None:
+def test_hidden_states_without_an_image_have_no_vision(pair: Pair) -> None:
     trace: Trace = pair.streamed.hidden_states(pair.streamed.prepare("Which number is it?", []))
     assert trace.vision == trace.features == ()
     assert len(trace.decoder) == pair.streamed.checkpoint.text.layers
 
 
 def test_only_the_last_logits_are_kept(pair: Pair) -> None:
-    """A product of fewer rows ends in other bits, in the whole model just as well: 4e-6 were seen."""
-    got, want = (one.hidden_states(pair.prompt, ANSWER, keep=2).logits for one in (pair.streamed, pair.whole))
-    every = pair.whole.logits(pair.prompt, ANSWER)
+    """A matmul of fewer rows differs in the last bits, in the loaded model too: up to 4e-6 were measured."""
+    got, want = (
+        reference.hidden_states(pair.prompt, ANSWER, keep=2).logits for reference in (pair.streamed, pair.loaded)
+    )
+    every = pair.loaded.logits(pair.prompt, ANSWER)
     assert close(got, want)
     assert got.shape == (2, every.shape[1])
     assert np.abs(got - every[-2:]).max() <= 1e-5 * every.std()
 
 
 def test_one_part_at_a_time_is_in_memory(pair: Pair) -> None:
-    """Looked at before each module that computes; every weight was there once, as the whole model has it."""
-    want = dict(pair.whole.model.named_parameters())
+    """Before each leaf module: at most one part is loaded; over a forward, every weight once, with the right values."""
+    want = dict(pair.loaded.model.named_parameters())
     model = pair.streamed.model
     seen: dict[str, frozenset[str]] = {}
 
@@ -232,7 +233,7 @@ def test_one_part_at_a_time_is_in_memory(pair: Pair) -> None:
         hook.remove()
     assert seen.keys() == want.keys() - {EMBEDDINGS, LM_HEAD}
     together = set(seen.values())
-    vision, text = pair.whole.checkpoint.vision, pair.whole.checkpoint.text
+    vision, text = pair.loaded.checkpoint.vision, pair.loaded.checkpoint.text
     # Around the blocks: patch and position embedding, mergers; around the layers: the norm.
     assert len(together) == vision.depth + 3 + len(vision.deepstack) + text.layers + 1
     assert sum(map(len, together)) == len(seen)
@@ -240,7 +241,7 @@ def test_one_part_at_a_time_is_in_memory(pair: Pair) -> None:
 
 @pytest.fixture
 def rows_read(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int]]:
-    """(tensor, first row, row behind the last) of every read."""
+    """Record (tensor, start, stop) of every read."""
     reads: list[tuple[str, int, int]] = []
     read = streaming.read_rows
 
@@ -252,7 +253,7 @@ def rows_read(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int]]:
     return reads
 
 
-def test_only_the_rows_asked_for_are_read(rows_read: list[tuple[str, int, int]]) -> None:
+def test_only_the_requested_rows_are_read(rows_read: list[tuple[str, int, int]]) -> None:
     Reference(open_checkpoint(MINIATURE), streamed=True).embed(np.array([[900, 3, 900]], np.int64))
     assert rows_read == [(EMBEDDINGS, 3, 4), (EMBEDDINGS, 900, 901)]
 
@@ -266,7 +267,7 @@ def test_the_head_is_read_in_blocks(checkpoint: Callable[[str], Path], rows_read
 
 
 @pytest.mark.parametrize("file", range(3))
-def test_a_file_that_becomes_shorter_is_an_error_and_nothing_stays_loaded(sharded: Path, file: int) -> None:
+def test_a_truncated_file_is_an_error_and_nothing_stays_loaded(sharded: Path, file: int) -> None:
     pair = open_pair(sharded)
     want = pair.streamed.logits(pair.prompt, ())
     shard = sorted(sharded.glob("*.safetensors"))[file]
@@ -283,7 +284,7 @@ def test_a_file_that_becomes_shorter_is_an_error_and_nothing_stays_loaded(sharde
     assert np.array_equal(pair.streamed.logits(pair.prompt, ()), want)
 
 
-def test_a_tensor_too_many_or_too_few_is_refused() -> None:
+def test_missing_and_extra_tensors_are_refused() -> None:
     opened = open_checkpoint(MINIATURE)
     norm = "model.language_model.norm.weight"
     for tensors, name in (
@@ -295,7 +296,7 @@ def test_a_tensor_too_many_or_too_few_is_refused() -> None:
 
 
 def test_peak_memory_does_not_grow_with_the_layers(tmp_path: Path) -> None:
-    streamed_peaks, whole_peaks = [], []
+    streamed_peaks, loaded_peaks = [], []
     for layers in (2, 10):
         text = {**WIDE, "num_hidden_layers": layers, "intermediate_size": 6144}
         folder = write_checkpoint(tmp_path / str(layers), text=text, deepstack=(1, 2), dtype="bfloat16")
@@ -304,7 +305,7 @@ def test_peak_memory_does_not_grow_with_the_layers(tmp_path: Path) -> None:
         shutil.rmtree(folder)
         first, second = map(int, done.stdout.split())
         streamed_peaks.append(first)
-        whole_peaks.append(second)
+        loaded_peaks.append(second)
     assert streamed_peaks[1] - streamed_peaks[0] < WIDE_LAYER, streamed_peaks
-    # The control: a model that is held whole does grow, by eight layers.
-    assert whole_peaks[1] - whole_peaks[0] > 7 * WIDE_LAYER, whole_peaks
+    # The control: a completely loaded model grows by eight layers.
+    assert loaded_peaks[1] - loaded_peaks[0] > 7 * WIDE_LAYER, loaded_peaks
