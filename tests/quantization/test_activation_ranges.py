@@ -24,7 +24,7 @@ from builder.stages import quantize
 from builder.stages.engine.build import Build
 from builder.stages.engine.execute import execute
 from builder.targets.recipe_file import load_recipe
-from builder.verify.graphs.all_logits import FloatSession, shipped_graphs
+from builder.verify.graphs.all_logits import FloatSession, shipped_graphs, teacher_forced
 from builder.verify.graphs.sessions import Graphs
 from tests.helpers.edits import edit_tensors
 

@@ -72,7 +72,7 @@ def test_every_mutant_is_caught_where_it_is(bundle: Callable[[str], Path], targe
     assert {path.name for path in (folder / "evidence").iterdir()} == {"self_test.json", "self_test.txt"}
     assert json.loads((folder / "evidence" / "self_test.json").read_text()) == done.as_dict()
     text = (folder / "evidence" / "self_test.txt").read_text()
-    assert all(re.search(rf"│ {re.escape(mutant.name)} +│", text) for mutant in MUTANTS)
+    assert all(re.search(rf"(?m)^ {re.escape(mutant.name)} {{2,}}\S", text) for mutant in MUTANTS)
     assert done.markdown().count("| caught |") == len(MUTANTS) - len(none)
 
 
