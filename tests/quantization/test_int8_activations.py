@@ -189,8 +189,8 @@ def test_a_recipe_requests_it_in_a_rule(tmp_path: Path) -> None:
         (HEAD + RULE.replace('store = "int8"', 'store = "int4"'), "store = 'int4'"),
         (HEAD + RULE + "zero_points = true\n", "zero_points = True"),
         (HEAD + RULE + 'search = "gptq"\n', "search = 'gptq'"),
-        (HEAD + 'provider = "cuda"\n' + RULE, "activations of 8 bits for model.visual.*"),
-        (HEAD.replace("fp32", "fp16") + RULE, "activations of 8 bits for model.visual.*"),
+        (HEAD + 'provider = "cuda"\n' + RULE, "8-bit activations for model.visual.*"),
+        (HEAD.replace("fp32", "fp16") + RULE, "8-bit activations for model.visual.*"),
     ],
 )
 def test_formats_without_a_kernel_are_rejected(tmp_path: Path, text: str, reason: str) -> None:

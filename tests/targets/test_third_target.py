@@ -165,7 +165,7 @@ def test_changes_in_the_subfolder_are_rejected(
 
 def test_two_graphs_with_the_same_role_are_rejected(bundle: Path) -> None:
     edit_manifest(bundle, lambda content: content["graphs"]["onnx/embed_tokens.onnx"].update(role=DECODER))
-    with pytest.raises(BundleError, match="which graph is which"):
+    with pytest.raises(BundleError, match="does not give each graph one role"):
         check(bundle)
 
 
