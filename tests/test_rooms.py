@@ -102,6 +102,7 @@ def test_the_key_of_a_stage_holds_no_room_that_cannot_change_its_result(stage: s
         ("builder/verify/report/gates.py", {"verify", "bundle"}),
         ("builder/verify/report/template.html.j2", {"verify", "bundle"}),
         ("builder/bundle/model_card.py", {"bundle"}),
+        ("builder/targets/notes.py", {"bundle"}),
     ],
 )
 def test_a_change_runs_only_what_depends_on_it(file: str, stages: set[str]) -> None:

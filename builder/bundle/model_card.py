@@ -10,8 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from builder.checkpoint.license import License
-from builder.targets.registry import PACKAGING
-from builder.targets.spec import Notes
+from builder.targets.notes import NOTES, Notes
 from builder.util.text import clean, cut
 
 CARD = "README.md"
@@ -29,7 +28,7 @@ DEFAULT = Notes("onnx", ("onnxruntime",), (), ())
 
 def notes(target: str) -> Notes:
     """Notes of the target's runtime; defaults where the runtime is unknown."""
-    return PACKAGING[target].notes if target in PACKAGING else DEFAULT
+    return NOTES.get(target, DEFAULT)
 
 
 def limits(manifest: Mapping[str, Any]) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import RenderableType
 
 from builder.bundle.layout import EVIDENCE, MANIFEST, check_bundle
-from builder.targets.registry import PACKAGING
+from builder.targets.notes import NOTES
 from builder.targets.runners.registry import RUNTIMES
 from builder.util.console_table import console_table
 from builder.util.errors import BundleError
@@ -134,8 +134,8 @@ def _row(bundle: Path) -> Row:
 
 def _runtime(target: str, versions: Mapping[str, str]) -> str:
     """Return the package that runs the target, with its version; else the versions that its runner reports."""
-    known = PACKAGING.get(target)
-    first = known.notes.packages[0] if known and known.notes.packages else target
+    known = NOTES.get(target)
+    first = known.packages[0] if known and known.packages else target
     if first in versions:
         return f"{first} {versions[first]}"
     own = RUNTIMES[target].versions() if target in RUNTIMES else {}

@@ -17,7 +17,7 @@ from builder.graph.ports import packed_components, packed_width
 from builder.quantization.rules import resolve
 from builder.targets.config_files import as_json, eos_token_ids, pipeline_settings, text_config, vision_processor
 from builder.targets.providers import session_options
-from builder.targets.spec import Notes, Packaging
+from builder.targets.spec import Packaging
 
 if TYPE_CHECKING:
     from builder.targets.recipe import Recipe, Target
@@ -116,41 +116,4 @@ def _search(checkpoint: Checkpoint, max_length: int, fused: bool) -> dict[str, A
     }
 
 
-NOTES = Notes(
-    "onnxruntime-genai",
-    ("onnxruntime-genai",),
-    (),
-    (
-        "The runtime's image processor is bit-identical to that of transformers for images that need no resizing. For "
-        "others, the grid can differ (sides ≡ 16 mod 64), and so can single pixels: resize them first, or pass "
-        "`pixel_values`, as `qwen3vl-onnx run` does.",
-        "The runtime's JPEG decoder differs from PIL's, and it does not rotate images by their EXIF orientation.",
-        "A padded batch gives silently wrong results in this runtime (0.18): use prompts of equal length.",
-        "A second turn with an image on the same generator gives silently wrong results in this runtime (0.18): create "
-        "a new generator for each conversation with images.",
-        "The runtime masks every padding token in a prompt, so `pad_token_id` is the video token, which prompts do not "
-        "contain.",
-        "Logits are returned for the last position only.",
-    ),
-    """\
-import json
-
-import onnxruntime_genai as og
-
-model = og.Model(".")
-processor = model.create_multimodal_processor()
-with open("pipeline.json", encoding="utf-8") as file:
-    template = json.load(file)["prompt"]
-prompt = template["prefix"] + template["image"] + "What is this?" + template["suffix"]
-params = og.GeneratorParams(model)
-params.set_search_options(do_sample=False)
-generator = og.Generator(model, params)
-generator.set_inputs(processor(prompt, images=og.Images.open("image.png")))
-stream = processor.create_stream()
-while not generator.is_done():
-    generator.generate_next_token()
-    print(stream.decode(generator.get_next_tokens()[0]), end="", flush=True)
-""",
-)
-
-PACKAGING = Packaging(configs=_configs, notes=NOTES, provider=True)
+PACKAGING = Packaging(configs=_configs, provider=True)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from builder.checkpoint.load import Checkpoint
 from builder.targets.config_files import pipeline_settings, vision_processor
 from builder.targets.image_preprocessor import image_preprocessor_graph
-from builder.targets.spec import Notes, Packaging
+from builder.targets.spec import Packaging
 
 if TYPE_CHECKING:
     from builder.targets.recipe import Recipe, Target
@@ -32,18 +32,4 @@ def _programs() -> Mapping[str, str]:
     return {PIPELINE: (Path(__file__).parent / "clients" / PIPELINE).read_text(encoding="utf-8")}
 
 
-NOTES = Notes(
-    "onnx",
-    ("onnxruntime", "numpy", "pillow", "tokenizers"),
-    ('python pipeline.py --prompt "What is this?" --image image.png',),
-    (
-        "`pipeline.py` is code, and the reference for ports to other languages: read it before you run a copy from "
-        "someone else.",
-        "`image_preprocessor.onnx` computes `pixel_values` and `image_grid_thw` from RGB bytes [height, width, 3], "
-        "bit-identical to transformers, for clients without a preprocessor. Before calling it, decode the file, rotate "
-        "the image by its EXIF orientation, and reject images with one side more than 200 times the other.",
-        "Attention scores are computed in blocks of query rows; memory use grows with the number of patches.",
-    ),
-)
-
-PACKAGING = Packaging(configs=_configs, notes=NOTES, programs=_programs, further=image_preprocessor_graph)
+PACKAGING = Packaging(configs=_configs, programs=_programs, further=image_preprocessor_graph)

@@ -14,27 +14,6 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Notes:
-    """The section of a model card about a runtime.
-
-    Args:
-        library: `library_name` on the Hugging Face Hub.
-        packages: PyPI packages that the bundle needs.
-        run: shell commands that run the bundle from its folder.
-        limits: known limitations, a sentence or two each.
-        code: a program that runs the bundle from its folder.
-        language: Markdown's name for the language of `code`.
-    """
-
-    library: str
-    packages: tuple[str, ...]
-    run: tuple[str, ...]
-    limits: tuple[str, ...]
-    code: str = ""
-    language: str = "python"
-
-
-@dataclass(frozen=True)
 class GraphFiles:
     """Paths of a graph and its data file in a bundle: relative, with `/`, in the same folder."""
 
@@ -54,7 +33,6 @@ class Packaging:
     Args:
         configs: (checkpoint, recipe, recipe's target) → {file: text} of the files next to the graphs. Every bundle
             includes pipeline.json and vision_processor.json (builder/targets/config_files.py).
-        notes: for the model card.
         programs: {file: text} of the configs that are programs; `check` recognizes a bundle's programs by them.
         layout: (graph's role, recipe) → paths of the graph and its data file.
         further: (checkpoint, recipe) → {role: additional graph without external data}, such as that of
@@ -63,7 +41,6 @@ class Packaging:
     """
 
     configs: Callable[[Checkpoint, Recipe, Target], Mapping[str, str]]
-    notes: Notes
     programs: Callable[[], Mapping[str, str]] = dict
     layout: Callable[[str, Recipe], GraphFiles] = by_name
     further: Callable[[Checkpoint, Recipe], Mapping[str, ModelProto]] = lambda checkpoint, recipe: {}

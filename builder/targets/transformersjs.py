@@ -14,8 +14,8 @@ from builder.checkpoint.parts import DECODER, EMBEDDINGS, VISION
 from builder.graph.ports import ROLES
 from builder.targets.config_files import as_json, eos_token_ids, pipeline_settings, vision_processor
 from builder.targets.image_preprocessor import image_preprocessor_graph
-from builder.targets.runners.node import LIBRARY, PINNED_LIBRARY
-from builder.targets.spec import GraphFiles, Notes, Packaging
+from builder.targets.runners.node import PINNED_LIBRARY
+from builder.targets.spec import GraphFiles, Packaging
 
 if TYPE_CHECKING:
     from builder.targets.recipe import Recipe, Target
@@ -108,41 +108,8 @@ def preprocessor_config(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-NOTES = Notes(
-    "transformers.js",
-    (),
-    (f"ONNXRUNTIME_NODE_INSTALL=skip npm install {LIBRARY}@{PINNED_LIBRARY}",),
-    (
-        "The library's image processor equals that of transformers for RGB PNGs that need no resizing. For others, "
-        "grid and pixels differ; `onnx/image_preprocessor.onnx` computes both as transformers does, for any size (see "
-        "`demo/worker.mjs`; in browsers it needs a build of onnxruntime-web with float64, as loaded there).",
-        "The library's image processor takes one image per prompt: it treats several images as frames of one video.",
-        "Without an image, the library (4.3.1) gives generated tokens positions far beyond the prompt; the decoder in "
-        "this bundle corrects them by clamping positions to the number of tokens.",
-        "Logits are returned for the last position only.",
-        "On WebGPU, the bundle was run with a software adapter in fp32 and int4; fp16 and real GPUs are untested.",
-        "A browser loads each data file into one contiguous buffer: files over 2 GB do not load there.",
-        "`demo/` contains code: read it before you serve a copy from someone else.",
-    ),
-    """\
-import { AutoProcessor, Qwen3VLForConditionalGeneration, RawImage, TextStreamer, env } from "@huggingface/transformers";
-
-env.allowRemoteModels = false;
-const folder = process.cwd();
-const processor = await AutoProcessor.from_pretrained(folder);
-const model = await Qwen3VLForConditionalGeneration.from_pretrained(folder);
-const question = [{ type: "image" }, { type: "text", text: "What is this?" }];
-const prompt = processor.apply_chat_template([{ role: "user", content: question }], { add_generation_prompt: true });
-const inputs = await processor(prompt, await RawImage.read("image.png"));
-const streamer = new TextStreamer(processor.tokenizer, { skip_prompt: true });
-await model.generate({ ...inputs, max_new_tokens: 64, do_sample: false, streamer });
-""",
-    language="javascript",
-)
-
 PACKAGING = Packaging(
     configs=_configs,
-    notes=NOTES,
     programs=_programs,
     layout=layout,
     further=image_preprocessor_graph,

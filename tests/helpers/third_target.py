@@ -21,16 +21,17 @@ from builder.checkpoint.load import Checkpoint
 from builder.checkpoint.parts import DECODER, EMBEDDINGS, VISION
 from builder.graph.external_data import DIGESTS
 from builder.stages import bundle, configure
-from builder.targets import graphs, registry
+from builder.targets import graphs, notes, registry
 from builder.targets.clients import pipeline
 from builder.targets.clients.pipeline import Inputs
 from builder.targets.config_files import pipeline_settings, vision_processor
 from builder.targets.graphs import GraphSettings
+from builder.targets.notes import Notes
 from builder.targets.recipe import Recipe, Target
 from builder.targets.runners import registry as runners
 from builder.targets.runners.protocol import SettingsRunner
 from builder.targets.runners.registry import Runtime
-from builder.targets.spec import GraphFiles, Notes, Packaging
+from builder.targets.spec import GraphFiles, Packaging
 from builder.util.files import sha256
 from builder.verify.graphs import sessions
 from builder.verify.report.context import Context
@@ -90,12 +91,13 @@ GRAPHS = GraphSettings(
     precisions=("fp32", "fp16"),
 )
 
+NOTES = Notes("third.js", ("third",), ("third ask .",), ("It is not there.",))
+
 PACKAGING = Packaging(
     configs=lambda checkpoint, recipe, target: {
         "vision_processor.json": vision_processor(checkpoint),
         "pipeline.json": pipeline_settings(checkpoint, recipe.max_length),
     },
-    notes=Notes("third.js", ("third",), ("third ask .",), ("It is not there.",)),
     layout=layout,
     further=further,
 )
@@ -110,6 +112,7 @@ def registered(patch: pytest.MonkeyPatch) -> None:
     """In the three tables, as long as `patch` holds."""
     patch.setitem(graphs.GRAPHS, NAME, GRAPHS)
     patch.setitem(registry.PACKAGING, NAME, PACKAGING)
+    patch.setitem(notes.NOTES, NAME, NOTES)
     patch.setitem(runners.RUNTIMES, NAME, RUNTIME)
 
 

@@ -103,7 +103,7 @@ def test_check_pack_and_diff_pass(made: Path, tmp_path: Path) -> None:
     assert check(extracted).target == NAME
     assert diff(made, extracted).equal
     assert "third ask ." in (made / "README.md").read_text()
-    assert notes(NAME) == third_target.PACKAGING.notes
+    assert notes(NAME) == third_target.NOTES
 
 
 @pytest.mark.parametrize("images", [[], ["sixteen.png"], ["wide.png", "tall.png"]], ids=str)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from builder.bundle.format1 import OLD_CASES
 from builder.checkpoint.load import Checkpoint
 from builder.reference.cases import SUITE, Case, held_out, placed, read_cases
 from builder.reference.synthetic_images import SizeLimits
@@ -152,7 +153,12 @@ def _prepared(case: Case, reference: Reference) -> Prompt:
 
 
 def _samples(case: Case, place: str, tensors: Sequence[Array], count: int = SAMPLES) -> tuple[Sample, ...]:
-    return tuple(sampled(tensor, f"{case.name} {place} {n}", count) for n, tensor in enumerate(tensors))
+    return tuple(sampled(tensor, f"{_seed(case)} {place} {n}", count) for n, tensor in enumerate(tensors))
+
+
+def _seed(case: Case) -> str:
+    """The case's name in format 1: positions stay those that goldens of that format have."""
+    return OLD_CASES.get(case.name, case.name)
 
 
 def sampled(tensor: Array, seed: str, count: int = SAMPLES) -> Sample:
@@ -164,7 +170,7 @@ def sampled(tensor: Array, seed: str, count: int = SAMPLES) -> Sample:
 
 def _logits(case: Case, row: Array, position: int) -> Sample:
     top = np.argsort(row)[::-1][:TOP]
-    rest = np.asarray(sampled(row, f"{case.name} logits {position}", SAMPLES // 2).at, np.int64)
+    rest = np.asarray(sampled(row, f"{_seed(case)} logits {position}", SAMPLES // 2).at, np.int64)
     return _sample(row, np.concatenate([top, rest[~np.isin(rest, top)]]))
 
 
