@@ -17,7 +17,9 @@ def results(*files: Path) -> str:
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     seconds: dict[str, float] = defaultdict(float)
     for case in (case for file in files for case in ElementTree.parse(file).iter("testcase")):
-        name = ".".join(case.get("classname", "").split(".")[:2]) or case.get("name", "")
+        parts = case.get("classname", "").split(".")
+        module = next((n for n, part in enumerate(parts, start=1) if part.startswith("test_")), len(parts))
+        name = ".".join(parts[:module]) or case.get("name", "")
         outcome = {child.tag for child in case} & {"failure", "error", "skipped"}
         counts[name].update(["tests", *outcome])
         seconds[name] += float(case.get("time", 0))
