@@ -40,8 +40,8 @@ class Row:
         equal: number of tokens before the first difference in each case.
         task: held-out accuracy, of the bundle and of PyTorch.
         bytes: size of all files but the evidence.
-        played: `run`, or `not run here, because …`.
-        twin: whether the tokens are those of the bundle's fp32 copy, which must be exact where the bundle need not.
+        status: `run`, or `not run here, because …`.
+        fp32_copy: whether the tokens are those of the bundle's fp32 copy, which must be exact even if the bundle is not.
     """
 
     target: str
@@ -53,13 +53,13 @@ class Row:
     equal: int
     task: str | None
     bytes: int
-    played: str
-    twin: bool = False
+    status: str
+    fp32_copy: bool = False
 
     @property
     def cells(self) -> tuple[str, ...]:
         """Text for each of `COLUMNS`."""
-        tokens = f"{self.equal} / {self.tokens}{', its fp32 copy' * self.twin}" if self.tokens else NONE
+        tokens = f"{self.equal} / {self.tokens}{', its fp32 copy' * self.fp32_copy}" if self.tokens else NONE
         cases = str(self.cases) if self.tokens else NONE
         return (
             self.target,
@@ -69,7 +69,7 @@ class Row:
             tokens,
             self.task or NONE,
             size(self.bytes),
-            self.played,
+            self.status,
         )
 
 
@@ -128,7 +128,7 @@ def _row(bundle: Path) -> Row:
         f"{task['ONNX']} (PyTorch {task['PyTorch']})" if {"ONNX", "PyTorch"} <= task.keys() else None,
         sum(int(file["size"]) for file in manifest.get("files", {}).values()),
         f"not run here, because {why}" if why else RUN,
-        twin="quality" in facts,
+        fp32_copy="quality" in facts,
     )
 
 
@@ -150,7 +150,7 @@ def renderables(found: Sequence[Row]) -> Iterator[RenderableType]:
     title = "Bundles, each in its own runtime, against PyTorch"
     yield console_table(title, headings, rows, right=("cases", "tokens equal", "size"))
     for row in found:
-        yield f"{row.target}: {row.runtime}{'' if row.played == RUN else f', {row.played}'}"
+        yield f"{row.target}: {row.runtime}{'' if row.status == RUN else f', {row.status}'}"
 
 
 def markdown(found: Sequence[Row]) -> str:

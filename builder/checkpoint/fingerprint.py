@@ -39,10 +39,22 @@ def folder_fingerprint(checkpoint: Checkpoint, *, rehash: bool = False) -> dict[
 
     Args:
         rehash: hash weight files completely, rather than their size, modification time and header.
+
+    Raises:
+        CheckpointError: a file is no longer readable.
     """
     folder = checkpoint.folder
-    files = (*checkpoint.files, *notice_names(folder))
-    return {"checkpoint name": checkpoint.name, **{file: file_fingerprint(folder / file, rehash) for file in files}}
+    try:
+        files = (*checkpoint.files, *notice_names(folder))
+        fingerprints = {file: file_fingerprint(folder / file, rehash) for file in files}
+    except OSError as error:
+        raise CheckpointError(
+            f"{error.filename or folder} changed since it was opened",
+            expected="a readable file",
+            found=error.strerror or str(error),
+            next="let whatever writes it finish, then run the same command again",
+        ) from error
+    return {"checkpoint name": checkpoint.name, **fingerprints}
 
 
 def open_fetched(out: Path) -> Checkpoint:

@@ -48,12 +48,12 @@ def build(
         if all(step.state == "cached" for step, _ in done):
             print("nothing to run: nothing changed", file=sys.stderr)
         last = plan.folder(done[-1][0].stage.name)
-        whole = done[-1][0].stage == plan.stages[-1]
-        bundles = {one.runtime: str(last / one.runtime) for one in plan.recipe.targets} if whole else {}
+        complete = done[-1][0].stage == plan.stages[-1]
+        bundles = {target.runtime: str(last / target.runtime) for target in plan.recipe.targets} if complete else {}
         table = _table(plan, bundles)
         if as_json:
             results = {"bundles": bundles, "table": bundle_table.as_dicts(table)}
-            emit({**_head(plan), **results, "stages": [_stage_facts(plan, *one) for one in done]})
+            emit({**_head(plan), **results, "stages": [_stage_facts(plan, step, record) for step, record in done]})
             return
         for _, record in done:
             if report := record.facts.get("report"):
@@ -81,7 +81,7 @@ def explain(
         asked = _prepared(checkpoint, recipe, output, until, force or [], rehash)
         steps = plan(asked, until, force or [])
         if as_json:
-            stages = [{"stage": one.stage.name, "state": one.state, "why": one.why} for one in steps]
+            stages = [{"stage": step.stage.name, "state": step.state, "why": step.why} for step in steps]
             emit({**_head(asked), "stages": stages})
             return
         for step in steps:
@@ -101,7 +101,7 @@ def _prepared(
     from builder.stages.engine.prepare import prepared
 
     names = [stage.name for stage in STAGES]
-    late = [one for one in force if until is not None and names.index(one) > names.index(until)]
+    late = [name for name in force if until is not None and names.index(name) > names.index(until)]
     if late:
         raise typer.BadParameter(f"{late[0]} comes after --until {until}", param_hint="--force")
     return prepared(checkpoint, recipe, output, rehash=rehash, settle_again="fetch" in force, memory=memory)

@@ -66,11 +66,11 @@ def pack(
 
         done = pack(bundle, output)
         if as_json:
-            archives = [{"path": str(one.path), "size": one.size, "sha256": one.sha256} for one in done]
+            archives = [{"path": str(file.path), "size": file.size, "sha256": file.sha256} for file in done]
             emit({"ok": True, "bundle": str(bundle), "archives": archives})
             return
-        for one in done:
-            print(f"{one.sha256}  {one.path}")
+        for file in done:
+            print(f"{file.sha256}  {file.path}")
 
 
 def publish(

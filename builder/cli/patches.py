@@ -24,15 +24,15 @@ def patches(
     with reported(as_json):
         from builder.stages import patch
 
-        recorded = [asdict(one) for one in patch.record()] if record else []
-        rows = [asdict(one) for one in patch.status()]
+        recorded = [asdict(row) for row in patch.record()] if record else []
+        rows = [asdict(row) for row in patch.status()]
         if diff:
             rows = [{**row, "diff": patch.diff_text(row["name"])} for row in rows]
         if as_json:
             emit({"ok": True, "patches": rows, "recorded": recorded})
             return
-        for one in recorded:
-            print(f"{one['name']}: checked on {one['release']}, {'recorded' if one['new'] else 'known before'}")
+        for row in recorded:
+            print(f"{row['name']}: checked on {row['release']}, {'recorded' if row['new'] else 'known before'}")
         for row in rows:
             print(row["diff"] if diff else _patch_text(row))
 

@@ -59,33 +59,40 @@ def sensitivity(
         if write is not None:
             write.write_text(text, encoding="utf-8", newline="\n")
         if as_json:
-            emit({"ok": True, "bytes": whole, "recipe": text, "groups": [_facts(one, taken) for one in found]})
+            emit(
+                {
+                    "ok": True,
+                    "bytes": whole,
+                    "recipe": text,
+                    "groups": [_facts(sensitivity, taken) for sensitivity in found],
+                }
+            )
             return
         show(_table(found, taken, whole))
         print(text if write is None else write)
 
 
-def _facts(one: Sensitivity, taken: Sequence[Group]) -> dict[str, object]:
+def _facts(sensitivity: Sensitivity, taken: Sequence[Group]) -> dict[str, object]:
     return {
-        "group": one.group.name,
-        "tensors": list(one.group.tensors),
-        "kl": one.kl,
-        "more bytes": one.group.extra_bytes,
-        "8 bits": one.group in taken,
+        "group": sensitivity.group.name,
+        "tensors": list(sensitivity.group.tensors),
+        "kl": sensitivity.kl,
+        "more bytes": sensitivity.group.extra_bytes,
+        "8 bits": sensitivity.group in taken,
     }
 
 
 def _table(found: Sequence[Sensitivity], taken: Sequence[Group], whole: int) -> RenderableType:
-    total = sum(one.kl for one in found) or 1.0
+    total = sum(sensitivity.kl for sensitivity in found) or 1.0
     rows = (
         (
-            one.group.name,
-            f"{one.kl:.2e}",
-            f"{one.kl / total:.0%}",
-            f"{one.group.extra_bytes / whole:.1%}",
-            "8 bits" if one.group in taken else "",
+            sensitivity.group.name,
+            f"{sensitivity.kl:.2e}",
+            f"{sensitivity.kl / total:.0%}",
+            f"{sensitivity.group.extra_bytes / whole:.1%}",
+            "8 bits" if sensitivity.group in taken else "",
         )
-        for one in found
+        for sensitivity in found
     )
     headings = ("group", "KL, mean", "share", "more bytes", "chosen")
     return console_table("Rounded alone, against PyTorch in fp32", headings, rows, right=headings[1:4])

@@ -53,11 +53,11 @@ def test_each_bundle_has_a_row_from_its_evidence(output: Path) -> None:
     genai, openvino = table.rows(table.bundles_in([output]))
     assert (genai.target, genai.runtime, genai.verdict) == ("genai", "onnxruntime-genai 0.18.0", "passed")
     assert (genai.cases, genai.tokens, genai.equal) == (12, 700, 699)
-    assert (genai.task, genai.played) == ("40/41 (PyTorch 41/41)", "run")
+    assert (genai.task, genai.status) == ("40/41 (PyTorch 41/41)", "run")
     manifest = json.loads((output / "8-bundle" / "genai" / "manifest.json").read_text())
     assert genai.bytes == sum(file["size"] for file in manifest["files"].values())
     assert (openvino.tokens, openvino.task, openvino.verdict) == (0, None, "partial")
-    assert openvino.played.startswith("not run here, because openvino is not installed")
+    assert openvino.status.startswith("not run here, because openvino is not installed")
     for shown in (as_text(*table.renderables([genai, openvino])), table.markdown([genai, openvino])):
         assert "699 / 700" in shown
         assert "not run here, because" in " ".join(shown.split())
@@ -70,7 +70,7 @@ def test_tokens_of_an_inexact_bundle_are_its_fp32_copys(tmp_path: Path) -> None:
     parity = json.loads(path.read_text())
     path.write_text(json.dumps({**parity, "facts": {**parity["facts"], "quality": {}}}))
     (row,) = table.rows([bundle])
-    assert row.twin
+    assert row.fp32_copy
     assert "192 / 192, its fp32 copy" in table.markdown([row])
 
 
@@ -121,4 +121,4 @@ def test_one_command_makes_a_bundle_for_every_runtime_each_proven_in_its_own(tmp
     for row in rows:
         assert row["equal"] == row["tokens"] > 500, row
         assert row["task"] == rows[0]["task"], row
-        assert row["played"] == "run", row
+        assert row["status"] == "run", row
