@@ -41,7 +41,7 @@ class Row:
         task: held-out accuracy, of the bundle and of PyTorch.
         bytes: size of all files but the evidence.
         status: `run`, or `not run here, because …`.
-        fp32_copy: whether the tokens are those of the bundle's fp32 copy, which must be exact even if the bundle is not.
+        fp32_copy: whether the tokens are those of the bundle's fp32 copy, exact even if the bundle is not.
     """
 
     target: str
