@@ -7,7 +7,7 @@ import re
 import pytest
 
 from tests.helpers.processes import ROOT
-from tests.test_rooms import FILES, ROOMS
+from tests.helpers.rooms import FILES, ROOMS
 
 PAGE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 PATHS = sorted(set(re.findall(r"(?:builder|tests|patches|docs)/[\w/-]*(?:\.\w+)?", PAGE)))

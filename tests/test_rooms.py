@@ -12,25 +12,8 @@ import pytest
 from builder.stages.engine.build import STAGES
 from builder.stages.engine.cache_key import code_digests
 from tests.helpers.processes import ROOT
+from tests.helpers.rooms import FILES, ROOMS
 
-# From top to bottom; a room imports only rooms after it.
-ROOMS = (
-    "cli",
-    "stages",
-    "verify",
-    "bundle",
-    "targets",
-    "graph",
-    "quantization",
-    "reference",
-    "checkpoint",
-    "util",
-)
-FILES = {
-    file.relative_to(ROOT).as_posix(): file
-    for package in ("builder", "patches")
-    for file in sorted((ROOT / package).rglob("*.py"))
-}
 MODULES = {name.removesuffix(".py").removesuffix("/__init__").replace("/", "."): name for name in FILES}
 
 
@@ -121,3 +104,11 @@ def test_no_room_and_no_folder_is_a_hall() -> None:
     assert not {name for name, count in ours.items() if count > 300 and not name.endswith("/pipeline.py")}
     tests = {file: len(file.read_text(encoding="utf-8").splitlines()) for file in (ROOT / "tests").rglob("*.py")}
     assert not {file for file, count in tests.items() if count > 450}
+
+
+def test_no_test_imports_from_a_test_module() -> None:
+    """What tests share is in tests/helpers/."""
+    for file in (ROOT / "tests").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                assert not any(part.startswith("test_") for part in node.module.split(".")), file

@@ -27,10 +27,9 @@ from builder.cli.app import app
 from builder.targets.clients.pipeline import SettingsError, load_tokenizer, read_image_settings, read_settings
 from builder.util.errors import BundleError, UnsafeError
 from builder.util.files import write_text
-from tests.checkpoint.test_fuzz import record_counts
 from tests.helpers.checkpoints import MINIATURE
 from tests.helpers.edits import Change, both, edit_json, remove, truncate, write
-from tests.helpers.hostile import HUGE, ODD_VALUES, mutated, outcome, snapshot
+from tests.helpers.hostile import HUGE, ODD_VALUES, mutated, outcome, record_counts, snapshot
 
 DRAWN = 2000
 DATA = "model.onnx.data"

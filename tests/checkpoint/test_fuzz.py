@@ -33,7 +33,7 @@ from builder.verify.memory_budget import verify_memory
 from tests.helpers import hostile
 from tests.helpers.checkpoints import write_checkpoint
 from tests.helpers.edits import Change, both, remove, write
-from tests.helpers.hostile import CHECKPOINTS, mutated, outcome, snapshot
+from tests.helpers.hostile import CHECKPOINTS, mutated, outcome, record_counts, snapshot
 
 MUTATIONS = 3000  # of a slow run
 MOST_MEMORY = 500 * 2**20
@@ -103,13 +103,6 @@ def refusals(good: Path, folder: Path, cases: list[tuple[str, str]]) -> Counter[
             raise
         shutil.rmtree(copy)
     return counts
-
-
-def record_counts(counts: Mapping[str, int], record: Callable[[str, object], None]) -> None:
-    """Record the counts in the test results, and print them."""
-    for kind, count in sorted(counts.items()):
-        record(kind, count)
-        print(f"{count:6} {kind}")
 
 
 def test_a_good_checkpoint_is_accepted(good: Path) -> None:

@@ -19,9 +19,9 @@ from builder.stages.engine.build import Build
 from builder.stages.engine.execute import execute, plan
 from builder.targets.recipe_file import load_recipe
 from builder.util.errors import BuildError, CheckpointError, DownloadError, UnsafeError, UnsupportedError
+from tests.helpers.fetching import SHARD, fetch_into, sha256
 from tests.helpers.hub_server import HubServer, Repository
 from tests.helpers.openings import count_openings
-from tests.stages.test_fetch import SHARD, fetch_into, sha256
 
 REPO = "Org/Tiny-VL"
 

@@ -17,6 +17,7 @@ from builder.checkpoint.shard_reader import open_shard
 from builder.graph.binding import Binding
 from builder.graph.external_data import write_data
 from builder.util.errors import CheckpointError
+from tests.helpers.edits import rewritten
 
 CONTENT = bytes(np.random.default_rng(0).integers(0, 256, 1000, np.uint8))
 LONG_AGO = 10**18  # a change now has another time, however coarse the file system's clock
@@ -76,15 +77,6 @@ def test_an_empty_file_has_a_digest(tmp_path: Path) -> None:
 
 def truncated(path: Path) -> None:
     os.truncate(path, path.stat().st_size // 2)
-
-
-def rewritten(path: Path) -> None:
-    """Change the last byte; the size stays the same."""
-    with path.open("r+b") as stream:
-        stream.seek(-1, os.SEEK_END)
-        last = stream.read(1)[0]
-        stream.seek(-1, os.SEEK_END)
-        stream.write(bytes([last ^ 1]))
 
 
 def grown(path: Path) -> None:

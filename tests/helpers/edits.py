@@ -114,3 +114,12 @@ def last_offsets(first: int, second: int) -> Callable[[Header], None]:
 
 def tie_head(values: Callable[[Any], Any]) -> Change:
     return edit_tensors("model.safetensors", lambda t: t.update({LM_HEAD: values(t[EMBEDDINGS].copy())}))
+
+
+def rewritten(path: Path) -> None:
+    """Change the last byte; the size stays the same."""
+    with path.open("r+b") as stream:
+        stream.seek(-1, os.SEEK_END)
+        last = stream.read(1)[0]
+        stream.seek(-1, os.SEEK_END)
+        stream.write(bytes([last ^ 1]))

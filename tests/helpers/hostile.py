@@ -363,3 +363,10 @@ def mutated(content: bytes, rng: random.Random) -> bytes:
         elif rng.random() < 0.2:
             del found[at:]
     return bytes(found)
+
+
+def record_counts(counts: Mapping[str, int], record: Callable[[str, object], None]) -> None:
+    """Record the counts in the test results, and print them."""
+    for kind, count in sorted(counts.items()):
+        record(kind, count)
+        print(f"{count:6} {kind}")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -70,3 +71,26 @@ def operators(graph: BoundGraph) -> Counter[str]:
 def drawn(*shape: int, seed: int = 0) -> Array:
     """Return standard normal float32 values."""
     return np.random.default_rng([seed, *shape]).standard_normal(shape, dtype=np.float32)
+
+
+def bound_to(graph: BoundGraph, **tensors: str) -> BoundGraph:
+    """The same graph, some of its initializers bound to checkpoint tensors of these names."""
+    bindings = {
+        name: replace(binding, tensor=tensors.get(name, binding.tensor)) for name, binding in graph.bindings.items()
+    }
+    return BoundGraph(graph.model, bindings)
+
+
+def transposed_bound(text: str, weights: Weights, *names: str) -> BoundGraph:
+    """The graph with these initializers bound transposed."""
+    plain = {name: name.replace(".", "_") for name in weights}  # the text format takes no dots
+    for name, short in plain.items():
+        text = text.replace(name, short)
+    shapes = {plain[name]: array.T if name in names else array for name, array in weights.items()}
+    model = bound_graph(text, shapes).model
+    for name, short in plain.items():
+        value = model.graph.initializers.pop(short)
+        value.name = name
+        model.graph.initializers.add(value)
+    shaped = {name: array.shape for name, array in weights.items()}
+    return bind(model, [Binding(n, f"checkpoint.{n}", "float32", s, transposed=n in names) for n, s in shaped.items()])

@@ -26,8 +26,7 @@ from builder.stages import quantize
 from builder.targets.recipe_file import load_recipe
 from builder.util.errors import PassError, RecipeError
 from builder.verify.graphs.fp32_copy import in_fp32
-from tests.graph.passes.test_quantize_weights import turned
-from tests.helpers.small_graphs import Array, bound_graph, drawn, operators
+from tests.helpers.small_graphs import Array, bound_graph, drawn, operators, transposed_bound
 
 UP, DOWN = "model.visual.blocks.0.mlp.linear_fc1.weight", "model.visual.blocks.0.mlp.linear_fc2.weight"
 TENSORS: dict[str, Array] = {UP: drawn(80, 48), DOWN: drawn(40, 80, seed=1), "bias": drawn(80, seed=2)}
@@ -48,7 +47,7 @@ def source(tmp_path: Path, miniature: Path) -> Checkpoint:
 
 
 def graph() -> BoundGraph:
-    bound = turned(GRAPH, {name: TENSORS[tensor] for name, tensor in NAMES.items()}, "down")
+    bound = transposed_bound(GRAPH, {name: TENSORS[tensor] for name, tensor in NAMES.items()}, "down")
     return BoundGraph(bound.model, {n: replace(binding, tensor=NAMES[n]) for n, binding in bound.bindings.items()})
 
 

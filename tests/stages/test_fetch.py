@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -11,7 +10,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -19,11 +17,10 @@ from builder.checkpoint.fingerprint import folder_fingerprint, open_fetched, res
 from builder.checkpoint.load import open_checkpoint
 from builder.checkpoint.source import Source, parse_source
 from builder.stages.engine.build import Build
-from builder.stages.fetch import check_unchanged, run
+from builder.stages.fetch import check_unchanged
 from builder.targets.recipe_file import load_recipe
 from builder.util.errors import CheckpointError
-
-SHARD = "model-00001-of-00003.safetensors"
+from tests.helpers.fetching import SHARD, fetch_into, sha256
 
 
 @pytest.fixture
@@ -32,18 +29,8 @@ def out(tmp_path: Path) -> Path:
     return tmp_path / "1-fetch"
 
 
-def fetch_into(source: Source, out: Path, *, rehash: bool = False) -> dict[str, Any]:
-    """Run the stage."""
-    out.mkdir(exist_ok=True)
-    return run(Build(source=source, recipe=load_recipe(), output=out.parent, rehash=rehash), out)
-
-
 def fingerprint(folder: Path, *, rehash: bool = False) -> dict[str, str]:
     return folder_fingerprint(open_checkpoint(folder), rehash=rehash)
-
-
-def sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 # What CHECKPOINT may be

@@ -12,8 +12,7 @@ from builder.stages.optimize import optimize
 from builder.targets.graphs import GRAPHS, passes
 from builder.targets.recipe import Target
 from builder.util.errors import PassError
-from tests.graph.passes.test_gemm_head import bound_to
-from tests.helpers.small_graphs import bound_graph, drawn, operators, run
+from tests.helpers.small_graphs import bound_graph, bound_to, drawn, operators, run
 
 GENAI, PLAIN = Target("genai", "fused"), Target("onnxruntime", "eager")
 WEIGHTS = {"up": drawn(8, 8), "down": drawn(8, 8, seed=1), "gain": 1 + 0.1 * drawn(8), "top": drawn(9, 8, seed=2)}

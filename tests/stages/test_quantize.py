@@ -32,9 +32,8 @@ from builder.targets.graphs import components
 from builder.targets.recipe import Recipe, Target
 from builder.util.errors import CheckpointError, WeightError
 from builder.util.files import sha256
-from tests.checkpoint.test_shard_reader import rewritten
-from tests.graph.passes.test_gemm_head import bound_to
-from tests.helpers.small_graphs import Array, bound_graph, drawn
+from tests.helpers.edits import rewritten
+from tests.helpers.small_graphs import Array, bound_graph, bound_to, drawn
 
 TENSORS = {
     "plain": drawn(3, 5).astype(np.float16),

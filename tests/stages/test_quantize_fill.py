@@ -25,8 +25,7 @@ from builder.stages import quantize
 from builder.stages.engine.estimate import ITEMS, Stored, data_bytes
 from builder.util.errors import PassError, WeightError
 from builder.util.files import sha256
-from tests.graph.passes.test_quantize_weights import turned
-from tests.helpers.small_graphs import Array, drawn
+from tests.helpers.small_graphs import Array, drawn, transposed_bound
 
 ATTENTION = "model.language_model.layers.0.self_attn."
 NORM = "model.language_model.norm.weight"
@@ -68,7 +67,7 @@ def graph(text: str) -> BoundGraph:
     """`text`, with its inputs bound to the checkpoint."""
     read = {name: tensor for name, tensor in BOUND.items() if name in text}
     weights = {name: TENSORS[tensor] for name, tensor in read.items()}
-    bound = turned(text, weights, *(set(read) - {"norm", "table"}))
+    bound = transposed_bound(text, weights, *(set(read) - {"norm", "table"}))
     return BoundGraph(bound.model, {n: replace(binding, tensor=read[n]) for n, binding in bound.bindings.items()})
 
 

@@ -18,8 +18,8 @@ from builder.targets.image_preprocessor import NAME, image_preprocessor_graph
 from builder.targets.runners.registry import RUNTIMES
 from builder.verify.image_preprocessor import PLACE, SIZES, golden_preprocessor_gates, preprocessor_gates
 from builder.verify.self_test.mutations import preprocessor_brighter
-from tests.graph.image_preprocessor.test_build import SIZES as MANY
 from tests.helpers.checkpoints import MINIATURE
+from tests.helpers.image_sizes import SIZES as MANY
 from tests.helpers.runtimes import require_openvino
 
 if TYPE_CHECKING:

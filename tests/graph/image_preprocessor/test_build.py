@@ -25,6 +25,7 @@ from builder.graph.image_preprocessor import resize
 from builder.graph.image_preprocessor.build import NAME, image_preprocessor
 from builder.targets.clients import pipeline
 from tests.helpers.checkpoints import MINIATURE
+from tests.helpers.image_sizes import SIZES
 
 Array = npt.NDArray[Any]
 Settings = Mapping[str, Any]
@@ -41,18 +42,6 @@ OTHER = {
     "image_std": [0.26862954, 0.26130258, 0.27577711],
 }
 SETTINGS = {"miniature": MINI, "real": REAL, "another family": OTHER}
-
-# Heights and widths.
-SIZES = [
-    *[(1, 1), (1, 2), (2, 1), (1, 200), (200, 1), (3, 5), (9, 29), (16, 16), (31, 33), (63, 64)],  # tiny
-    *[(239, 239), (237, 237), (343, 7), (315, 140), (75, 12)],  # scaled to an integer root, or next to it
-    *[(48, 80), (400, 600), (272, 208), (80, 720), (1040, 176), (592, 336)],  # sides ≡ 16 mod 64
-    *[(32, 32), (64, 64), (256, 256), (320, 352), (256, 512), (32, 4096), (84, 126)],  # already at a target size
-    *[(257, 511), (255, 513), (511, 509), (720, 1280), (1081, 1919), (1201, 799)],  # past the miniature's bound
-    *[(8000, 40), (40, 8000), (2600, 13), (13, 2600), (1009, 47), (7, 1303), (997, 5)],  # extreme ratios
-    *[(336, 355), (201, 220), (500, 224), (463, 367), (356, 356), (354, 358)],  # lower rather than narrower
-    *[(101, 103), (307, 293), (411, 31), (127, 129), (59, 366), (380, 120), (85, 35)],  # odd, primes
-]
 
 
 def model(settings: Settings, opset: int = 18) -> onnx.ModelProto:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import onnx_ir as ir
 import pytest
 
 from builder.checkpoint.tensors import EMBEDDINGS, LM_HEAD
-from builder.graph.binding import UNBOUND, BoundGraph
+from builder.graph.binding import UNBOUND
 from builder.graph.passes.fold_weight_transposes import fold_weight_transposes
 from builder.graph.passes.gemm_head import gemm_head
-from tests.helpers.small_graphs import bound_graph, drawn, operators, run
+from tests.helpers.small_graphs import bound_graph, bound_to, drawn, operators, run
 
 # hidden 4, vocab 6
 DECODER = """
@@ -24,14 +22,6 @@ decoder (float[batch, seq, 4] x) => (float[batch, seq, 6] logits, float[batch, s
 }
 """
 WEIGHTS = {"up": drawn(4, 4), "head": drawn(6, 4, seed=1)}
-
-
-def bound_to(graph: BoundGraph, **tensors: str) -> BoundGraph:
-    """The same graph, some of its initializers bound to checkpoint tensors of these names."""
-    bindings = {
-        name: replace(binding, tensor=tensors.get(name, binding.tensor)) for name, binding in graph.bindings.items()
-    }
-    return BoundGraph(graph.model, bindings)
 
 
 @pytest.mark.parametrize("tensor", [LM_HEAD, EMBEDDINGS], ids=["untied", "tied"])

@@ -10,12 +10,12 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from builder.graph.binding import UNBOUND, Binding, BoundGraph, bind, load, save
+from builder.graph.binding import UNBOUND, Binding, BoundGraph, load, save
 from builder.graph.passes.quantize_weights import quantize_weights
 from builder.quantization.blockwise import Blocks, dequantize, quantize
 from builder.quantization.packing import packed_parts
 from builder.quantization.rules import WeightFormat
-from tests.helpers.small_graphs import Array, Weights, bound_graph, drawn, operators, run
+from tests.helpers.small_graphs import Array, Weights, bound_graph, drawn, operators, run, transposed_bound
 
 INT4, INT8 = WeightFormat(Blocks(4, 16, search="mse"), 1), WeightFormat(Blocks(8, 32), 1)
 ZERO = WeightFormat(Blocks(4, 32, zero_points=True), 1)
@@ -35,23 +35,8 @@ def matrices(shapes: Mapping[str, tuple[int, int]] = QKV) -> dict[str, Array]:
     return {name: drawn(*shape, seed=number) for number, (name, shape) in enumerate(shapes.items())}
 
 
-def turned(text: str, weights: Weights, *names: str) -> BoundGraph:
-    """The graph with these initializers bound transposed."""
-    plain = {name: name.replace(".", "_") for name in weights}  # the text format takes no dots
-    for name, short in plain.items():
-        text = text.replace(name, short)
-    shapes = {plain[name]: array.T if name in names else array for name, array in weights.items()}
-    model = bound_graph(text, shapes).model
-    for name, short in plain.items():
-        value = model.graph.initializers.pop(short)
-        value.name = name
-        model.graph.initializers.add(value)
-    shaped = {name: array.shape for name, array in weights.items()}
-    return bind(model, [Binding(n, f"checkpoint.{n}", "float32", s, transposed=n in names) for n, s in shaped.items()])
-
-
 def attention(weights: Weights) -> BoundGraph:
-    return turned(ATTENTION, weights, *weights)
+    return transposed_bound(ATTENTION, weights, *weights)
 
 
 def everything(weight_format: WeightFormat, weights: Iterable[str]) -> dict[str, WeightFormat]:
@@ -144,8 +129,8 @@ def test_what_no_rule_names_is_left(kept: str) -> None:
 def test_different_inputs_stay_separate() -> None:
     text = ATTENTION.replace("v = MatMul(x,", "y = Neg(x) v = MatMul(y,")
     weights = matrices()
-    before = turned(text, weights, *weights)
-    outcome = quantize_weights(turned(text, weights, *weights), everything(INT4, weights))
+    before = transposed_bound(text, weights, *weights)
+    outcome = quantize_weights(transposed_bound(text, weights, *weights), everything(INT4, weights))
     assert operators(outcome.graph) == {"com.microsoft::MatMulNBits": 2, "Split": 1, "Neg": 1}
     assert_equal(outcome.graph, before, weights, everything(INT4, weights))
 
@@ -154,9 +139,9 @@ def test_a_matmul_of_a_matmul() -> None:
     text = ATTENTION.replace("v = MatMul(x,", "v = MatMul(q,").replace("24] q", "64] q")
     weights = matrices({**QKV, "a.q_proj.weight": (64, 64)})
     weight_formats = everything(INT4, weights)
-    outcome = quantize_weights(turned(text, weights, *weights), weight_formats)
+    outcome = quantize_weights(transposed_bound(text, weights, *weights), weight_formats)
     assert operators(outcome.graph) == {"com.microsoft::MatMulNBits": 2, "Split": 1}
-    assert_equal(outcome.graph, turned(text, weights, *weights), weights, weight_formats)
+    assert_equal(outcome.graph, transposed_bound(text, weights, *weights), weights, weight_formats)
     # By identity, not by a name that it shares with the value it replaced: names change later
     # (builder/stages/optimize.py).
     (split,) = [node for node in outcome.graph.model.graph if node.op_type == "Split"]
@@ -183,12 +168,12 @@ linear (float[rows, 64] x) => (float[rows, 24] y, float[rows, 24] z) {
 def test_a_bias_is_added_by_the_operator(weight_format: WeightFormat) -> None:
     weights = matrices({"a.q_proj.weight": (24, 64), "a.k_proj.weight": (24, 64)}) | {"bias": drawn(24)}
     weight_formats = everything(weight_format, [*weights][:2])
-    outcome = quantize_weights(turned(GEMM, weights), weight_formats)
+    outcome = quantize_weights(transposed_bound(GEMM, weights), weight_formats)
     assert outcome.matches == 2
     assert operators(outcome.graph) == {"com.microsoft::MatMulNBits": 2}
     assert "bias" in outcome.graph.bindings
     x = drawn(5, 64, seed=8)
-    want = run(turned(GEMM, weights), rounded(weights, weight_formats), x=x)
+    want = run(transposed_bound(GEMM, weights), rounded(weights, weight_formats), x=x)
     for got, wanted in zip(run(filled(outcome.graph, weights), weights, x=x), want, strict=True):
         np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4)
 
@@ -251,7 +236,7 @@ def test_another_way_of_reading_is_a_miss_and_left(nodes: str, misses: int) -> N
 def test_a_matrix_that_is_read_both_ways_stays_for_the_other() -> None:
     text = "both (float[64, 64] x) => (float[64, 64] y, float[64, 64] z) { y = MatMul(x, w) z = Add(x, w) }"
     weights = {"w": drawn(64, 64)}
-    outcome = quantize_weights(turned(text, weights, "w"), {"checkpoint.w": INT4})
+    outcome = quantize_weights(transposed_bound(text, weights, "w"), {"checkpoint.w": INT4})
     assert (outcome.matches, len(outcome.misses)) == (1, 1)
     assert outcome.graph.bindings.keys() == {"w", "w.levels", "w.scales"}
 
@@ -261,8 +246,8 @@ def test_two_matmuls_with_the_same_matrix_share_its_parts() -> None:
         y = MatMul(x, w) n = Neg(x) z = MatMul(n, w)
     }"""
     weights = {"w": drawn(64, 64)}
-    before, weight_formats = turned(text, weights, "w"), {"checkpoint.w": INT4}
-    outcome = quantize_weights(turned(text, weights, "w"), weight_formats)
+    before, weight_formats = transposed_bound(text, weights, "w"), {"checkpoint.w": INT4}
+    outcome = quantize_weights(transposed_bound(text, weights, "w"), weight_formats)
     assert outcome.matches == 2
     assert operators(outcome.graph) == {"com.microsoft::MatMulNBits": 2, "Neg": 1}
     assert outcome.graph.bindings.keys() == {"w.levels", "w.scales"}

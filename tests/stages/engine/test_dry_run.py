@@ -4,24 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import struct
-import subprocess
-import sys
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
-from typer.testing import CliRunner, Result
 
 from builder.checkpoint.config import read_architecture
 from builder.checkpoint.tensors import expected_tensors
-from builder.cli.app import app
 from builder.stages.engine.dry_run import Disk, disks, left_over
 from builder.util import machine
 from builder.util.units import duration, size
+from tests.helpers.dry_runs import estimate, invoke, spawned, stage
 
 ROOT = Path(__file__).parents[3]
 NAMES = ["fetch", "patch", "export", "optimize", "quantize", "configure", "verify", "bundle"]
@@ -63,26 +57,6 @@ finally:
 def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-
-
-def invoke(*arguments: object) -> Result:
-    return CliRunner().invoke(app, ["build", *map(str, arguments)])
-
-
-def spawned(*arguments: object, **settings: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), **settings}
-    command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-
-
-def estimate(result: Result, code: int = 0) -> dict[str, Any]:
-    assert result.exit_code == code, result.output
-    found: dict[str, Any] = json.loads(result.stdout)["estimate"]
-    return found
-
-
-def stage(figures: Mapping[str, Any], name: str) -> dict[str, Any]:
-    return next(entry for entry in figures["stages"] if entry["stage"] == name)
 
 
 def sparse(folder: Path, miniature: Path) -> Path:

@@ -10,8 +10,8 @@ import pytest
 
 from builder.checkpoint.files import needed_files
 from builder.util.units import size
+from tests.helpers.dry_runs import estimate, invoke, spawned, stage
 from tests.helpers.hub_server import HubServer, Repository
-from tests.stages.engine.test_dry_run import estimate, invoke, spawned, stage
 
 pytestmark = pytest.mark.seconds
 

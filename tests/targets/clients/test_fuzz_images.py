@@ -19,8 +19,7 @@ from builder.reference.cases import IMAGES as SHIPPED
 from builder.targets.clients import pipeline
 from builder.targets.clients.pipeline import load_image
 from builder.util.errors import ImageError
-from tests.checkpoint.test_fuzz import record_counts
-from tests.helpers.hostile import mutated, outcome
+from tests.helpers.hostile import mutated, outcome, record_counts
 from tests.helpers.processes import ROOT
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")

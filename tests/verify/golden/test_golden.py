@@ -26,7 +26,7 @@ from builder.verify.report.gates import Report
 from builder.verify.self_test import mutations
 from builder.verify.self_test.mutants import Mutation
 from builder.verify.tolerances import FP32
-from tests.end_to_end.test_wheel import base, without_extra
+from tests.helpers.base_install import base, without_extra
 from tests.helpers.checkpoints import MINIATURE
 from tests.helpers.processes import ROOT, python
 from tests.helpers.shown import shown
