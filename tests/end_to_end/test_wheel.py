@@ -15,6 +15,7 @@ import pytest
 from builder.checkpoint.load import open_checkpoint
 from builder.reference.cases import Case, held_out
 from ci.environments import environment, own_packages
+from tests.helpers.base_install import base as base
 from tests.helpers.base_install import without_extra
 from tests.helpers.processes import ROOT, artifacts, checkout, python
 
