@@ -1,7 +1,4 @@
-"""The commands that judge a bundle: `verify`, `golden`, `report`, `table`.
-
-In: arguments. Out: see `builder.cli.app`, where they are registered.
-"""
+"""The commands that compare bundles and show the results: `verify`, `golden`, `report`, `table`."""
 
 from __future__ import annotations
 
@@ -22,36 +19,36 @@ if TYPE_CHECKING:
 def verify(
     bundle: Bundle,
     reference: Annotated[
-        str | None, typer.Option(help="The checkpoint: a folder, or a hub id.", show_default=False)
+        str | None, typer.Option(help="The checkpoint to compare with: a folder or a hub id.", show_default=False)
     ] = None,
     golden: Annotated[
         Path | None,
-        typer.Option(help="Compare with a file that `golden` made, without torch.", show_default=False),
+        typer.Option(help="Compare with a file recorded by `golden`, without torch.", show_default=False),
     ] = None,
     cases: Cases = None,
     memory: Memory = None,
     store: Annotated[
         Path | None,
-        typer.Option(
-            help="Keep the reference's outputs in this folder, and use those that are there.", show_default=False
-        ),
+        typer.Option(help="Cache PyTorch's outputs in this folder.", show_default=False),
     ] = None,
     self_test: Annotated[
         bool,
-        typer.Option("--self-test", help="Break copies of the bundle, and see that each break is noticed and placed."),
+        typer.Option(
+            "--self-test", help="Break copies of the bundle, and require every mutant to be caught at its place."
+        ),
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Compare a bundle with PyTorch; exits with 0 only when every gate holds."""
+    """Compare a bundle with PyTorch; exits with 0 only if every gate passes."""
     with reported(as_json):
         from builder.stages.engine.prepare import reference_checkpoint
         from builder.util.console_table import show
         from builder.verify.report.console import renderables
 
         if self_test and (reference is None or golden is not None or cases):
-            raise typer.BadParameter("needs --reference, and neither --golden nor --cases", param_hint="--self-test")
+            raise typer.BadParameter("needs --reference, without --golden or --cases", param_hint="--self-test")
         if golden is not None and (memory is not None or store is not None):
-            raise typer.BadParameter("has no use for --memory or --store", param_hint="--golden")
+            raise typer.BadParameter("cannot be combined with --memory or --store", param_hint="--golden")
         checkpoint = reference_checkpoint(reference) if reference else None
         if self_test and checkpoint is not None:
             _test_itself(bundle, checkpoint, memory, store, as_json)
@@ -77,13 +74,13 @@ def verify(
 
 
 def golden(
-    output: Annotated[Path, typer.Option(help="The file to write.")],
+    output: Annotated[Path, typer.Option(help="File to write.")],
     checkpoint: Checkpoint = None,
     cases: Cases = None,
     memory: Memory = None,
     as_json: Json = False,
 ) -> None:
-    """Keep what PyTorch makes of every case in one file, for `verify --golden`."""
+    """Record PyTorch's outputs for every case in one file, for `verify --golden`."""
     with reported(as_json):
         from builder.stages.engine.prepare import reference_checkpoint
         from builder.verify.golden.record import golden_of
@@ -97,12 +94,12 @@ def golden(
 
 def report(
     bundle: Bundle,
-    html: Annotated[Path | None, typer.Option(help="One page for people.", show_default=False)] = None,
-    junit: Annotated[Path | None, typer.Option(help="JUnit XML for a CI server.", show_default=False)] = None,
-    markdown: Annotated[Path | None, typer.Option(help="A pull-request comment.", show_default=False)] = None,
+    html: Annotated[Path | None, typer.Option(help="HTML page to write.", show_default=False)] = None,
+    junit: Annotated[Path | None, typer.Option(help="JUnit XML file to write.", show_default=False)] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Markdown file to write.", show_default=False)] = None,
     as_json: Json = False,
 ) -> None:
-    """Render a bundle's last verification again; without FILEs, all forms into its evidence/. Compares nothing."""
+    """Render a bundle's last verification again, by default in every format into its evidence/; compares nothing."""
     with reported(as_json):
         from builder.verify.report.write import render
 
@@ -134,12 +131,10 @@ def _test_itself(bundle: Path, checkpoint: Opened, memory: int | None, store: Pa
 
 
 def table(
-    folders: Annotated[
-        list[Path], typer.Argument(help="Bundles, or output folders of builds, of which all bundles are meant.")
-    ],
+    folders: Annotated[list[Path], typer.Argument(help="Bundles, or output folders with bundles.")],
     as_json: Json = False,
 ) -> None:
-    """One table of bundles: runtime, cases, tokens, task, size, as their own verifications found."""
+    """Print a table of bundles: verdict, cases, equal tokens, task score, size and runtime, from their evidence."""
     with reported(as_json):
         from builder.bundle import table
         from builder.util.console_table import show

@@ -32,7 +32,7 @@ class ReferenceCase(Generic[Expected]):
     """A prompt, and PyTorch's outputs for it.
 
     Args:
-        limit: see `builder.reference.cases.Case`.
+        limit: of gates with a tolerance, see `builder.verify.tolerances`.
         more: additional graph inputs, not in builder/graph/ports.py.
     """
 
@@ -54,7 +54,7 @@ AnyCase = ReferenceCase[Trace | GoldenCase]
 
 
 class GraphRunner(Protocol):
-    """Runs the graphs of a bundle; `packed`, `merges`: see `builder.targets.graphs.Graphs`."""
+    """Runs the graphs of a bundle; `packed`, `merges`: see `builder.targets.graphs.GraphSettings`."""
 
     @property
     def packed(self) -> bool: ...
