@@ -33,14 +33,16 @@ DRIVER = """
 import sys
 from dataclasses import replace
 from pathlib import Path
-from builder import shard, weights
+from builder.checkpoint import shard_reader
+from builder.graph import external_data
 from builder.stages.engine.execute import execute
-from builder.targets.recipe_file import Target, load_recipe
+from builder.targets.recipe import Target
+from builder.targets.recipe_file import load_recipe
 from builder.checkpoint.source import parse_source
 from builder.stages.engine.build import Build
 
-weights.BLOCK = shard.BLOCK = 1 << 18
-weights.STRIP, shard.STEP = 1 << 20, 1 << 18
+external_data.BLOCK = shard_reader.BLOCK = 1 << 18
+external_data.STRIP, shard_reader.STEP = 1 << 20, 1 << 18
 recipe = replace(load_recipe("fp32"), targets=(Target("genai", "fused"),))
 execute(Build(parse_source(sys.argv[1]), recipe, Path(sys.argv[2])), until=sys.argv[3])
 """
