@@ -211,5 +211,5 @@ def test_a_matrix_of_another_shape_is_refused(
     same = {key: value for key, value in own["text_config"].items() if isinstance(value, int) and "token" not in key}
     vision = {key: value for key, value in own["vision_config"].items() if isinstance(value, int)}
     other = write_checkpoint(tmp_path / "other", text={**same, **text}, vision=vision)
-    with pytest.raises(BundleError, match="of another shape than the checkpoint's"):
+    with pytest.raises(BundleError, match="has a different shape than the checkpoint's"):
         write_dequantized(finished("int4"), open_checkpoint(other), "fp32", tmp_path / "out")

@@ -88,7 +88,7 @@ def test_a_graph_that_does_not_load_is_named(bundle: Callable[[str], Path], mini
     folder = bundle("genai")
     (folder / "model.onnx").unlink()
     (folder / "model.onnx").write_bytes(b"no graph")
-    with pytest.raises(BundleError, match=r"model\.onnx does not load"):
+    with pytest.raises(BundleError, match=r"model\.onnx cannot be loaded"):
         whole.verify_bundle(folder, open_checkpoint(miniature))
 
 
