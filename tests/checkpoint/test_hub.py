@@ -23,6 +23,8 @@ from tests.helpers.fetching import SHARD, fetch_into, sha256
 from tests.helpers.hub_server import HubServer, Repository
 from tests.helpers.openings import count_openings
 
+pytestmark = pytest.mark.seconds
+
 REPO = "Org/Tiny-VL"
 
 
@@ -82,7 +84,6 @@ def test_unpinned_id_is_resolved_once_and_only_needed_files_are_fetched(
         assert entry["sha256"] == sha256(repository.folder / file)
 
 
-@pytest.mark.seconds
 def test_dropped_connection_is_resumed(hub: HubServer, repository: Repository, out: Path) -> None:
     repository.drop[SHARD] = 100_000
     fetch_into(resolve(parse_source(REPO)), out)
@@ -225,7 +226,6 @@ def test_refused_before_a_weight_is_fetched(
     assert not any(file.endswith((".safetensors", ".bin")) for file in hub.fetched())
 
 
-@pytest.mark.seconds
 def test_endpoint_and_cache_are_those_of_the_environment(
     hub: HubServer, repository: Repository, tmp_path: Path
 ) -> None:

@@ -19,6 +19,8 @@ from tests.helpers.checkpoints import MINIATURE
 from tests.helpers.hub_server import HubServer, Repository
 from tests.helpers.processes import ROOT, python
 
+pytestmark = pytest.mark.seconds
+
 SCRIPT = ROOT / "ci" / "verify.sh"
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 REPORTS = ("report.html", "report.md", "junit.xml", "parity.json", "parity.txt")
@@ -117,7 +119,6 @@ def test_a_passing_build_leaves_reports_and_verdict(place: Place) -> None:
     assert "build --recipe fp32 --rehash\n" in place.read("calls.log")
 
 
-@pytest.mark.seconds
 def test_a_second_run_installs_nothing_and_has_the_same_cache_key(place: Place) -> None:
     place.run()
     key = place.read("reports/cache-key")
@@ -198,7 +199,6 @@ def test_a_download_that_was_not_kept_is_fetched_again(place: Place) -> None:
     assert place.run(gone)[0] == 10
 
 
-@pytest.mark.seconds
 def test_the_builder_exits_with_10_for_a_missing_download_until_forced(tmp_path: Path) -> None:
     """Check the exit codes that the script relies on."""
     cache = tmp_path / "hf"

@@ -22,6 +22,8 @@ from builder.targets.clients.pipeline import ImageError, ImageSettings, Settings
 from builder.targets.config_files import pipeline_settings, vision_processor
 from tests.helpers.checkpoints import MINIATURE
 
+pytestmark = pytest.mark.seconds
+
 COMMON = settings(derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 MANY, SOME = settings(COMMON, max_examples=300), settings(COMMON, max_examples=40)
 IMAGE, TEXT = 9, 1
