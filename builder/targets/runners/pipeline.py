@@ -43,7 +43,9 @@ class PipelineRunner:
         try:
             inputs: Inputs = self._pipeline.prepare(prompt, images)
         except ValueError as error:
-            raise ERRORS.get(type(error).__name__, type(error))(*error.args) from error
+            if type(error).__name__ not in ERRORS:
+                raise
+            raise ERRORS[type(error).__name__](str(error)) from error
         return inputs
 
     def tokens(self, inputs: Inputs, max_new_tokens: int, min_new_tokens: int = 0) -> Iterator[int]:
